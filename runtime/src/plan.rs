@@ -1,0 +1,73 @@
+//! What one step computes: plain data that can be printed, recorded, replayed and broadcast to ranks.
+
+pub use pagewise_kvcache::{BlockCopy, BlockId, BlockOps, SequenceId};
+
+/// A token to be computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TokenInput {
+    /// Its id.
+    Known(u32),
+    /// The token that an earlier step, still under way, samples from logit row `row` of step `step`: lets
+    /// step n + 1 be scheduled while n runs.
+    Placeholder {
+        /// [`StepPlan::id`] of that step.
+        step: u64,
+        /// Logit row of that step.
+        row: usize,
+    },
+}
+
+/// For which tokens of a chunk logits are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogitRows {
+    /// For none: a prompt's chunk that is not its last.
+    None,
+    /// For the last token, from which the next one is sampled.
+    Last,
+    /// For every token: prompt log-probabilities.
+    All,
+}
+
+/// Consecutive tokens of one sequence: a decode (one token) or a piece of a prompt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chunk {
+    /// Whose.
+    pub sequence: SequenceId,
+    /// What goes in; at least one token.
+    pub tokens: Vec<TokenInput>,
+    /// Position of the first of them: how many tokens of the sequence are in the cache already.
+    pub start: usize,
+    /// The sequence's block table in each KV group, with room for `start + tokens.len()` tokens.
+    pub block_tables: Vec<Vec<BlockId>>,
+    /// Which logits come out.
+    pub logits: LogitRows,
+}
+
+impl Chunk {
+    /// Logit rows that this chunk adds to the step's output.
+    pub fn logit_rows(&self) -> usize {
+        match self.logits {
+            LogitRows::None => 0,
+            LogitRows::Last => 1,
+            LogitRows::All => self.tokens.len(),
+        }
+    }
+}
+
+/// One step: first the block ops in their fixed order, then all chunks in one batch.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StepPlan {
+    /// Rises by one a step.
+    pub id: u64,
+    /// What happens to the cache before anything is computed.
+    pub block_ops: BlockOps,
+    /// What is computed; may be empty when only blocks move.
+    pub chunks: Vec<Chunk>,
+}
+
+impl StepPlan {
+    /// Tokens that the step computes.
+    pub fn num_tokens(&self) -> usize {
+        self.chunks.iter().map(|chunk| chunk.tokens.len()).sum()
+    }
+}
