@@ -1,1 +1,3 @@
 //! The backend rooms.
+
+pub mod cpu;
