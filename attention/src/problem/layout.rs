@@ -127,7 +127,7 @@ impl RowStrides {
         token.saturating_add(head).saturating_add(dim as u64)
     }
 
-    pub(super) fn validate(
+    pub(crate) fn validate(
         &self,
         tensor: &'static str,
         heads: usize,
