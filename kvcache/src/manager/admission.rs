@@ -13,27 +13,25 @@ use crate::{Admission, Prompt};
 pub(super) struct Demand {
     /// Free blocks it takes now, cached ones that it finds included.
     pub(super) now: usize,
-    /// Blocks it stands on in all, nothing shared with anyone.
+    /// Blocks it stands on in all, those found included: the least that an otherwise empty pool must have.
     pub(super) alone: usize,
 }
 
 impl KvCacheManager {
     pub(super) fn admit(&self, prompts: &[Prompt<'_>]) -> Admission {
         let groups = self.geometry.groups();
-        let mut demand = Demand { now: 0, alone: 0 };
-        let mut found_free = FxHashSet::default();
+        let mut new = 0;
+        // A cached block that several of the prompts find is counted once.
+        let mut found = FxHashSet::default();
         for prompt in prompts {
-            let blocks = self.geometry.blocks_for(prompt.tokens.len() + 1);
             let hit = self.find_prefix(prompt);
-            demand.alone += blocks * groups;
-            demand.now += (blocks - hit.blocks()) * groups;
+            new += (self.geometry.blocks_for(prompt.tokens.len() + 1) - hit.blocks()) * groups;
             for group in 0..groups {
-                let found = self.memory.hit_blocks(&self.geometry, &hit, group);
-                found_free.extend(found.filter(|&block| self.memory.device.refs(block) == 0));
+                found.extend(self.memory.hit_blocks(&self.geometry, &hit, group));
             }
         }
-        demand.now += found_free.len();
-        self.answer(&demand)
+        let found_free = found.iter().filter(|&&block| self.memory.device.refs(block) == 0).count();
+        self.answer(&Demand { now: new + found_free, alone: new + found.len() })
     }
 
     pub(super) fn answer(&self, demand: &Demand) -> Admission {

@@ -108,42 +108,62 @@ impl KvCacheManager {
             }
         }
         open.reverse();
-        let mut steps = Vec::new();
+        let mut rebuild = Rebuild { group, sequences, stand: vec![(0, 0); group.len()], steps: Vec::new() };
         while let Some(index) = open.pop() {
-            let sequence = group[index];
             children[index].sort_unstable();
             for together in children[index].chunk_by(|a, b| a.0 == b.0) {
-                self.fork_together(group, sequences, index, together, &mut steps);
+                let end = self.geometry.tokens_in(together[0].0 + 1);
+                rebuild.fork(index, together, end);
             }
-            let &Sequence { len, computed, .. } = sequences[index];
-            if len > 0 {
-                steps.push(RebuildStep::Grow { sequence, len, computed });
-            }
+            rebuild.grow(index, sequences[index].len, sequences[index].computed);
             open.extend(children[index].iter().rev().map(|&(_, child)| child));
         }
-        steps
+        rebuild.steps
+    }
+}
+
+/// The steps so far, and how far each sequence of the group stands after them.
+struct Rebuild<'a> {
+    group: &'a [SequenceId],
+    sequences: &'a [&'a Sequence],
+    /// Slots and computed tokens of each.
+    stand: Vec<(usize, usize)>,
+    steps: Vec<RebuildStep>,
+}
+
+impl Rebuild<'_> {
+    /// Lets a sequence grow to `len` slots and `computed` tokens, if it is not there yet.
+    fn grow(&mut self, index: usize, len: usize, computed: usize) {
+        let (has_len, has_computed) = self.stand[index];
+        if len > has_len || computed > has_computed {
+            self.stand[index] = (len.max(has_len), computed.max(has_computed));
+            let (len, computed) = self.stand[index];
+            self.steps.push(RebuildStep::Grow { sequence: self.group[index], len, computed });
+        }
     }
 
-    /// The steps that fork all children which part from the parent in the same block.
-    fn fork_together(
-        &self,
-        group: &[SequenceId],
-        sequences: &[&Sequence],
-        parent: usize,
-        together: &[(usize, usize)],
-        steps: &mut Vec<RebuildStep>,
-    ) {
-        let end = together.first().map_or(0, |&(block, _)| self.geometry.tokens_in(block + 1));
+    fn truncate(&mut self, index: usize, len: usize) {
+        let (has_len, has_computed) = self.stand[index];
+        if len < has_len {
+            self.stand[index] = (len, has_computed.min(len));
+            self.steps.push(RebuildStep::Truncate { sequence: self.group[index], len });
+        }
+    }
+
+    /// Forks all children that part from `parent` in the same block, which ends at token `end`. Where that
+    /// block is partly filled, it gets the slots of whoever has most of them, and the tokens that all of
+    /// them have computed.
+    fn fork(&mut self, parent: usize, together: &[(usize, usize)], end: usize) {
         let members = || std::iter::once(parent).chain(together.iter().map(|&(_, child)| child));
-        let len = members().map(|index| sequences[index].len.min(end)).max().unwrap_or(end);
-        let computed = members().map(|index| sequences[index].computed.min(end)).min().unwrap_or(0);
-        steps.push(RebuildStep::Grow { sequence: group[parent], len, computed });
+        let len = members().map(|index| self.sequences[index].len.min(end)).max().unwrap_or(end);
+        let computed = members().map(|index| self.sequences[index].computed.min(end)).min().unwrap_or(0);
+        self.grow(parent, len, computed);
         for &(_, child) in together {
-            steps.push(RebuildStep::Fork { parent: group[parent], child: group[child] });
+            self.steps.push(RebuildStep::Fork { parent: self.group[parent], child: self.group[child] });
+            self.stand[child] = self.stand[parent];
+            self.truncate(child, self.sequences[child].len.min(end));
         }
-        for index in members().filter(|&index| sequences[index].len < len) {
-            steps.push(RebuildStep::Truncate { sequence: group[index], len: sequences[index].len });
-        }
+        self.truncate(parent, self.sequences[parent].len);
     }
 }
 
