@@ -31,7 +31,7 @@ pub use elementwise::{add, silu_mul};
 pub use instruction_set::InstructionSet;
 pub use linear::{Projection, linear, linear_many, linear_many_on};
 pub use norm::rms_norm;
-pub use rope::{RopeAngles, RopeFrequencies, rope};
+pub use rope::{RopeAngles, rope};
 pub use tokens::{argmax, embed};
 
 use pagewise_attention::DType;
