@@ -1,0 +1,13 @@
+//! The seam to the tokenizer.
+
+/// Turns the tokens of one completion into text, piece by piece.
+pub trait Detokenize: Send {
+    /// Adds a token and returns the text that has become certain: whole characters only.
+    fn push(&mut self, token_id: u32) -> String;
+
+    /// Returns what is still held back; nothing is pushed afterwards.
+    fn finish(&mut self) -> String;
+}
+
+/// Makes a detokeniser for each completion.
+pub type DetokenizerFactory = Box<dyn Fn() -> Box<dyn Detokenize> + Send + Sync>;
