@@ -1,7 +1,10 @@
 //! The trait through which a scheduler drives a KV cache, so that other policies (a contiguous
 //! reservation, say) can stand in the place of [`KvCacheManager`](crate::KvCacheManager).
 
-use crate::{Admission, Allocation, BlockId, BlockOps, CacheConfig, CacheError, CacheStats, PoolUsage, Prompt, SequenceId};
+use crate::{
+    Admission, Allocation, BlockId, BlockOps, CacheConfig, CacheError, CacheStats, PoolUsage, Prompt,
+    SequenceId,
+};
 
 /// Says which block every token of every sequence lives in, and what must be copied so that it is true.
 ///

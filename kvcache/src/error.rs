@@ -27,7 +27,9 @@ pub enum CacheError {
         free: usize,
     },
     /// The host pool is too full.
-    #[error("{wanted} blocks wanted but {free} free on the host; preempt by recomputation or give more swap space")]
+    #[error(
+        "{wanted} blocks wanted but {free} free on the host; preempt by recomputation or give more swap space"
+    )]
     OutOfHostBlocks {
         /// Blocks the call needs.
         wanted: usize,
@@ -50,6 +52,18 @@ pub enum CacheError {
         /// Tokens asked for.
         wanted: usize,
     },
+    /// A copy of the sequence's blocks is still under way.
+    #[error("blocks of sequence {} are still being copied; confirm the block ops first, or free the sequence", .0.0)]
+    Pending(SequenceId),
+    /// A group names each of its sequences once.
+    #[error("sequence {} is named twice in the group; name it once", .0.0)]
+    NamedTwice(SequenceId),
+    /// Nothing of the prefix is cached.
+    #[error("no full block of this prefix is cached; compute it first")]
+    NotCached,
+    /// The pin was removed, or never was.
+    #[error("pin {0} does not exist; it was unpinned before or belongs to another cache")]
+    UnknownPin(u64),
     /// Blocks before the cut that the sliding window would see again are gone.
     #[error("sequence {} cannot be cut back to {len} tokens: blocks that its window would see again are freed", .sequence.0)]
     BehindWindow {

@@ -1,1 +1,42 @@
-//! Placeholder head, replaced below.
+//! Hand-written CUDA PTX kernels for PagedAttention, as text, with a typed description of each.
+//!
+//! This crate owns the kernels' text (`kernels/*.ptx`, templates that are rendered once per
+//! variant) and what a host must know to launch them: parameters, target, launch geometry, shared
+//! memory. It makes no CUDA calls and needs neither a GPU nor NVIDIA's tools, so that any host code
+//! which can load PTX can use it.
+//!
+//! ```
+//! use pagewise_ptx::{DType, write_kv::{WriteKv, WriteKvShape, WriteKvSpec}};
+//!
+//! let write_kv = WriteKv::new(WriteKvSpec::vectorised(DType::Bf16, DType::Bf16))?;
+//! assert_eq!(write_kv.kernel().entry(), "write_kv_bf16_bf16_v8");
+//! assert!(write_kv.kernel().text().contains(".target sm_80"));
+//!
+//! // 512 tokens with 8 KV heads of 128 elements: two tokens to a thread block.
+//! let launch = write_kv.launch(WriteKvShape { tokens: 512, kv_heads: 8, head_dim_k: 128, head_dim_v: 128 })?;
+//! assert_eq!((launch.grid, launch.block), ([256, 1, 1], [16, 8, 2]));
+//! # Ok::<(), pagewise_ptx::Error>(())
+//! ```
+//!
+//! | module | kernel |
+//! |---|---|
+//! | [`mod@write_kv`] | stores new K and V rows into cache blocks, given by a slot mapping |
+
+mod dtype;
+mod error;
+mod kernel;
+pub mod receipt;
+mod template;
+pub mod write_kv;
+
+pub use dtype::DType;
+pub use error::Error;
+pub use kernel::{Arg, Kernel, Launch, Param, ParamType, Target};
+
+/// Every variant of every kernel, rendered: what the tests assemble and the receipts cover.
+///
+/// # Errors
+/// [`Error::Template`] when a template does not render, which is a defect of this crate.
+pub fn all_kernels() -> Result<Vec<Kernel>, Error> {
+    write_kv::WriteKvSpec::all().map(|spec| Ok(write_kv::WriteKv::new(spec)?.into_kernel())).collect()
+}

@@ -1,5 +1,7 @@
 //! The seam between planning and computing: an executor turns a [`StepPlan`] into logits.
 
+use crate::backend::{AttentionSpec, Backend, BackendError, BatchLimits, StepBatch};
+use crate::models::Model;
 use crate::plan::StepPlan;
 
 /// Computes steps. One executor owns one model's weights and its cache memory.
@@ -41,7 +43,51 @@ pub enum ExecutorError {
         /// What is wrong with it.
         problem: String,
     },
-    /// The attention problem was refused.
+    /// The device failed or refused.
     #[error(transparent)]
-    Attention(#[from] pagewise_attention::ProblemError),
+    Backend(#[from] BackendError),
+}
+
+/// A model on one device with its cache.
+pub struct ModelExecutor<B: Backend> {
+    backend: B,
+    model: Box<dyn Model<B>>,
+    cache: B::Cache,
+    spec: AttentionSpec,
+    vocab_size: usize,
+}
+
+impl<B: Backend> ModelExecutor<B> {
+    /// Makes the cache and takes model and device into one hand.
+    ///
+    /// # Errors
+    /// [`BackendError`] if the cache cannot be had.
+    pub fn new(
+        backend: B,
+        model: Box<dyn Model<B>>,
+        spec: AttentionSpec,
+        vocab_size: usize,
+    ) -> Result<Self, BackendError> {
+        let cache = backend.cache(&spec)?;
+        Ok(Self { backend, model, cache, spec, vocab_size })
+    }
+}
+
+impl<B: Backend> Executor for ModelExecutor<B> {
+    fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput, ExecutorError> {
+        let Self { backend, model, cache, spec, vocab_size } = self;
+        let (spec, vocab_size) = (&*spec, *vocab_size);
+        let limits = BatchLimits { block_size: spec.block_size, num_groups: spec.groups.len(), vocab_size };
+        let batch = StepBatch::new(plan, limits)?;
+        let logits = backend.scope(|| {
+            backend.block_ops(cache, &plan.block_ops)?;
+            if batch.rows() == 0 {
+                return Ok(Vec::new());
+            }
+            let step = backend.prepare(spec, &batch)?;
+            let logits = model.forward(backend, &step, cache)?;
+            Ok::<_, BackendError>(backend.download(logits))
+        })?;
+        Ok(StepOutput { logits, vocab_size })
+    }
 }

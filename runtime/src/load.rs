@@ -1,1 +1,312 @@
-//! From a model directory to a running engine.
+//! From a model directory to a running engine: the one place where files, cache, device and engine meet.
+
+use crate::backend::cpu::CpuBackend;
+use crate::backend::{AttentionSpec, BackendError};
+use crate::engine::{Engine, EngineConfig};
+use crate::executor::ModelExecutor;
+use crate::model_dir::{GenerationConfig, ModelConfig, ModelDir, ModelError, Weights, resolve_model};
+use crate::models::{LoadModelError, WeightSource, load_model};
+use crate::text::{ChatTemplate, Tokenizer};
+use pagewise_attention::{DType, MAX_BLOCK_SIZE};
+use pagewise_kvcache::{CacheConfig, CacheError, KvCacheManager};
+
+/// Which device computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BackendChoice {
+    /// The best that is there.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// A GPU through Vulkan, Metal or DX12.
+    Wgpu,
+    /// An NVIDIA GPU.
+    Cuda,
+}
+
+/// How much memory the KV cache gets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CacheSize {
+    /// What the running sequences can need at most, but no more than a quarter of the machine's memory.
+    #[default]
+    Auto,
+    /// This many blocks.
+    Blocks(usize),
+    /// As many blocks as fit into this many bytes.
+    Bytes(u64),
+}
+
+/// Where weights come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LoadFormat {
+    /// From the directory's safetensors files.
+    #[default]
+    Auto,
+    /// Made up from a fixed seed: only `config.json` is needed.
+    Dummy,
+}
+
+/// What to load and how.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoadOptions {
+    /// A directory, or a hub id.
+    pub model: String,
+    /// Which device computes.
+    pub backend: BackendChoice,
+    /// Type of the weights; `None` keeps what is stored.
+    pub dtype: Option<DType>,
+    /// Type of the cache; `None` is the type of the weights.
+    pub kv_dtype: Option<DType>,
+    /// Tokens a block.
+    pub block_size: usize,
+    /// Size of the cache.
+    pub cache_size: CacheSize,
+    /// Most sequences in one step.
+    pub max_num_seqs: usize,
+    /// Most tokens in one step.
+    pub max_batch_tokens: usize,
+    /// Longest sequence; `None` is the model's own limit.
+    pub max_model_len: Option<usize>,
+    /// Whether computed prefixes are kept and found again.
+    pub prefix_cache: bool,
+    /// CPU threads; `None` is one for each core.
+    pub threads: Option<usize>,
+    /// Where weights come from.
+    pub load_format: LoadFormat,
+}
+
+impl LoadOptions {
+    /// The defaults of the command line.
+    pub fn new(model: impl Into<String>) -> Self {
+        Self {
+            model: model.into(),
+            backend: BackendChoice::Auto,
+            dtype: None,
+            kv_dtype: None,
+            block_size: 16,
+            cache_size: CacheSize::Auto,
+            max_num_seqs: 256,
+            max_batch_tokens: 512,
+            max_model_len: None,
+            prefix_cache: true,
+            threads: None,
+            load_format: LoadFormat::Auto,
+        }
+    }
+}
+
+/// How far loading has come.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum LoadProgress<'a> {
+    /// Bytes of a file of the hub have arrived.
+    Download {
+        /// Which file.
+        file: &'a str,
+        /// Bytes so far.
+        done: u64,
+        /// Bytes in all.
+        total: u64,
+    },
+    /// A stage begins.
+    Stage(&'static str),
+}
+
+/// A model that is ready to answer.
+pub struct LoadedModel {
+    /// Takes requests.
+    pub engine: Engine,
+    /// Between text and token ids, where the directory has one.
+    pub tokenizer: Option<Tokenizer>,
+    /// Between messages and text, where the directory has one.
+    pub chat_template: Option<ChatTemplate>,
+    /// The model's own defaults.
+    pub generation: GenerationConfig,
+    /// Its shape.
+    pub config: ModelConfig,
+    /// Longest sequence that is served.
+    pub max_model_len: usize,
+    /// What computes, and why: one line for logs and `pagewise doctor`.
+    pub backend: String,
+    /// Blocks of the cache.
+    pub num_blocks: usize,
+}
+
+/// Why a model could not be loaded.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LoadError {
+    /// An option's value cannot be had.
+    #[error("{option}: {problem}")]
+    Option {
+        /// Which, as it is written on the command line.
+        option: &'static str,
+        /// What is wrong and what can be had.
+        problem: String,
+    },
+    /// The model's files.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The device.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// The cache.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+}
+
+impl From<LoadModelError> for LoadError {
+    fn from(error: LoadModelError) -> Self {
+        match error {
+            LoadModelError::Files(error) => Self::Model(error),
+            LoadModelError::Backend(error) => Self::Backend(error),
+        }
+    }
+}
+
+/// Loads a model and makes it ready to answer.
+///
+/// # Errors
+/// [`LoadError`] in one sentence that names the file or option at fault. Nothing is left behind.
+pub fn load(
+    options: &LoadOptions,
+    progress: &mut dyn FnMut(LoadProgress<'_>),
+) -> Result<LoadedModel, LoadError> {
+    let backend_reason = choose_backend(options.backend)?;
+    let path = resolve_model(&options.model, progress)?;
+    progress(LoadProgress::Stage("reading the configuration"));
+    let ModelDir { config, generation, stored_dtype, .. } = ModelDir::open(&path)?;
+    let max_model_len = max_model_len(options, &config)?;
+
+    let dummy_dtype = options.dtype.or(stored_dtype).unwrap_or(DType::F32);
+    let weights = match options.load_format {
+        LoadFormat::Auto => WeightSource::Files { weights: Weights::open(&path)?, dtype: options.dtype },
+        LoadFormat::Dummy => WeightSource::Dummy { dtype: dummy_dtype },
+    };
+    progress(LoadProgress::Stage("reading the tokenizer"));
+    let tokenizer = Tokenizer::open(&path)?;
+    let chat_template = ChatTemplate::open(&path)?;
+
+    progress(LoadProgress::Stage("mapping the weights"));
+    let backend = CpuBackend::new(options.threads)?;
+    let embedding = [config.vocab_size, config.hidden_size];
+    let weight_dtype = weights.tensor("model.embed_tokens.weight", &embedding)?.dtype();
+    let model = load_model(&config, &weights, &backend)?;
+
+    progress(LoadProgress::Stage("making the KV cache"));
+    let spec = attention_spec(options, &config, options.kv_dtype.unwrap_or(weight_dtype), max_model_len)?;
+    let (kv_groups, _) = config.kv_groups();
+    let manager = KvCacheManager::new(CacheConfig {
+        block_size: spec.block_size,
+        device_blocks: spec.num_blocks,
+        host_blocks: 0,
+        groups: kv_groups,
+        watermark: 0.01,
+        prefix_cache: options.prefix_cache,
+    })?;
+    let num_blocks = spec.num_blocks;
+    let backend_line = format!("{backend_reason}, {} threads", backend.threads());
+    tracing::info!(
+        backend = %backend_line, weights = %weight_dtype, num_blocks, block_size = spec.block_size, max_model_len,
+        "model loaded"
+    );
+    let executor = ModelExecutor::new(backend, model, spec, config.vocab_size)?;
+    let engine_config = EngineConfig {
+        max_num_seqs: options.max_num_seqs,
+        max_batch_tokens: options.max_batch_tokens,
+        max_model_len,
+        vocab_size: config.vocab_size,
+        eos_token_ids: generation.eos_token_ids.clone(),
+    };
+    let engine = Engine::new(engine_config, Box::new(manager), Box::new(executor), tokenizer.clone());
+    Ok(LoadedModel {
+        engine,
+        tokenizer,
+        chat_template,
+        generation,
+        config,
+        max_model_len,
+        backend: backend_line,
+        num_blocks,
+    })
+}
+
+/// Which backend `choice` means, and why, in one line.
+///
+/// # Errors
+/// [`LoadError::Option`] if it cannot be had.
+pub fn choose_backend(choice: BackendChoice) -> Result<&'static str, LoadError> {
+    let problem = |name: &str| {
+        let problem = format!("the engine of this version computes on the CPU only, not on {name}; use auto or cpu");
+        Err(LoadError::Option { option: "--backend", problem })
+    };
+    match choice {
+        BackendChoice::Auto => Ok("cpu (auto: the engine of this version computes on the CPU)"),
+        BackendChoice::Cpu => Ok("cpu (asked for)"),
+        BackendChoice::Wgpu => problem("wgpu"),
+        BackendChoice::Cuda => problem("cuda"),
+    }
+}
+
+fn max_model_len(options: &LoadOptions, config: &ModelConfig) -> Result<usize, LoadError> {
+    let refuse = |option, problem| Err(LoadError::Option { option, problem });
+    match options.max_model_len {
+        None => Ok(config.max_positions),
+        Some(0) => refuse("--max-model-len", "0 tokens are not a sequence; give at least 1".into()),
+        Some(len) if len > config.max_positions => refuse(
+            "--max-model-len",
+            format!("{len} is more than the model's {} positions; give at most that", config.max_positions),
+        ),
+        Some(len) => Ok(len),
+    }
+}
+
+fn attention_spec(
+    options: &LoadOptions,
+    config: &ModelConfig,
+    kv_dtype: DType,
+    max_model_len: usize,
+) -> Result<AttentionSpec, LoadError> {
+    let block_size = options.block_size;
+    if !block_size.is_power_of_two() || block_size > MAX_BLOCK_SIZE {
+        let problem = format!("{block_size} is not a power of two from 1 to {MAX_BLOCK_SIZE}");
+        return Err(LoadError::Option { option: "--block-size", problem });
+    }
+    let mut spec = AttentionSpec::new(config, kv_dtype, block_size, 0);
+    spec.num_blocks = num_blocks(options, &spec, max_model_len)?;
+    Ok(spec)
+}
+
+fn num_blocks(options: &LoadOptions, spec: &AttentionSpec, max_model_len: usize) -> Result<usize, LoadError> {
+    let block_bytes = spec.block_bytes().max(1) as u64;
+    let memory = machine_memory();
+    let (option, blocks) = match options.cache_size {
+        CacheSize::Blocks(blocks) => ("--kv-blocks", blocks as u64),
+        CacheSize::Bytes(bytes) => ("--kv-memory", bytes / block_bytes),
+        CacheSize::Auto => {
+            let sequence = max_model_len.div_ceil(spec.block_size) * spec.groups.len();
+            let most = (sequence as u64).saturating_mul(options.max_num_seqs as u64);
+            let quarter = memory.map_or(1 << 30, |bytes| bytes / 4) / block_bytes;
+            ("--kv-blocks", most.min(quarter).clamp(1, u64::from(u32::MAX / 2)))
+        }
+    };
+    let refuse = |problem| Err(LoadError::Option { option, problem });
+    if blocks == 0 {
+        return refuse(format!("the cache would have no block; one block takes {block_bytes} bytes"));
+    }
+    let bytes = blocks.saturating_mul(block_bytes);
+    match memory {
+        Some(memory) if bytes > memory => {
+            refuse(format!("{blocks} blocks take {bytes} bytes; the machine has {memory}: ask for less"))
+        }
+        _ if blocks > u64::from(u32::MAX / 2) => refuse(format!("{blocks} blocks are more than can be numbered")),
+        _ => Ok(blocks as usize),
+    }
+}
+
+/// Bytes of memory, where the operating system says so in the way of Linux.
+fn machine_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
+}

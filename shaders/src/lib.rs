@@ -1,1 +1,37 @@
-//! Placeholder head, replaced below.
+//! WGSL kernels for PagedAttention, as text, with a typed description of each.
+//!
+//! This crate owns the kernels' text (`kernels/*.wgsl`, templates that are rendered once per variant) and what
+//! a host must know to run them: bindings, features, parameters, workgroups. It makes no WebGPU calls; any
+//! host code that can compile WGSL can use it.
+//!
+//! ```
+//! use pagewise_shaders::{DType, write_kv::{Access, WriteKv, WriteKvSpec}};
+//!
+//! let spec = WriteKvSpec { source: DType::F32, cache: DType::Bf16, access: Access::Vec4 };
+//! let write_kv = WriteKv::new(spec)?;
+//! assert_eq!(write_kv.shader().name(), "write_kv_f32_bf16_vec4");
+//! assert!(!write_kv.shader().needs_f16());
+//! # Ok::<(), pagewise_shaders::Error>(())
+//! ```
+//!
+//! | module | kernel |
+//! |---|---|
+//! | [`mod@write_kv`] | stores new K and V rows into cache blocks, given by a slot mapping |
+
+mod dtype;
+mod error;
+mod shader;
+mod template;
+pub mod write_kv;
+
+pub use dtype::DType;
+pub use error::Error;
+pub use shader::{Binding, BindingKind, Shader};
+
+/// Every variant of every kernel, rendered: what the tests validate and translate.
+///
+/// # Errors
+/// [`Error::Template`] when a template does not render, which is a defect of this crate.
+pub fn all_shaders() -> Result<Vec<Shader>, Error> {
+    write_kv::WriteKvSpec::all().map(|spec| Ok(write_kv::WriteKv::new(spec)?.into_shader())).collect()
+}

@@ -1,1 +1,24 @@
-//! Placeholder head, replaced below.
+//! What the cross-crate tests share: where the models that are too large for the repository lie.
+
+use std::path::PathBuf;
+
+/// SmolLM2-135M-Instruct in f32, as `scripts/fetch-smollm2` leaves it, or in the directory that
+/// `PAGEWISE_SMOLLM2` names. `None` after saying on stderr that the test is skipped.
+///
+/// # Panics
+/// With `CI=true` a missing model is a failure, not a skip.
+pub fn smollm2_f32() -> Option<PathBuf> {
+    let cache = || {
+        let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
+        let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(home)?;
+        Some(cache.join("pagewise/models/SmolLM2-135M-Instruct-f32"))
+    };
+    let dir = std::env::var_os("PAGEWISE_SMOLLM2").map(PathBuf::from).or_else(cache);
+    if let Some(dir) = dir.filter(|dir| dir.join("model.safetensors").is_file()) {
+        return Some(dir);
+    }
+    let missing = "SmolLM2-135M-Instruct in f32 is not there; run scripts/fetch-smollm2 --dtype f32";
+    assert!(std::env::var_os("CI").is_none_or(|ci| ci != "true"), "{missing}");
+    eprintln!("SKIPPED: {missing}");
+    None
+}

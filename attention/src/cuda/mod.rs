@@ -1,1 +1,29 @@
-//! The cuda module.
+//! The CUDA backend: hand-written PTX kernels on NVIDIA GPUs from sm_80 on.
+//!
+//! Needs the NVIDIA driver and nothing else: libcuda is found at run time, and the driver's own compiler loads
+//! the kernels. A machine without one is a typed error ([`CudaError::NoDriver`]), never a panic.
+//!
+//! Two ways in, over the same kernels:
+//! - raw: device addresses as `u64` and a raw stream, in any context that exists ([`Context::current`]); this
+//!   is what engines with their own CUDA bindings use, and the API that stays stable;
+//! - cudarc: checked slices and streams of the `cudarc` crate, which is re-exported.
+//!
+//! [`devices`] says which GPUs are there and whether they can be used; a [`Context`] loads each kernel once and
+//! keeps it. Nothing is global: dropping the context unloads its kernels.
+
+mod context;
+mod device;
+mod error;
+mod launch;
+mod write_kv;
+
+pub use context::Context;
+pub use cudarc;
+pub use device::{
+    ComputeCapability, CudaVersion, Device, MIN_COMPUTE_CAPABILITY, MIN_CUDA_VERSION, devices,
+    driver_release, driver_version,
+};
+pub use error::CudaError;
+pub use launch::RawStream;
+pub use pagewise_ptx as ptx;
+pub use write_kv::{Element, KvScales, WriteKvCall, WriteKvSlices, WriteKvVariant};

@@ -114,7 +114,7 @@ pub struct RowStrides {
 impl RowStrides {
     /// `[rows, heads, dim]` without gaps.
     pub fn packed(heads: usize, dim: usize) -> Self {
-        Self { token: heads as u64 * dim as u64, head: dim as u64 }
+        Self { token: (heads as u64).saturating_mul(dim as u64), head: dim as u64 }
     }
 
     /// Elements that `rows` rows take.
@@ -127,7 +127,7 @@ impl RowStrides {
         token.saturating_add(head).saturating_add(dim as u64)
     }
 
-    pub(super) fn validate(
+    pub(crate) fn validate(
         &self,
         tensor: &'static str,
         heads: usize,

@@ -1,0 +1,230 @@
+//! Which GPUs and which driver are there, asked without creating anything and without ever panicking.
+
+use std::fmt;
+
+use cudarc::driver::{result, sys};
+
+use super::CudaError;
+
+/// The oldest GPU generation that the kernels are written for: Ampere, for `cp.async` and bf16 `mma`.
+pub const MIN_COMPUTE_CAPABILITY: ComputeCapability = ComputeCapability { major: 8, minor: 0 };
+
+/// The oldest driver that loads the kernels, by the CUDA version that it supports: PTX 8.0.
+pub const MIN_CUDA_VERSION: CudaVersion = CudaVersion { major: 12, minor: 0 };
+
+/// A GPU generation: 8.0 is Ampere, 8.9 Ada, 9.0 Hopper, 10.0 and 12.0 Blackwell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ComputeCapability {
+    /// Generation.
+    pub major: u32,
+    /// Variant within it.
+    pub minor: u32,
+}
+
+impl ComputeCapability {
+    /// From the number in `sm_89`.
+    pub(super) const fn from_sm(sm: u32) -> Self {
+        Self { major: sm / 10, minor: sm % 10 }
+    }
+}
+
+impl fmt::Display for ComputeCapability {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.major, self.minor)
+    }
+}
+
+/// A CUDA version, as drivers state the newest that they support.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct CudaVersion {
+    /// Before the dot.
+    pub major: u32,
+    /// After it.
+    pub minor: u32,
+}
+
+impl CudaVersion {
+    /// From the driver's number: 12040 is 12.4.
+    pub(super) const fn from_number(number: u32) -> Self {
+        Self { major: number / 1000, minor: number % 1000 / 10 }
+    }
+}
+
+impl fmt::Display for CudaVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.major, self.minor)
+    }
+}
+
+/// One GPU.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Device {
+    /// Its number, as CUDA counts.
+    pub ordinal: usize,
+    /// Its name: `NVIDIA H100 80GB HBM3`.
+    pub name: String,
+    /// Its generation.
+    pub compute_capability: ComputeCapability,
+    /// Bytes of its memory.
+    pub memory: u64,
+    /// Streaming multiprocessors.
+    pub multiprocessors: u32,
+    /// Bytes of shared memory that a thread block can have when it asks for it.
+    pub shared_memory_per_block: u32,
+    /// CUDA version that the driver supports.
+    pub driver: CudaVersion,
+}
+
+impl Device {
+    /// Whether the kernels run on this GPU with this driver.
+    ///
+    /// # Errors
+    /// [`CudaError::GpuTooOld`] or [`CudaError::DriverTooOld`], naming what is there and what is needed.
+    pub fn check(&self) -> Result<(), CudaError> {
+        self.check_for("the CUDA backend", MIN_COMPUTE_CAPABILITY, MIN_CUDA_VERSION)
+    }
+
+    /// Whether a kernel runs on this GPU with this driver.
+    pub(super) fn check_kernel(&self, kernel: &pagewise_ptx::Kernel) -> Result<(), CudaError> {
+        let target = kernel.target();
+        let gpu = ComputeCapability::from_sm(target.sm);
+        self.check_for(kernel.entry(), gpu, CudaVersion::from_number(target.cuda_version()))
+    }
+
+    fn check_for(&self, what: &str, gpu: ComputeCapability, cuda: CudaVersion) -> Result<(), CudaError> {
+        if self.compute_capability < gpu {
+            return Err(CudaError::GpuTooOld {
+                what: what.to_owned(),
+                gpu: self.name.clone(),
+                found: self.compute_capability,
+                needed: gpu,
+            });
+        }
+        if self.driver < cuda {
+            return Err(CudaError::DriverTooOld { what: what.to_owned(), found: self.driver, needed: cuda });
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} (device {}, compute capability {}, {:.1} GiB, CUDA {})",
+            self.name,
+            self.ordinal,
+            self.compute_capability,
+            self.memory as f64 / f64::from(1u32 << 30),
+            self.driver
+        )
+    }
+}
+
+/// The CUDA version that the driver supports.
+///
+/// # Errors
+/// [`CudaError::NoDriver`] without one.
+pub fn driver_version() -> Result<CudaVersion, CudaError> {
+    // SAFETY: opens the driver's library, whose initialisers the driver's maker answers for.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(CudaError::NoDriver);
+    }
+    let mut number = 0;
+    // SAFETY: writes an integer through a valid pointer; allowed before cuInit.
+    CudaError::check("cuDriverGetVersion", unsafe { sys::cuDriverGetVersion(&raw mut number) })?;
+    Ok(CudaVersion::from_number(u32::try_from(number).unwrap_or(0)))
+}
+
+/// The driver's own release (`580.65.06`), where the system says it. For reports.
+pub fn driver_release() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/driver/nvidia/version").ok()?;
+    let line = text.lines().find(|line| line.starts_with("NVRM version"))?;
+    let is_release = |word: &&str| word.contains('.') && word.chars().all(|c| c.is_ascii_digit() || c == '.');
+    line.split_whitespace().find(is_release).map(str::to_owned)
+}
+
+/// All GPUs that this process may use, usable or not: [`Device::check`] says. Creates no context.
+///
+/// # Errors
+/// [`CudaError::NoDriver`] without a driver, [`CudaError::NoDevice`] without a GPU, [`CudaError::Driver`] when
+/// the driver does not answer.
+pub fn devices() -> Result<Vec<Device>, CudaError> {
+    let driver = driver_version()?;
+    // SAFETY: no arguments to get wrong; may be called any number of times.
+    match unsafe { sys::cuInit(0) } {
+        sys::CUresult::CUDA_ERROR_NO_DEVICE => return Err(CudaError::NoDevice { driver }),
+        code => CudaError::check("cuInit", code)?,
+    }
+    let count = result::device::get_count()?;
+    if count <= 0 {
+        return Err(CudaError::NoDevice { driver });
+    }
+    (0..count).map(|ordinal| describe(result::device::get(ordinal)?, ordinal as usize, driver)).collect()
+}
+
+/// Asks the driver about one GPU.
+pub(super) fn describe(
+    device: sys::CUdevice,
+    ordinal: usize,
+    driver: CudaVersion,
+) -> Result<Device, CudaError> {
+    use sys::CUdevice_attribute as A;
+    let attribute = |attribute| -> Result<u32, CudaError> {
+        // SAFETY: `device` came from the driver.
+        let value = unsafe { result::device::get_attribute(device, attribute) }?;
+        Ok(u32::try_from(value).unwrap_or(0))
+    };
+    Ok(Device {
+        ordinal,
+        name: result::device::get_name(device)?,
+        compute_capability: ComputeCapability {
+            major: attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            minor: attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        },
+        // SAFETY: `device` came from the driver.
+        memory: unsafe { result::device::total_mem(device) }? as u64,
+        multiprocessors: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+        shared_memory_per_block: attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+        driver,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn device(major: u32, minor: u32, driver: u32) -> Device {
+        Device {
+            ordinal: 0,
+            name: "A GPU".into(),
+            compute_capability: ComputeCapability { major, minor },
+            memory: 24 << 30,
+            multiprocessors: 68,
+            shared_memory_per_block: 101_376,
+            driver: CudaVersion::from_number(driver),
+        }
+    }
+
+    #[test]
+    fn refusals_name_what_is_there_and_what_is_needed() {
+        let old_gpu = device(7, 5, 13_000).check().unwrap_err().to_string();
+        assert_eq!(old_gpu, "A GPU has compute capability 7.5, but the CUDA backend needs 8.0 or newer");
+        let old_driver = device(8, 6, 11_080).check().unwrap_err().to_string();
+        assert_eq!(
+            old_driver,
+            "the NVIDIA driver supports CUDA 11.8, but the CUDA backend needs 12.0 or newer: update the driver"
+        );
+        assert!(device(8, 0, 12_000).check().is_ok());
+        assert!(device(12, 0, 13_000).check().is_ok());
+    }
+
+    #[test]
+    fn probing_never_panics() {
+        // With a GPU this lists it, without one it says why not; both are answers.
+        match devices() {
+            Ok(devices) => assert!(!devices.is_empty()),
+            Err(error) => assert!(!error.to_string().is_empty()),
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! Loading a kernel through the driver's compiler, and launching it.
+
+use std::ffi::{CString, c_void};
+use std::ptr;
+
+use cudarc::driver::sys;
+use pagewise_ptx::{Arg, Kernel, Launch};
+
+use super::error::message;
+use super::{CudaError, Device};
+
+/// A raw stream: a `CUstream` (the same as the runtime's `cudaStream_t`) as a number; 0 is the default stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RawStream(pub u64);
+
+impl From<sys::CUstream> for RawStream {
+    fn from(stream: sys::CUstream) -> Self {
+        Self(stream as u64)
+    }
+}
+
+/// Room for the compiler's log.
+const LOG_BYTES: usize = 16 * 1024;
+
+/// The most parameters that a kernel has.
+const MAX_PARAMS: usize = 64;
+
+/// A loaded kernel: belongs to the context that was current when it was loaded.
+#[derive(Debug)]
+pub(super) struct LoadedKernel {
+    module: sys::CUmodule,
+    function: sys::CUfunction,
+    entry: String,
+    params: usize,
+}
+
+// SAFETY: handles of the driver, which any thread may use while their context lives.
+unsafe impl Send for LoadedKernel {}
+// SAFETY: as above; nothing here changes after loading.
+unsafe impl Sync for LoadedKernel {}
+
+impl LoadedKernel {
+    /// Compiles and loads a kernel into the current context.
+    pub(super) fn load(kernel: &Kernel, device: &Device) -> Result<Self, CudaError> {
+        use sys::CUjit_option::{CU_JIT_ERROR_LOG_BUFFER, CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES};
+        device.check_kernel(kernel)?;
+        let entry = kernel.entry().to_owned();
+        let jit_error = |message: String, log: String| CudaError::Jit {
+            kernel: entry.clone(),
+            gpu: device.name.clone(),
+            message,
+            log,
+        };
+        let text = CString::new(kernel.text())
+            .map_err(|_| jit_error("the text holds a zero byte".into(), String::new()))?;
+
+        let mut log = vec![0u8; LOG_BYTES];
+        let mut options = [CU_JIT_ERROR_LOG_BUFFER, CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
+        // The driver takes the size as a pointer-sized number.
+        let mut values = [log.as_mut_ptr().cast::<c_void>(), ptr::without_provenance_mut(LOG_BYTES)];
+        let mut module = ptr::null_mut();
+        // SAFETY: the text ends in a zero, both arrays have the stated length, the log buffer its stated size,
+        // and all of them outlive the call.
+        let result = unsafe {
+            sys::cuModuleLoadDataEx(
+                &raw mut module,
+                text.as_ptr().cast(),
+                options.len() as u32,
+                options.as_mut_ptr(),
+                values.as_mut_ptr(),
+            )
+        };
+        if result != sys::CUresult::CUDA_SUCCESS {
+            let end = log.iter().position(|&byte| byte == 0).unwrap_or(log.len());
+            let log = String::from_utf8_lossy(log.get(..end).unwrap_or(&log)).into_owned();
+            return Err(jit_error(message(result), log));
+        }
+
+        let mut loaded = Self { module, function: ptr::null_mut(), entry, params: kernel.params().len() };
+        let name = CString::new(kernel.entry()).unwrap_or_default();
+        // SAFETY: the module is loaded and the name ends in a zero. On failure `loaded` unloads the module.
+        let result = unsafe { sys::cuModuleGetFunction(&raw mut loaded.function, module, name.as_ptr()) };
+        CudaError::check("cuModuleGetFunction", result).map_err(|error| error.of_kernel(kernel.entry()))?;
+        tracing::debug!(kernel = kernel.entry(), gpu = device.name, "loaded a CUDA kernel");
+        Ok(loaded)
+    }
+
+    /// Puts a launch on a stream of the current context.
+    ///
+    /// # Safety
+    /// The arguments are those that the kernel's descriptor asks for, every address in them is valid for what
+    /// the kernel does with it until the launch has completed, and the stream belongs to the current context.
+    pub(super) unsafe fn launch(
+        &self,
+        launch: Launch,
+        args: &[Arg],
+        stream: RawStream,
+    ) -> Result<(), CudaError> {
+        debug_assert_eq!(args.len(), self.params, "{}", self.entry);
+        let mut pointers = [ptr::null_mut::<c_void>(); MAX_PARAMS];
+        for (pointer, arg) in pointers.iter_mut().zip(args) {
+            *pointer = arg.as_ptr().cast_mut().cast();
+        }
+        let ([grid_x, grid_y, grid_z], [block_x, block_y, block_z]) = (launch.grid, launch.block);
+        // SAFETY: the function is loaded, the driver copies the arguments before it returns, and the caller
+        // answers for the rest.
+        let result = unsafe {
+            sys::cuLaunchKernel(
+                self.function,
+                grid_x,
+                grid_y,
+                grid_z,
+                block_x,
+                block_y,
+                block_z,
+                launch.dynamic_shared,
+                stream.0 as sys::CUstream,
+                pointers.as_mut_ptr(),
+                ptr::null_mut(),
+            )
+        };
+        CudaError::check("cuLaunchKernel", result).map_err(|error| error.of_kernel(&self.entry))
+    }
+
+    /// Unloads the kernel from the current context.
+    pub(super) fn unload(&mut self) {
+        if !self.module.is_null() {
+            // SAFETY: loaded by us, unloaded once. An error means that the context is gone and the module
+            // with it.
+            let _ = unsafe { sys::cuModuleUnload(self.module) };
+            self.module = ptr::null_mut();
+        }
+    }
+}
+
+impl Drop for LoadedKernel {
+    fn drop(&mut self) {
+        self.unload();
+    }
+}

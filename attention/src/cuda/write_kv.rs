@@ -1,0 +1,356 @@
+//! `write_kv` on CUDA: stores new K and V rows into cache blocks, in one launch.
+//!
+//! Owns the checks, the choice of variant and the launch; the kernel and its geometry are
+//! [`pagewise_ptx::write_kv`]'s.
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr};
+use pagewise_ptx::write_kv::{
+    CacheRows, Scales, SourceRows, WriteKv, WriteKvArgs, WriteKvShape, WriteKvSpec,
+};
+
+use super::context::Entry;
+use super::launch::LoadedKernel;
+use super::{Context, CudaError, RawStream};
+use crate::{AttentionConfig, CacheLayout, DType, KvStrides, ProblemError, RowStrides};
+
+/// The scales of an fp8 cache, in device memory. The cache holds `value / scale`; a scale is above zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvScales {
+    /// Device address of K's scale (f32), or of `[kv_heads]` of them.
+    pub k: u64,
+    /// Device address of V's scale (f32), or of `[kv_heads]` of them.
+    pub v: u64,
+    /// Whether each head has its own.
+    pub per_head: bool,
+}
+
+/// A `write_kv` over raw device addresses.
+#[derive(Clone, Copy, Debug)]
+pub struct WriteKvCall<'a> {
+    /// Heads, head dimensions and the cache's type.
+    pub config: &'a AttentionConfig,
+    /// Where blocks lie in the caches.
+    pub layout: &'a CacheLayout,
+    /// Element type of the new rows: f32, f16 or bf16.
+    pub source: DType,
+    /// Number of new tokens, skipped ones included.
+    pub tokens: usize,
+    /// Device address of the slots, i64 `[tokens]`. A negative slot skips its token; so does one past the
+    /// cache's last slot, which no check on the host can find. No slot may occur twice.
+    pub slots: u64,
+    /// Device address of the new keys, `[tokens, kv_heads, head_dim_qk]`.
+    pub k: u64,
+    /// Their strides.
+    pub k_strides: RowStrides,
+    /// Device address of the new values, `[tokens, kv_heads, head_dim_v]`.
+    pub v: u64,
+    /// Their strides.
+    pub v_strides: RowStrides,
+    /// Device address of the key cache.
+    pub k_cache: u64,
+    /// Device address of the value cache.
+    pub v_cache: u64,
+    /// Scales, for an fp8 cache only.
+    pub scales: Option<KvScales>,
+}
+
+/// The kernel variant that a call takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WriteKvVariant(WriteKvSpec);
+
+impl WriteKvVariant {
+    /// The kernel's name, as in `pagewise_ptx`: `write_kv_bf16_bf16_v8`.
+    pub fn name(&self) -> String {
+        self.0.entry()
+    }
+
+    /// Elements that a thread moves: 1 where an address or stride is not aligned to 16 bytes.
+    pub fn vector(&self) -> u32 {
+        self.0.vector
+    }
+}
+
+impl WriteKvCall<'_> {
+    /// Checks the call and says which kernel variant it takes.
+    ///
+    /// # Errors
+    /// [`CudaError`] names the field, its value and what it must be.
+    pub fn variant(&self) -> Result<WriteKvVariant, CudaError> {
+        let Self { config, layout, source, .. } = *self;
+        config.validate()?;
+        layout.validate(config)?;
+        self.k_strides.validate("new K", config.kv_heads, config.head_dim_qk)?;
+        self.v_strides.validate("new V", config.kv_heads, config.head_dim_v)?;
+        match (config.kv_dtype.is_fp8(), self.scales) {
+            (true, None) => return Err(wrong_scales("an fp8 cache needs scales (1.0 where none are known)")),
+            (false, Some(_)) => return Err(wrong_scales("only an fp8 cache has scales; leave them out")),
+            _ => {}
+        }
+        let (source_type, cache_type) = (ptx_type(source), ptx_type(config.kv_dtype));
+        if source.is_fp8() {
+            return Err(CudaError::UnsupportedDType { what: "new keys and values", dtype: source });
+        }
+        let (source_size, cache_size) = (source.size() as u64, config.kv_dtype.size() as u64);
+        for (tensor, address, size) in [
+            ("new K", self.k, source_size),
+            ("new V", self.v, source_size),
+            ("slots", self.slots, 8),
+            ("the K cache", self.k_cache, cache_size),
+            ("the V cache", self.v_cache, cache_size),
+        ] {
+            if !address.is_multiple_of(size) {
+                return Err(CudaError::Misaligned { tensor, address, size });
+            }
+        }
+
+        let wide = WriteKvSpec::vectorised(source_type, cache_type);
+        let aligned = |address: u64, strides: &[u64], size: u64, alignment: u32| {
+            let alignment = u64::from(alignment);
+            address.is_multiple_of(alignment)
+                && strides.iter().all(|stride| stride.wrapping_mul(size).is_multiple_of(alignment))
+        };
+        let row = |address, strides: RowStrides| {
+            aligned(address, &[strides.token, strides.head], source_size, wide.source_alignment())
+        };
+        let cache = |address, strides: KvStrides| {
+            let all = [strides.block, strides.token, strides.head];
+            aligned(address, &all, cache_size, wide.cache_alignment())
+        };
+        let whole = |head_dim: usize| head_dim.is_multiple_of(wide.vector as usize);
+        let is_wide = whole(config.head_dim_qk)
+            && whole(config.head_dim_v)
+            && row(self.k, self.k_strides)
+            && row(self.v, self.v_strides)
+            && cache(self.k_cache, layout.k)
+            && cache(self.v_cache, layout.v);
+        Ok(WriteKvVariant(if is_wide { wide } else { WriteKvSpec::scalar(source_type, cache_type) }))
+    }
+
+    fn args(&self) -> Result<WriteKvArgs, CudaError> {
+        let Self { config, layout, .. } = *self;
+        let source = |address, strides: RowStrides| SourceRows {
+            address,
+            token_stride: strides.token,
+            head_stride: strides.head,
+        };
+        let cache = |address, strides: KvStrides| CacheRows {
+            address,
+            block_stride: strides.block,
+            token_stride: strides.token,
+            head_stride: strides.head,
+        };
+        Ok(WriteKvArgs {
+            shape: WriteKvShape {
+                tokens: small("tokens", self.tokens as u64)?,
+                kv_heads: small("kv_heads", config.kv_heads as u64)?,
+                head_dim_k: small("head_dim_qk", config.head_dim_qk as u64)?,
+                head_dim_v: small("head_dim_v", config.head_dim_v as u64)?,
+            },
+            key: source(self.k, self.k_strides),
+            value: source(self.v, self.v_strides),
+            slots: self.slots,
+            key_cache: cache(self.k_cache, layout.k),
+            value_cache: cache(self.v_cache, layout.v),
+            block_size: small("block_size", layout.block_size as u64)?,
+            num_slots: small("the number of slots", layout.slots())?,
+            scales: self.scales.map(|scales| Scales {
+                key: scales.k,
+                value: scales.v,
+                per_head: scales.per_head,
+            }),
+        })
+    }
+}
+
+impl Context {
+    /// Compiles and loads what a call takes, so that the call itself, which may be captured in a CUDA graph,
+    /// loads nothing.
+    ///
+    /// # Errors
+    /// As [`WriteKvCall::variant`]; [`CudaError::GpuTooOld`] for an fp8 cache before sm_89;
+    /// [`CudaError::Jit`] when the driver's compiler fails.
+    pub fn prepare_write_kv(&self, call: &WriteKvCall<'_>) -> Result<WriteKvVariant, CudaError> {
+        let variant = call.variant()?;
+        let _entered = self.enter()?;
+        self.write_kv_kernel(variant)?;
+        Ok(variant)
+    }
+
+    /// Puts a `write_kv` on a stream.
+    ///
+    /// # Safety
+    /// - Every address is in device memory of this context's GPU and valid, until the launch has completed, for
+    ///   what its shape and strides reach: reads of the new rows, slots and scales, writes of the caches.
+    /// - Nothing else writes the new rows, slots and scales, or touches the cache slots written, meanwhile.
+    /// - The stream belongs to this context.
+    ///
+    /// # Errors
+    /// As [`Context::prepare_write_kv`]; [`CudaError::Driver`] when the launch fails.
+    pub unsafe fn write_kv_raw(
+        &self,
+        call: &WriteKvCall<'_>,
+        stream: RawStream,
+    ) -> Result<WriteKvVariant, CudaError> {
+        let variant = call.variant()?;
+        if call.tokens == 0 {
+            return Ok(variant);
+        }
+        let args = call.args()?;
+        let _entered = self.enter()?;
+        let entry = self.write_kv_kernel(variant)?;
+        let launch = entry.descriptor.launch(args.shape)?;
+        // SAFETY: the arguments are in the descriptor's order; the caller answers for addresses and stream.
+        unsafe { entry.kernel.launch(launch, &args.values(), stream) }?;
+        Ok(variant)
+    }
+
+    /// Puts a `write_kv` on a cudarc stream.
+    ///
+    /// # Errors
+    /// As [`Context::prepare_write_kv`]; [`CudaError::OtherContext`] for a stream of another context;
+    /// [`ProblemError::BufferTooShort`] when a slice does not hold what its shape and strides reach;
+    /// [`CudaError::Driver`] when the launch fails.
+    pub fn write_kv<S: Element, C: Element>(
+        &self,
+        stream: &Arc<CudaStream>,
+        args: WriteKvSlices<'_, '_, S, C>,
+    ) -> Result<WriteKvVariant, CudaError> {
+        let WriteKvSlices { config, layout, slots, k, k_strides, v, v_strides, k_cache, v_cache, scales } =
+            args;
+        if !self.is(stream.context()) {
+            return Err(CudaError::OtherContext);
+        }
+        let tokens = slots.len();
+        let (heads, dim_k, dim_v) = (config.kv_heads, config.head_dim_qk, config.head_dim_v);
+        for (tensor, len, needed) in [
+            ("new K", k.len() as u64, k_strides.extent(tokens, heads, dim_k)),
+            ("new V", v.len() as u64, v_strides.extent(tokens, heads, dim_v)),
+            ("the K cache", k_cache.len() as u64, layout.k_extent(config)),
+            ("the V cache", v_cache.len() as u64, layout.v_extent(config)),
+        ] {
+            if len < needed {
+                return Err(ProblemError::BufferTooShort { tensor, len, needed }.into());
+            }
+        }
+        if C::DTYPE.size() != config.kv_dtype.size()
+            || (!config.kv_dtype.is_fp8() && C::DTYPE != config.kv_dtype)
+        {
+            return Err(ProblemError::BufferDType {
+                tensor: "the cache",
+                found: C::DTYPE,
+                expected: config.kv_dtype,
+            }
+            .into());
+        }
+        let per_head = scales.as_ref().is_some_and(|(k, v)| k.len() > 1 || v.len() > 1);
+        if let Some((k, v)) = &scales {
+            let needed = if per_head { heads as u64 } else { 1 };
+            for (tensor, len) in [("K scales", k.len() as u64), ("V scales", v.len() as u64)] {
+                if len < needed {
+                    return Err(ProblemError::BufferTooShort { tensor, len, needed }.into());
+                }
+            }
+        }
+        // The guards make the stream wait for, and record, what other streams do with the slices.
+        let (k, _k) = k.device_ptr(stream);
+        let (v, _v) = v.device_ptr(stream);
+        let (slots, _slots) = slots.device_ptr(stream);
+        let (k_cache, _k_cache) = k_cache.device_ptr_mut(stream);
+        let (v_cache, _v_cache) = v_cache.device_ptr_mut(stream);
+        let scale_guards = scales.as_ref().map(|(k, v)| (k.device_ptr(stream), v.device_ptr(stream)));
+        let scales = scale_guards.as_ref().map(|((k, _), (v, _))| KvScales { k: *k, v: *v, per_head });
+        let call = WriteKvCall {
+            config,
+            layout,
+            source: S::DTYPE,
+            tokens,
+            slots,
+            k,
+            k_strides,
+            v,
+            v_strides,
+            k_cache,
+            v_cache,
+            scales,
+        };
+        // SAFETY: the slices hold what strides and shapes reach (checked above), the kernel skips slots outside
+        // of the cache, and the guards order this launch with other uses of the slices.
+        unsafe { self.write_kv_raw(&call, stream.cu_stream().into()) }
+    }
+
+    fn write_kv_kernel(&self, variant: WriteKvVariant) -> Result<Arc<Entry<WriteKv>>, CudaError> {
+        self.write_kv.get(variant.0, || {
+            let descriptor = WriteKv::new(variant.0)?;
+            let kernel = LoadedKernel::load(descriptor.kernel(), self.device())?;
+            Ok(Entry { descriptor, kernel })
+        })
+    }
+}
+
+/// An element type that cudarc slices can have.
+pub trait Element: DeviceRepr {
+    /// The type; for `u8`, an fp8 cache, of which the configuration says which.
+    const DTYPE: DType;
+}
+
+impl Element for f32 {
+    const DTYPE: DType = DType::F32;
+}
+
+impl Element for half::f16 {
+    const DTYPE: DType = DType::F16;
+}
+
+impl Element for half::bf16 {
+    const DTYPE: DType = DType::Bf16;
+}
+
+impl Element for u8 {
+    const DTYPE: DType = DType::F8E4M3;
+}
+
+/// A `write_kv` over cudarc slices: `S` is the type of the new rows, `C` that of the cache (`u8` for fp8).
+#[derive(Debug)]
+pub struct WriteKvSlices<'a, 'b, S, C> {
+    /// Heads, head dimensions and the cache's type.
+    pub config: &'a AttentionConfig,
+    /// Where blocks lie in the caches.
+    pub layout: &'a CacheLayout,
+    /// `[tokens]`; a slot outside of the cache, a negative one above all, skips its token.
+    pub slots: CudaView<'a, i64>,
+    /// New keys, `[tokens, kv_heads, head_dim_qk]`.
+    pub k: CudaView<'a, S>,
+    /// Their strides.
+    pub k_strides: RowStrides,
+    /// New values, `[tokens, kv_heads, head_dim_v]`.
+    pub v: CudaView<'a, S>,
+    /// Their strides.
+    pub v_strides: RowStrides,
+    /// Key cache.
+    pub k_cache: &'b mut CudaViewMut<'a, C>,
+    /// Value cache. Where both lie interleaved in one buffer, use the raw API.
+    pub v_cache: &'b mut CudaViewMut<'a, C>,
+    /// Scales of K and V for an fp8 cache: one, or one for each head.
+    pub scales: Option<(CudaView<'a, f32>, CudaView<'a, f32>)>,
+}
+
+fn ptx_type(dtype: DType) -> pagewise_ptx::DType {
+    match dtype {
+        DType::F32 => pagewise_ptx::DType::F32,
+        DType::F16 => pagewise_ptx::DType::F16,
+        DType::Bf16 => pagewise_ptx::DType::Bf16,
+        DType::F8E4M3 => pagewise_ptx::DType::Fp8E4m3,
+        DType::F8E5M2 => pagewise_ptx::DType::Fp8E5m2,
+    }
+}
+
+fn wrong_scales(problem: &str) -> CudaError {
+    ProblemError::Input { input: "scales", problem: problem.to_owned() }.into()
+}
+
+fn small(what: &'static str, value: u64) -> Result<u32, CudaError> {
+    let max = u64::from(u32::MAX);
+    u32::try_from(value).map_err(|_| CudaError::TooLarge { what, value, max })
+}

@@ -1,0 +1,77 @@
+//! What can go wrong before a kernel's text exists.
+
+use crate::DType;
+
+/// Why a kernel variant cannot be had, or a shape cannot be launched.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The kernel has no variant for this pair of element types.
+    #[error("{kernel} cannot read {source_dtype} and store {cache}: the source must be f32, f16 or bf16")]
+    UnsupportedTypes {
+        /// Kernel family.
+        kernel: &'static str,
+        /// Element type that is read.
+        source_dtype: DType,
+        /// Element type that is written.
+        cache: DType,
+    },
+    /// A thread can move only one element or one 16-byte load of them.
+    #[error("{kernel} cannot move {vector} {source_dtype} elements at once: use 1 or {widest}")]
+    UnsupportedVector {
+        /// Kernel family.
+        kernel: &'static str,
+        /// Elements asked for.
+        vector: u32,
+        /// Element type that is read.
+        source_dtype: DType,
+        /// Elements in a 16-byte load of that type.
+        widest: u32,
+    },
+    /// A head's elements do not divide into vectors.
+    #[error(
+        "{kernel} moves {vector} elements at once, which does not divide {field} = {value}: use the one-element variant"
+    )]
+    NotDivisible {
+        /// Kernel family.
+        kernel: &'static str,
+        /// Elements moved at once.
+        vector: u32,
+        /// The field in question.
+        field: &'static str,
+        /// Its value.
+        value: u32,
+    },
+    /// A dimension is zero where the kernel needs at least one.
+    #[error("{kernel} needs {field} to be at least 1")]
+    Zero {
+        /// Kernel family.
+        kernel: &'static str,
+        /// The field in question.
+        field: &'static str,
+    },
+    /// A launch would need a larger grid than CUDA allows.
+    #[error(
+        "{kernel}: {field} = {value} needs {needed} thread blocks along one axis, CUDA allows {limit}: split the call"
+    )]
+    GridTooLarge {
+        /// Kernel family.
+        kernel: &'static str,
+        /// The field in question.
+        field: &'static str,
+        /// Its value.
+        value: u32,
+        /// Thread blocks that it would take.
+        needed: u32,
+        /// The most that CUDA allows.
+        limit: u32,
+    },
+    /// A template of this crate did not render: a defect of this crate, not of its caller.
+    #[error("the template of {kernel} does not render (please report this): {reason}")]
+    Template {
+        /// Template file.
+        kernel: &'static str,
+        /// What the template engine said, with the line.
+        reason: String,
+    },
+}

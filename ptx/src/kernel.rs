@@ -1,0 +1,191 @@
+//! What every rendered kernel has: text, entry point, parameters, target, and how it is launched.
+
+use std::fmt;
+
+/// The GPU and driver that a kernel needs at least.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Target {
+    /// Lowest compute capability, as in `sm_80`: 80.
+    pub sm: u32,
+    /// Lowest PTX version, `(major, minor)`: decides how new the driver must be.
+    pub ptx: (u32, u32),
+}
+
+impl Target {
+    /// The CUDA version whose driver first understood this PTX version, as `cuDriverGetVersion`
+    /// counts: 12040 for CUDA 12.4.
+    pub const fn cuda_version(self) -> u32 {
+        let (major, minor) = self.ptx;
+        // PTX 7.x came with CUDA 11.x, PTX 8.x with CUDA 12.x, PTX 9.x with CUDA 13.x.
+        (major + 4) * 1000 + minor * 10
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "sm_{} (PTX {}.{})", self.sm, self.ptx.0, self.ptx.1)
+    }
+}
+
+/// The type of a kernel parameter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ParamType {
+    /// A device address.
+    Pointer,
+    /// A 64-bit unsigned integer.
+    U64,
+    /// A 32-bit unsigned integer.
+    U32,
+}
+
+impl ParamType {
+    /// Bytes that the parameter takes, which is also its alignment.
+    pub const fn size(self) -> usize {
+        match self {
+            Self::Pointer | Self::U64 => 8,
+            Self::U32 => 4,
+        }
+    }
+
+    /// The type as PTX spells it.
+    pub const fn ptx(self) -> &'static str {
+        match self {
+            Self::Pointer | Self::U64 => ".u64",
+            Self::U32 => ".u32",
+        }
+    }
+}
+
+/// One parameter of a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Param {
+    /// Its name in the text, without the `p_` that marks parameters there.
+    pub name: &'static str,
+    /// Its type.
+    pub ty: ParamType,
+}
+
+/// The value of one parameter, in a cell that the driver can read it from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Arg {
+    cell: u64,
+    ty: ParamType,
+}
+
+impl Arg {
+    /// A device address.
+    pub const fn pointer(address: u64) -> Self {
+        Self { cell: address, ty: ParamType::Pointer }
+    }
+
+    /// A 64-bit unsigned integer.
+    pub const fn u64(value: u64) -> Self {
+        Self { cell: value, ty: ParamType::U64 }
+    }
+
+    /// A 32-bit unsigned integer. The cell holds it in the lower half, which on a little-endian
+    /// host (CUDA has no other) is where the driver reads it.
+    pub const fn u32(value: u32) -> Self {
+        Self { cell: value as u64, ty: ParamType::U32 }
+    }
+
+    /// Its type.
+    pub const fn ty(&self) -> ParamType {
+        self.ty
+    }
+
+    /// The address of the value, for the driver's array of parameter addresses. Valid while `self`
+    /// stays where it is.
+    pub const fn as_ptr(&self) -> *const u64 {
+        &raw const self.cell
+    }
+}
+
+/// How a kernel is launched for one shape.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Launch {
+    /// Thread blocks along x, y and z.
+    pub grid: [u32; 3],
+    /// Threads of a block along x, y and z.
+    pub block: [u32; 3],
+    /// Bytes of dynamic shared memory.
+    pub dynamic_shared: u32,
+}
+
+/// One variant of a kernel: its text, and what a host must know to load it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Kernel {
+    pub(crate) family: &'static str,
+    pub(crate) entry: String,
+    pub(crate) text: String,
+    pub(crate) target: Target,
+    pub(crate) params: Vec<Param>,
+    pub(crate) max_threads: u32,
+    pub(crate) static_shared: u32,
+}
+
+impl Kernel {
+    /// The family, which is also the name of the template: `write_kv`.
+    pub fn family(&self) -> &'static str {
+        self.family
+    }
+
+    /// The entry point, which names the variant and is unique among all kernels.
+    pub fn entry(&self) -> &str {
+        &self.entry
+    }
+
+    /// The PTX text, a whole module with one entry point.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// The GPU and driver that it needs at least.
+    pub fn target(&self) -> Target {
+        self.target
+    }
+
+    /// The parameters, in launch order.
+    pub fn params(&self) -> &[Param] {
+        &self.params
+    }
+
+    /// The most threads that a block may have (`.maxntid`).
+    pub fn max_threads(&self) -> u32 {
+        self.max_threads
+    }
+
+    /// Bytes of shared memory that the text declares itself.
+    pub fn static_shared(&self) -> u32 {
+        self.static_shared
+    }
+
+    /// The text as the assembler sees it: without comments, blank lines and indentation. Two
+    /// kernels with the same code have the same machine code.
+    pub fn code(&self) -> String {
+        let mut code = String::with_capacity(self.text.len());
+        for line in self.text.lines() {
+            let line = line.split_once("//").map_or(line, |(code, _)| code).trim();
+            if !line.is_empty() {
+                code.push_str(line);
+                code.push('\n');
+            }
+        }
+        code
+    }
+
+    /// The descriptor as one line of text: everything but the code. Changes when a host would have
+    /// to launch the kernel differently.
+    pub fn description(&self) -> String {
+        let params: Vec<String> =
+            self.params.iter().map(|param| format!("{} {}", param.ty.ptx(), param.name)).collect();
+        format!(
+            "{} on {}, at most {} threads, {} bytes of shared memory, ({})",
+            self.entry,
+            self.target,
+            self.max_threads,
+            self.static_shared,
+            params.join(", ")
+        )
+    }
+}

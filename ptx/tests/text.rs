@@ -1,0 +1,119 @@
+//! The rendered text agrees with its descriptor, and launches cover every element exactly once.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+use std::collections::HashSet;
+
+use pagewise_ptx::write_kv::{WriteKv, WriteKvShape, WriteKvSpec};
+use pagewise_ptx::{DType, Error, all_kernels};
+
+#[test]
+fn the_text_declares_what_the_descriptor_says() {
+    let mut entries = HashSet::new();
+    for kernel in all_kernels().unwrap() {
+        assert!(entries.insert(kernel.entry().to_string()), "{} is there twice", kernel.entry());
+        let text = kernel.text();
+        let declared: Vec<(String, String)> = text
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix(".param "))
+            .map(|rest| {
+                let mut words = rest.split([' ', ',']);
+                (words.next().unwrap().to_string(), words.next().unwrap().to_string())
+            })
+            .collect();
+        let described: Vec<(String, String)> = kernel
+            .params()
+            .iter()
+            .map(|param| (param.ty.ptx().to_string(), format!("p_{}", param.name)))
+            .collect();
+        assert_eq!(declared, described, "{}", kernel.entry());
+        let (major, minor) = kernel.target().ptx;
+        assert!(text.contains(&format!(".version {major}.{minor}\n")));
+        assert!(text.contains(&format!(".target sm_{}\n", kernel.target().sm)));
+        assert!(text.contains(&format!(".maxntid {}\n", kernel.max_threads())));
+        assert_eq!(text.matches(".visible .entry ").count(), 1);
+        assert!(text.contains(&format!(".visible .entry {}(\n", kernel.entry())));
+    }
+}
+
+#[test]
+fn the_text_reads_well() {
+    for kernel in all_kernels().unwrap() {
+        let entry = kernel.entry();
+        assert!(kernel.text().starts_with(&format!("// {entry}: ")), "{entry} opens with what it does");
+        assert!(kernel.text().is_ascii() && kernel.text().ends_with("}\n"), "{entry}");
+        for (number, line) in kernel.text().lines().enumerate() {
+            let place = format!("{entry}:{}", number + 1);
+            assert!(line.len() <= 130, "{place} is too long: {line}");
+            assert_eq!(line, line.trim_end(), "{place} ends in blanks");
+            for leftover in ["${", "<%", "//%", "//#", "\t"] {
+                assert!(!line.contains(leftover), "{place} holds {leftover}: {line}");
+            }
+        }
+        assert!(!kernel.code().contains("//"));
+    }
+}
+
+#[test]
+fn drivers_are_named_by_the_ptx_version_they_understand() {
+    let needs = |cache| {
+        let spec = WriteKvSpec::vectorised(DType::Bf16, cache);
+        WriteKv::new(spec).unwrap().kernel().target()
+    };
+    assert_eq!((needs(DType::Bf16).sm, needs(DType::Bf16).cuda_version()), (80, 11_000));
+    assert_eq!((needs(DType::Fp8E4m3).sm, needs(DType::Fp8E4m3).cuda_version()), (89, 12_010));
+}
+
+/// Runs the index arithmetic of the kernel's header comment on the host.
+#[test]
+fn a_launch_covers_every_element_exactly_once() {
+    let shapes = [
+        (1, 1, 8, 8),
+        (3, 1, 128, 128),
+        (7, 8, 128, 128),
+        (300, 1, 64, 64),
+        (5, 40, 256, 256),
+        (2, 3, 576, 512),
+        (65, 2, 96, 80),
+        (2, 300, 16, 24),
+        (1, 1, 4096, 8),
+    ];
+    for spec in [
+        WriteKvSpec::vectorised(DType::Bf16, DType::Bf16),
+        WriteKvSpec::vectorised(DType::F32, DType::F32),
+        WriteKvSpec::scalar(DType::F16, DType::F32),
+    ] {
+        let write_kv = WriteKv::new(spec).unwrap();
+        for (tokens, kv_heads, head_dim_k, head_dim_v) in shapes {
+            let shape = WriteKvShape { tokens, kv_heads, head_dim_k, head_dim_v };
+            let launch = write_kv.launch(shape).unwrap();
+            let [x, y, z] = launch.block;
+            assert!(x * y * z <= write_kv.kernel().max_threads() && z <= 64, "{shape:?} {launch:?}");
+            let covered = |blocks: u32, threads: u32, count: u32, step: u32| {
+                (0..blocks * threads).map(|index| index * step).filter(|first| *first < count).count() as u32
+                    * step
+            };
+            assert_eq!(covered(launch.grid[0], z, tokens, 1), tokens);
+            assert_eq!(covered(launch.grid[1], y, kv_heads, 1), kv_heads);
+            assert_eq!(covered(launch.grid[2], x, head_dim_k, spec.vector), head_dim_k);
+            assert_eq!(covered(launch.grid[2], x, head_dim_v, spec.vector), head_dim_v);
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_had_is_a_typed_error() {
+    let fp8_source = WriteKvSpec { source: DType::Fp8E4m3, cache: DType::F16, vector: 1 };
+    assert!(matches!(WriteKv::new(fp8_source), Err(Error::UnsupportedTypes { .. })));
+    let odd_vector = WriteKvSpec { source: DType::F32, cache: DType::F32, vector: 8 };
+    let message = WriteKv::new(odd_vector).unwrap_err().to_string();
+    assert_eq!(message, "write_kv cannot move 8 f32 elements at once: use 1 or 4");
+
+    let write_kv = WriteKv::new(WriteKvSpec::vectorised(DType::Bf16, DType::Bf16)).unwrap();
+    let shape = WriteKvShape { tokens: 1, kv_heads: 1, head_dim_k: 128, head_dim_v: 128 };
+    let odd = write_kv.launch(WriteKvShape { head_dim_v: 100, ..shape }).unwrap_err();
+    assert!(matches!(odd, Error::NotDivisible { field: "head_dim_v", value: 100, .. }), "{odd}");
+    let none = write_kv.launch(WriteKvShape { tokens: 0, ..shape }).unwrap_err();
+    assert!(matches!(none, Error::Zero { field: "tokens", .. }), "{none}");
+    let huge = write_kv.launch(WriteKvShape { kv_heads: 2_000_000, ..shape }).unwrap_err();
+    assert!(matches!(huge, Error::GridTooLarge { field: "kv_heads", .. }), "{huge}");
+}

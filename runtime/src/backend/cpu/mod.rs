@@ -1,0 +1,208 @@
+//! The CPU as a [`Backend`]: weights stay mapped as they are stored, activations are f32, everything runs in
+//! one thread pool, and the bits of a row depend on that row alone.
+
+mod cache;
+pub mod dense;
+
+pub use cache::CpuCache;
+
+use super::{AttentionSpec, Backend, BackendError, Linear, StepBatch};
+use crate::model_dir::WeightTensor;
+use dense::RopeAngles;
+use pagewise_attention::cpu::{self as attention, Inputs, KvPair, Outputs, Plan};
+use pagewise_attention::{CacheLayout, HostTensor, HostTensorMut, Problem, WriteKv};
+use pagewise_kvcache::BlockOps;
+
+/// A pool of threads and nothing else: the CPU has no memory of its own to manage.
+#[derive(Debug)]
+pub struct CpuBackend {
+    pool: rayon::ThreadPool,
+}
+
+impl CpuBackend {
+    /// A backend with this many threads; `None` is one for each core.
+    ///
+    /// # Errors
+    /// [`BackendError::Threads`] if they cannot be started.
+    pub fn new(threads: Option<usize>) -> Result<Self, BackendError> {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads.unwrap_or(0))
+            .thread_name(|i| format!("pagewise-cpu-{i}"))
+            .build()
+            .map_err(|error| BackendError::Threads(error.to_string()))?;
+        Ok(Self { pool })
+    }
+
+    /// Threads in the pool.
+    pub fn threads(&self) -> usize {
+        self.pool.current_num_threads()
+    }
+}
+
+/// Rows of f32 in host memory.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CpuTensor {
+    data: Vec<f32>,
+    width: usize,
+}
+
+impl CpuTensor {
+    fn rows(&self) -> usize {
+        self.data.len().checked_div(self.width).unwrap_or(0)
+    }
+}
+
+/// A step on the CPU: the attention plan of each KV group and the angles of each row.
+#[derive(Debug)]
+pub struct CpuStep<'a> {
+    spec: &'a AttentionSpec,
+    batch: &'a StepBatch,
+    layouts: Vec<CacheLayout>,
+    plans: Vec<Plan<'a>>,
+    angles: RopeAngles,
+}
+
+impl Backend for CpuBackend {
+    type Weight = WeightTensor;
+    type Tensor = CpuTensor;
+    type Cache = CpuCache;
+    type Step<'a> = CpuStep<'a>;
+
+    fn upload(&self, weight: WeightTensor) -> Result<WeightTensor, BackendError> {
+        Ok(weight)
+    }
+
+    fn cache(&self, spec: &AttentionSpec) -> Result<CpuCache, BackendError> {
+        CpuCache::new(spec)
+    }
+
+    fn prepare<'a>(&'a self, spec: &'a AttentionSpec, batch: &'a StepBatch) -> Result<CpuStep<'a>, BackendError> {
+        let layout = |config| CacheLayout::nhd(spec.num_blocks, spec.block_size, config);
+        let layouts: Vec<_> = spec.groups.iter().map(layout).collect();
+        let plan = |((config, layout), group)| Problem::new(config, *layout, batch.paged(group)).map(Plan::new);
+        let plans = spec.groups.iter().zip(&layouts).zip(&batch.groups).map(plan).collect::<Result<_, _>>()?;
+        let angles = RopeAngles::new(spec.rope.frequencies(), &batch.positions);
+        Ok(CpuStep { spec, batch, layouts, plans, angles })
+    }
+
+    fn block_ops(&self, cache: &mut CpuCache, ops: &BlockOps) -> Result<(), BackendError> {
+        cache.apply(ops)
+    }
+
+    fn rows(&self, step: &CpuStep<'_>) -> usize {
+        step.batch.rows()
+    }
+
+    fn logit_rows(&self, step: &CpuStep<'_>) -> usize {
+        step.batch.logit_rows.len()
+    }
+
+    fn tensor(&self, rows: usize, width: usize) -> CpuTensor {
+        CpuTensor { data: vec![0.0; rows * width], width }
+    }
+
+    fn embed(&self, step: &CpuStep<'_>, table: &WeightTensor, out: &mut CpuTensor) -> Result<(), BackendError> {
+        Ok(dense::embed(table.host(), &step.batch.tokens, &mut out.data)?)
+    }
+
+    fn rms_norm(
+        &self,
+        x: &CpuTensor,
+        weight: &WeightTensor,
+        eps: f32,
+        out: &mut CpuTensor,
+    ) -> Result<(), BackendError> {
+        Ok(dense::rms_norm(&x.data, weight.host(), eps, &mut out.data)?)
+    }
+
+    fn linear(
+        &self,
+        x: &CpuTensor,
+        outputs: &mut [(&Linear<WeightTensor>, &mut CpuTensor)],
+    ) -> Result<(), BackendError> {
+        let mut projections: Vec<_> = outputs
+            .iter_mut()
+            .map(|(linear, out)| dense::Projection {
+                weight: linear.weight.host(),
+                bias: linear.bias.as_ref().map(WeightTensor::host),
+                out: &mut out.data,
+            })
+            .collect();
+        Ok(dense::linear_many(&x.data, x.rows(), &mut projections)?)
+    }
+
+    fn rotary(&self, step: &CpuStep<'_>, q: &mut CpuTensor, k: &mut CpuTensor) -> Result<(), BackendError> {
+        let head_dim = step.spec.rope.head_dim();
+        for x in [q, k] {
+            let heads = x.width.checked_div(head_dim).unwrap_or(0);
+            dense::rope(&mut x.data, heads, &step.angles)?;
+        }
+        Ok(())
+    }
+
+    fn write_kv(
+        &self,
+        step: &CpuStep<'_>,
+        cache: &mut CpuCache,
+        layer: usize,
+        k: &CpuTensor,
+        v: &CpuTensor,
+    ) -> Result<(), BackendError> {
+        let place = cache::place(step.spec, layer)?;
+        let (Some(config), Some(layout), Some(group)) = (
+            step.spec.groups.get(place.group),
+            step.layouts.get(place.group),
+            step.batch.groups.get(place.group),
+        ) else {
+            return Err(cache::no_layer(layer));
+        };
+        let (k_cache, v_cache) = cache.layer_mut(place.buffer)?;
+        let write = WriteKv::packed(&group.slots, config);
+        attention::write_kv(
+            config,
+            layout,
+            &write,
+            KvPair::new(HostTensor::F32(&k.data), HostTensor::F32(&v.data)),
+            KvPair::new(k_cache, v_cache),
+            KvPair::default(),
+        )?;
+        Ok(())
+    }
+
+    fn attention(
+        &self,
+        step: &CpuStep<'_>,
+        cache: &CpuCache,
+        layer: usize,
+        q: &CpuTensor,
+        out: &mut CpuTensor,
+    ) -> Result<(), BackendError> {
+        let place = cache::place(step.spec, layer)?;
+        let Some(plan) = step.plans.get(place.group) else { return Err(cache::no_layer(layer)) };
+        let (k, v) = cache.layer(place.buffer)?;
+        let mut outputs = Outputs::new(HostTensorMut::F32(&mut out.data));
+        plan.run(&Inputs::new(HostTensor::F32(&q.data), k, v), &mut outputs)?;
+        Ok(())
+    }
+
+    fn silu_mul(&self, gate: &CpuTensor, up: &CpuTensor, out: &mut CpuTensor) -> Result<(), BackendError> {
+        Ok(dense::silu_mul(&gate.data, &up.data, &mut out.data)?)
+    }
+
+    fn add(&self, x: &mut CpuTensor, y: &CpuTensor) -> Result<(), BackendError> {
+        Ok(dense::add(&y.data, &mut x.data)?)
+    }
+
+    fn gather_logit_rows(&self, step: &CpuStep<'_>, x: &CpuTensor) -> CpuTensor {
+        let row = |&row: &usize| x.data.get(row * x.width..(row + 1) * x.width).unwrap_or_default();
+        CpuTensor { data: step.batch.logit_rows.iter().flat_map(row).copied().collect(), width: x.width }
+    }
+
+    fn download(&self, x: CpuTensor) -> Vec<f32> {
+        x.data
+    }
+
+    fn scope<T: Send>(&self, step: impl FnOnce() -> T + Send) -> T {
+        self.pool.install(step)
+    }
+}

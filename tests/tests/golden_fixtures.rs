@@ -1,0 +1,215 @@
+//! The fixtures' golden values: logits and greedy tokens of small random models, as transformers computed
+//! them (`tests/fixtures/make_fixtures.py`), reproduced through blocks and block tables.
+
+use pagewise_attention::DType;
+use pagewise_runtime::backend::AttentionSpec;
+use pagewise_runtime::backend::cpu::CpuBackend;
+use pagewise_runtime::executor::{Executor, ModelExecutor};
+use pagewise_runtime::model_dir::{ModelConfig, ModelDir, Weights};
+use pagewise_runtime::models::{WeightSource, load_model};
+use pagewise_runtime::plan::{BlockId, Chunk, LogitRows, SequenceId, StepPlan, TokenInput};
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+const FIXTURES: [&str; 4] = ["llama_gqa", "llama_rope3", "qwen2", "mistral_swa"];
+const BLOCK_SIZES: [usize; 3] = [1, 16, 64];
+
+/// f32 throughout; the reference itself is 1.6e-5 away from its f64 twin at most, on logits of about 10.
+const TOLERANCE: f64 = 1e-4;
+
+#[derive(Deserialize)]
+struct Golden {
+    prompts: Vec<GoldenPrompt>,
+}
+
+#[derive(Deserialize)]
+struct GoldenPrompt {
+    prompt: Vec<u32>,
+    logits: BTreeMap<String, Vec<f64>>,
+    argmax_all_positions: Vec<u32>,
+    greedy: Vec<u32>,
+}
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
+}
+
+fn golden(name: &str) -> Golden {
+    let path = fixture(name).join("golden.json");
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+/// A model with a cache whose blocks are handed out in a scrambled order and never given back.
+struct Bench {
+    executor: ModelExecutor<CpuBackend>,
+    config: ModelConfig,
+    block_size: usize,
+    free: Vec<BlockId>,
+    random: u64,
+    steps: u64,
+}
+
+/// A sequence in the making: tokens, how many of them are computed, and its block tables.
+struct Sequence {
+    id: SequenceId,
+    tokens: Vec<u32>,
+    computed: usize,
+    tables: Vec<Vec<BlockId>>,
+}
+
+impl Bench {
+    fn new(dir: &Path, block_size: usize, seed: u64) -> Self {
+        let ModelDir { config, .. } = ModelDir::open(dir).unwrap();
+        let weights = WeightSource::Files { weights: Weights::open(dir).unwrap(), dtype: None };
+        let backend = CpuBackend::new(Some(2)).unwrap();
+        let model = load_model(&config, &weights, &backend).unwrap();
+        let num_blocks = 1024usize.div_ceil(block_size) + 8;
+        let spec = AttentionSpec::new(&config, DType::F32, block_size, num_blocks);
+        let executor = ModelExecutor::new(backend, model, spec, config.vocab_size).unwrap();
+        let mut bench = Self { executor, config, block_size, free: Vec::new(), random: seed, steps: 0 };
+        let mut free: Vec<BlockId> = (0..num_blocks as BlockId).collect();
+        for i in (1..free.len()).rev() {
+            free.swap(i, bench.below(i + 1));
+        }
+        bench.free = free;
+        bench
+    }
+
+    fn below(&mut self, bound: usize) -> usize {
+        self.random = self.random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.random >> 33) as usize % bound
+    }
+
+    fn sequence(&self, id: u64, prompt: &[u32]) -> Sequence {
+        let groups = self.config.kv_groups().0.len();
+        Sequence { id: SequenceId(id), tokens: prompt.to_vec(), computed: 0, tables: vec![Vec::new(); groups] }
+    }
+
+    /// Computes the next tokens of each sequence in one step; returns the logits of all their positions.
+    fn step(&mut self, work: &mut [(&mut Sequence, usize)]) -> Vec<Vec<Vec<f32>>> {
+        let mut plan = StepPlan { id: self.steps, ..StepPlan::default() };
+        self.steps += 1;
+        for (sequence, count) in work.iter_mut() {
+            let end = sequence.computed + *count;
+            for table in &mut sequence.tables {
+                while table.len() * self.block_size < end {
+                    table.push(self.free.pop().unwrap());
+                }
+            }
+            let tokens = sequence.tokens[sequence.computed..end].iter().map(|&t| TokenInput::Known(t)).collect();
+            plan.chunks.push(Chunk {
+                sequence: sequence.id,
+                tokens,
+                start: sequence.computed,
+                block_tables: sequence.tables.clone(),
+                logits: LogitRows::All,
+            });
+            sequence.computed = end;
+        }
+        let output = self.executor.execute(&plan).unwrap();
+        let mut rows = output.logits.chunks(output.vocab_size).map(<[f32]>::to_vec);
+        work.iter().map(|&(_, count)| rows.by_ref().take(count).collect()).collect()
+    }
+}
+
+fn argmax(row: &[f32]) -> u32 {
+    let best = row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0)));
+    best.unwrap().0 as u32
+}
+
+fn check_row(label: &str, row: &[f32], golden: &[f64]) {
+    let largest = golden.iter().fold(0.0f64, |m, x| m.max(x.abs()));
+    for (i, (&got, &want)) in row.iter().zip(golden).enumerate() {
+        let error = (f64::from(got) - want).abs();
+        assert!(error <= TOLERANCE * largest, "{label}: logit {i} is {got}, golden {want} (largest {largest})");
+    }
+    assert_eq!(row.len(), golden.len(), "{label}");
+}
+
+fn check_prompt(label: &str, golden: &GoldenPrompt, rows: &[Vec<f32>]) {
+    let tokens: Vec<u32> = rows.iter().map(|row| argmax(row)).collect();
+    assert_eq!(tokens, golden.argmax_all_positions, "{label}: likeliest token at every prompt position");
+    for (position, want) in &golden.logits {
+        let position: usize = position.parse().unwrap();
+        check_row(&format!("{label}, position {position}"), &rows[position], want);
+    }
+}
+
+#[test]
+fn each_prompt_alone() {
+    for name in FIXTURES {
+        for block_size in BLOCK_SIZES {
+            let mut bench = Bench::new(&fixture(name), block_size, 7);
+            for (index, golden) in golden(name).prompts.iter().enumerate() {
+                let label = format!("{name}, block size {block_size}, prompt {index} alone");
+                let mut sequence = bench.sequence(index as u64, &golden.prompt);
+                let count = golden.prompt.len();
+                let rows = bench.step(&mut [(&mut sequence, count)]).remove(0);
+                check_prompt(&label, golden, &rows);
+                let mut next = argmax(rows.last().unwrap());
+                let mut greedy = vec![next];
+                while greedy.len() < golden.greedy.len() {
+                    sequence.tokens.push(next);
+                    let rows = bench.step(&mut [(&mut sequence, 1)]).remove(0);
+                    next = argmax(&rows[0]);
+                    greedy.push(next);
+                }
+                assert_eq!(greedy, golden.greedy, "{label}");
+            }
+        }
+    }
+}
+
+/// All prompts twice over, in chunks of random lengths, prefills and decodes mixed in every step.
+#[test]
+fn all_prompts_in_one_random_batch() {
+    for name in FIXTURES {
+        for block_size in BLOCK_SIZES {
+            let golden = golden(name).prompts;
+            let mut bench = Bench::new(&fixture(name), block_size, 11 + block_size as u64);
+            let mut sequences: Vec<Sequence> =
+                (0..2 * golden.len()).map(|i| bench.sequence(i as u64, &golden[i % golden.len()].prompt)).collect();
+            let mut rows: Vec<Vec<Vec<f32>>> = vec![Vec::new(); sequences.len()];
+            let goal = |i: usize| golden[i % golden.len()].prompt.len() + golden[i % golden.len()].greedy.len() - 1;
+            while (0..sequences.len()).any(|i| rows[i].len() < goal(i)) {
+                let mut chosen = Vec::new();
+                for (i, sequence) in sequences.iter_mut().enumerate() {
+                    let waiting = (sequence.tokens.len() - sequence.computed).min(goal(i) - sequence.computed);
+                    if waiting > 0 && bench.below(4) > 0 {
+                        chosen.push((i, 1 + bench.below(waiting), sequence));
+                    }
+                }
+                if chosen.is_empty() {
+                    continue;
+                }
+                let indices: Vec<usize> = chosen.iter().map(|(i, ..)| *i).collect();
+                let mut work: Vec<_> = chosen.into_iter().map(|(_, count, sequence)| (sequence, count)).collect();
+                let output = bench.step(&mut work);
+                for ((i, new), (sequence, _)) in indices.into_iter().zip(output).zip(work) {
+                    rows[i].extend(new);
+                    if sequence.computed == sequence.tokens.len() {
+                        sequence.tokens.push(argmax(rows[i].last().unwrap()));
+                    }
+                }
+            }
+            for (i, sequence) in sequences.iter().enumerate() {
+                let golden = &golden[i % golden.len()];
+                let label = format!("{name}, block size {block_size}, prompt {} in a batch", i % 4);
+                check_prompt(&label, golden, &rows[i][..golden.prompt.len()]);
+                assert_eq!(sequence.tokens[golden.prompt.len()..], golden.greedy, "{label}");
+            }
+        }
+    }
+}
+
+/// Both spellings of `config.json` mean the same model.
+#[test]
+fn older_spelling_of_the_configuration_is_the_same_model() {
+    for name in FIXTURES {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::copy(fixture(name).join("config.v4.json"), dir.path().join("config.json")).unwrap();
+        let older = ModelDir::open(dir.path()).unwrap().config;
+        assert_eq!(older, ModelDir::open(&fixture(name)).unwrap().config, "{name}");
+    }
+}
