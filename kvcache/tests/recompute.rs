@@ -71,8 +71,9 @@ fn parallel_samples_share_their_prompt_again() {
     }
     let plan = round_trip(&mut cache, &[1, 2, 3, 4], &texts);
     assert_eq!(plan.freed_blocks, plan.held_blocks);
-    assert_eq!(plan.steps[0], RebuildStep::Grow { sequence: id(1), len: 8, computed: 8 });
-    assert_eq!(plan.steps[1], RebuildStep::Fork { parent: id(1), child: id(2) });
+    // The longest comes first; the others are forked from it where the shared blocks end.
+    assert_eq!(plan.steps[0], RebuildStep::Grow { sequence: id(4), len: 8, computed: 8 });
+    assert_eq!(plan.steps[1], RebuildStep::Fork { parent: id(4), child: id(3) });
 }
 
 #[test]

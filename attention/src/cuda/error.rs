@@ -13,7 +13,9 @@ use crate::{DType, ProblemError};
 #[non_exhaustive]
 pub enum CudaError {
     /// No driver library on this machine.
-    #[error("no NVIDIA driver: libcuda was not found; install the driver for this GPU, or use another backend")]
+    #[error(
+        "no NVIDIA driver: libcuda was not found; install the driver for this GPU, or use another backend"
+    )]
     NoDriver,
     /// A driver, but no GPU that this process may use.
     #[error(

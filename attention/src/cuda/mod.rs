@@ -20,9 +20,10 @@ mod write_kv;
 pub use context::Context;
 pub use cudarc;
 pub use device::{
-    ComputeCapability, CudaVersion, Device, MIN_COMPUTE_CAPABILITY, MIN_CUDA_VERSION, devices, driver_release,
-    driver_version,
+    ComputeCapability, CudaVersion, Device, MIN_COMPUTE_CAPABILITY, MIN_CUDA_VERSION, devices,
+    driver_release, driver_version,
 };
 pub use error::CudaError;
 pub use launch::RawStream;
+pub use pagewise_ptx as ptx;
 pub use write_kv::{Element, KvScales, WriteKvCall, WriteKvSlices, WriteKvVariant};

@@ -217,7 +217,8 @@ impl Context {
         stream: &Arc<CudaStream>,
         args: WriteKvSlices<'_, '_, S, C>,
     ) -> Result<WriteKvVariant, CudaError> {
-        let WriteKvSlices { config, layout, slots, k, k_strides, v, v_strides, k_cache, v_cache, scales } = args;
+        let WriteKvSlices { config, layout, slots, k, k_strides, v, v_strides, k_cache, v_cache, scales } =
+            args;
         if !self.is(stream.context()) {
             return Err(CudaError::OtherContext);
         }
@@ -233,7 +234,9 @@ impl Context {
                 return Err(ProblemError::BufferTooShort { tensor, len, needed }.into());
             }
         }
-        if C::DTYPE.size() != config.kv_dtype.size() || (!config.kv_dtype.is_fp8() && C::DTYPE != config.kv_dtype) {
+        if C::DTYPE.size() != config.kv_dtype.size()
+            || (!config.kv_dtype.is_fp8() && C::DTYPE != config.kv_dtype)
+        {
             return Err(ProblemError::BufferDType {
                 tensor: "the cache",
                 found: C::DTYPE,

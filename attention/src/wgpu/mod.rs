@@ -1,1 +1,24 @@
-//! The wgpu module.
+//! The wgpu backend: WGSL kernels on any GPU that speaks Vulkan, Metal or DX12, and in browsers.
+//!
+//! It works with what the caller has: the caller's `Device` and `Queue` ([`Context::new`]), the caller's
+//! `CommandEncoder` or `ComputePass`, the caller's buffers as `(buffer, offset, size)` ([`BufferRange`]). Nothing
+//! is global. wgpu itself is re-exported, so that both sides mean the same version.
+//!
+//! [`adapters`] says which GPUs are there, whether they can be used, and with which features and limits a device
+//! should be made; [`open`] makes one for callers that have none.
+
+mod adapter;
+mod buffer;
+mod context;
+mod error;
+mod write_kv;
+
+pub use ::wgpu;
+pub use adapter::{
+    AdapterReport, REQUIRED_LIMITS, adapters, check_limits, device_descriptor, open, wanted_features,
+};
+pub use buffer::BufferRange;
+pub use context::Context;
+pub use error::WgpuError;
+pub use pagewise_shaders as shaders;
+pub use write_kv::{PreparedWriteKv, WriteKvCall, WriteKvVariant};

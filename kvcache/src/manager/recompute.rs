@@ -4,6 +4,8 @@
 //! The steps take no more blocks than the group held: what was one block for several sequences is computed
 //! once and forked again, at the point where the sequences parted.
 
+use std::cmp::Reverse;
+
 use rustc_hash::FxHashMap;
 
 use super::KvCacheManager;
@@ -23,7 +25,7 @@ pub enum RebuildStep {
         sequence: SequenceId,
         /// Slots it has afterwards.
         len: usize,
-        /// Tokens whose keys and values are in the cache afterwards.
+        /// Tokens whose keys and values are in the cache afterwards (more, if more was found cached).
         computed: usize,
     },
     /// [`fork`](CacheManager::fork) the child from the parent as it stands.
@@ -73,9 +75,14 @@ impl KvCacheManager {
     /// [`CacheError::UnknownSequence`], [`CacheError::NamedTwice`].
     pub fn drop_for_recompute(&mut self, group: &[SequenceId]) -> Result<RecomputePlan, CacheError> {
         self.check_named_once(group)?;
-        let sequences = group.iter().map(|&id| self.get(id)).collect::<Result<Vec<_>, _>>()?;
-        let (branches, held_blocks) = branches(&sequences);
-        let steps = self.rebuild_steps(group, &sequences, &branches);
+        let mut members = Vec::with_capacity(group.len());
+        for &id in group {
+            members.push((id, self.get(id)?));
+        }
+        // Long ones first: then nobody has to be forked from a sequence that is shorter.
+        members.sort_by_key(|(_, sequence)| Reverse(sequence.len));
+        let (branches, held_blocks) = branches(&members);
+        let steps = self.rebuild_steps(&members, &branches);
         let free_before = self.memory.device.free();
         for &id in group {
             self.free_sequence(id)?;
@@ -92,14 +99,9 @@ impl KvCacheManager {
         self.answer(&Demand { now: alone, alone })
     }
 
-    fn rebuild_steps(
-        &self,
-        group: &[SequenceId],
-        sequences: &[&Sequence],
-        branches: &[Option<Branch>],
-    ) -> Vec<RebuildStep> {
+    fn rebuild_steps(&self, members: &[Member<'_>], branches: &[Option<Branch>]) -> Vec<RebuildStep> {
         // Children of each sequence by the block that they share last: `(block, child)`, first blocks first.
-        let mut children: Vec<Vec<(usize, usize)>> = sequences.iter().map(|_| Vec::new()).collect();
+        let mut children: Vec<Vec<(usize, usize)>> = members.iter().map(|_| Vec::new()).collect();
         let mut open = Vec::new();
         for (index, branch) in branches.iter().enumerate() {
             match branch {
@@ -108,24 +110,26 @@ impl KvCacheManager {
             }
         }
         open.reverse();
-        let mut rebuild = Rebuild { group, sequences, stand: vec![(0, 0); group.len()], steps: Vec::new() };
+        let mut rebuild = Rebuild { members, stand: vec![(0, 0); members.len()], steps: Vec::new() };
         while let Some(index) = open.pop() {
             children[index].sort_unstable();
             for together in children[index].chunk_by(|a, b| a.0 == b.0) {
                 let end = self.geometry.tokens_in(together[0].0 + 1);
                 rebuild.fork(index, together, end);
             }
-            rebuild.grow(index, sequences[index].len, sequences[index].computed);
+            let (_, sequence) = members[index];
+            rebuild.grow(index, sequence.len, sequence.computed);
             open.extend(children[index].iter().rev().map(|&(_, child)| child));
         }
         rebuild.steps
     }
 }
 
+type Member<'a> = (SequenceId, &'a Sequence);
+
 /// The steps so far, and how far each sequence of the group stands after them.
 struct Rebuild<'a> {
-    group: &'a [SequenceId],
-    sequences: &'a [&'a Sequence],
+    members: &'a [Member<'a>],
     /// Slots and computed tokens of each.
     stand: Vec<(usize, usize)>,
     steps: Vec<RebuildStep>,
@@ -136,47 +140,41 @@ impl Rebuild<'_> {
     fn grow(&mut self, index: usize, len: usize, computed: usize) {
         let (has_len, has_computed) = self.stand[index];
         if len > has_len || computed > has_computed {
-            self.stand[index] = (len.max(has_len), computed.max(has_computed));
-            let (len, computed) = self.stand[index];
-            self.steps.push(RebuildStep::Grow { sequence: self.group[index], len, computed });
-        }
-    }
-
-    fn truncate(&mut self, index: usize, len: usize) {
-        let (has_len, has_computed) = self.stand[index];
-        if len < has_len {
-            self.stand[index] = (len, has_computed.min(len));
-            self.steps.push(RebuildStep::Truncate { sequence: self.group[index], len });
+            let (len, computed) = (len.max(has_len), computed.max(has_computed));
+            self.stand[index] = (len, computed);
+            self.steps.push(RebuildStep::Grow { sequence: self.members[index].0, len, computed });
         }
     }
 
     /// Forks all children that part from `parent` in the same block, which ends at token `end`. Where that
-    /// block is partly filled, it gets the slots of whoever has most of them, and the tokens that all of
-    /// them have computed.
+    /// block is partly filled, the parent has most slots of it; it computes what all of them have computed.
     fn fork(&mut self, parent: usize, together: &[(usize, usize)], end: usize) {
-        let members = || std::iter::once(parent).chain(together.iter().map(|&(_, child)| child));
-        let len = members().map(|index| self.sequences[index].len.min(end)).max().unwrap_or(end);
-        let computed = members().map(|index| self.sequences[index].computed.min(end)).min().unwrap_or(0);
-        self.grow(parent, len, computed);
+        let (parent_id, sequence) = self.members[parent];
+        let computed = together.iter().map(|&(_, child)| self.members[child].1.computed);
+        let computed = computed.fold(sequence.computed, usize::min).min(end);
+        self.grow(parent, sequence.len.min(end), computed);
         for &(_, child) in together {
-            self.steps.push(RebuildStep::Fork { parent: self.group[parent], child: self.group[child] });
-            self.stand[child] = self.stand[parent];
-            self.truncate(child, self.sequences[child].len.min(end));
+            let (child_id, sequence) = self.members[child];
+            self.steps.push(RebuildStep::Fork { parent: parent_id, child: child_id });
+            let (len, computed) = self.stand[parent];
+            let shared = sequence.len.min(end).min(len);
+            if shared < len {
+                self.steps.push(RebuildStep::Truncate { sequence: child_id, len: shared });
+            }
+            self.stand[child] = (shared, computed.min(shared));
         }
-        self.truncate(parent, self.sequences[parent].len);
     }
 }
 
-/// For each sequence, the earlier one that holds its last shared block; and how many distinct blocks there
-/// are in all.
-fn branches(sequences: &[&Sequence]) -> (Vec<Option<Branch>>, usize) {
+/// For each member, the earlier one that holds its last shared block; and how many distinct blocks there are
+/// in all.
+fn branches(members: &[Member<'_>]) -> (Vec<Option<Branch>>, usize) {
     let mut first_holder: FxHashMap<Entry, usize> = FxHashMap::default();
-    let mut branches = Vec::with_capacity(sequences.len());
-    for (index, sequence) in sequences.iter().enumerate() {
+    let mut branches = Vec::with_capacity(members.len());
+    for (index, (_, sequence)) in members.iter().enumerate() {
         let mut last: Option<Branch> = None;
         for table in &sequence.tables {
-            let entries = table.entries.iter().enumerate().skip(table.released);
-            for (block, &entry) in entries {
+            for (block, &entry) in table.entries.iter().enumerate().skip(table.released) {
                 let Some(entry) = Entry::decode(entry) else { continue };
                 let parent = *first_holder.entry(entry).or_insert(index);
                 if parent != index && last.as_ref().is_none_or(|last| block > last.block) {

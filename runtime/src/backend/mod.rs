@@ -137,16 +137,48 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn tensor(&self, rows: usize, width: usize) -> Self::Tensor;
 
     /// `out[t] = table[token t]`.
-    fn embed(&self, step: &Self::Step<'_>, table: &Self::Weight, out: &mut Self::Tensor);
+    ///
+    /// # Errors
+    /// As of [`linear`](Self::linear).
+    fn embed(
+        &self,
+        step: &Self::Step<'_>,
+        table: &Self::Weight,
+        out: &mut Self::Tensor,
+    ) -> Result<(), BackendError>;
 
     /// `out = x / sqrt(mean(x²) + eps) · weight` over each row (Zhang & Sennrich 2019).
-    fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Weight, eps: f32, out: &mut Self::Tensor);
+    ///
+    /// # Errors
+    /// As of [`linear`](Self::linear).
+    fn rms_norm(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Weight,
+        eps: f32,
+        out: &mut Self::Tensor,
+    ) -> Result<(), BackendError>;
 
     /// Products of the same rows with several matrices.
-    fn linear(&self, x: &Self::Tensor, outputs: &mut [(&Linear<Self::Weight>, &mut Self::Tensor)]);
+    ///
+    /// # Errors
+    /// [`BackendError`] if a shape or dtype does not fit, or the device fails.
+    fn linear(
+        &self,
+        x: &Self::Tensor,
+        outputs: &mut [(&Linear<Self::Weight>, &mut Self::Tensor)],
+    ) -> Result<(), BackendError>;
 
     /// Rotates queries and keys by their positions, pairing element `i` with `i + head_dim / 2`.
-    fn rotary(&self, step: &Self::Step<'_>, q: &mut Self::Tensor, k: &mut Self::Tensor);
+    ///
+    /// # Errors
+    /// As of [`linear`](Self::linear).
+    fn rotary(
+        &self,
+        step: &Self::Step<'_>,
+        q: &mut Self::Tensor,
+        k: &mut Self::Tensor,
+    ) -> Result<(), BackendError>;
 
     /// Writes the step's keys and values into the layer's blocks.
     ///
@@ -174,11 +206,17 @@ pub trait Backend: Send + Sync + Sized + 'static {
         out: &mut Self::Tensor,
     ) -> Result<(), BackendError>;
 
-    /// `gate = silu(gate) · up`.
-    fn silu_mul(&self, gate: &mut Self::Tensor, up: &Self::Tensor);
+    /// `out = silu(gate) · up`.
+    ///
+    /// # Errors
+    /// As of [`linear`](Self::linear).
+    fn silu_mul(&self, gate: &Self::Tensor, up: &Self::Tensor, out: &mut Self::Tensor) -> Result<(), BackendError>;
 
     /// `x += y`.
-    fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor);
+    ///
+    /// # Errors
+    /// As of [`linear`](Self::linear).
+    fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<(), BackendError>;
 
     /// The rows whose logits the step asks for, in order.
     fn gather_logit_rows(&self, step: &Self::Step<'_>, x: &Self::Tensor) -> Self::Tensor;
@@ -199,6 +237,9 @@ pub enum BackendError {
     /// The attention problem was refused.
     #[error(transparent)]
     Attention(#[from] ProblemError),
+    /// A dense layer was refused.
+    #[error(transparent)]
+    Dense(#[from] cpu::dense::DenseError),
     /// Memory for weights or cache could not be had.
     #[error("{wanted} bytes for {what} could not be allocated; ask for less with {hint}")]
     OutOfMemory {

@@ -41,29 +41,30 @@ impl<B: Backend> Model<B> for Llama<B> {
         let (mut q, mut attended) = (tensor(q_heads * head_dim), tensor(q_heads * head_dim));
         let (mut k, mut v) = (tensor(kv_heads * head_dim), tensor(kv_heads * head_dim));
         let (mut gate, mut up) = (tensor(intermediate_size), tensor(intermediate_size));
+        let mut activated = tensor(intermediate_size);
 
-        backend.embed(step, &self.embedding, &mut x);
+        backend.embed(step, &self.embedding, &mut x)?;
         for (index, layer) in self.layers.iter().enumerate() {
-            backend.rms_norm(&x, &layer.attention_norm, eps, &mut normed);
-            backend.linear(&normed, &mut [(&layer.q, &mut q), (&layer.k, &mut k), (&layer.v, &mut v)]);
-            backend.rotary(step, &mut q, &mut k);
+            backend.rms_norm(&x, &layer.attention_norm, eps, &mut normed)?;
+            backend.linear(&normed, &mut [(&layer.q, &mut q), (&layer.k, &mut k), (&layer.v, &mut v)])?;
+            backend.rotary(step, &mut q, &mut k)?;
             backend.write_kv(step, cache, index, &k, &v)?;
             backend.attention(step, cache, index, &q, &mut attended)?;
-            backend.linear(&attended, &mut [(&layer.o, &mut delta)]);
-            backend.add(&mut x, &delta);
+            backend.linear(&attended, &mut [(&layer.o, &mut delta)])?;
+            backend.add(&mut x, &delta)?;
 
-            backend.rms_norm(&x, &layer.mlp_norm, eps, &mut normed);
-            backend.linear(&normed, &mut [(&layer.gate, &mut gate), (&layer.up, &mut up)]);
-            backend.silu_mul(&mut gate, &up);
-            backend.linear(&gate, &mut [(&layer.down, &mut delta)]);
-            backend.add(&mut x, &delta);
+            backend.rms_norm(&x, &layer.mlp_norm, eps, &mut normed)?;
+            backend.linear(&normed, &mut [(&layer.gate, &mut gate), (&layer.up, &mut up)])?;
+            backend.silu_mul(&gate, &up, &mut activated)?;
+            backend.linear(&activated, &mut [(&layer.down, &mut delta)])?;
+            backend.add(&mut x, &delta)?;
         }
         let last = backend.gather_logit_rows(step, &x);
         let wanted = backend.logit_rows(step);
         let (mut normed, mut logits) =
             (backend.tensor(wanted, hidden_size), backend.tensor(wanted, self.output.out_features));
-        backend.rms_norm(&last, &self.norm, eps, &mut normed);
-        backend.linear(&normed, &mut [(&self.output, &mut logits)]);
+        backend.rms_norm(&last, &self.norm, eps, &mut normed)?;
+        backend.linear(&normed, &mut [(&self.output, &mut logits)])?;
         Ok(logits)
     }
 }

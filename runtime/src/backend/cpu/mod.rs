@@ -8,6 +8,7 @@ pub use cache::CpuCache;
 
 use super::{AttentionSpec, Backend, BackendError, Linear, StepBatch};
 use crate::model_dir::WeightTensor;
+use dense::RopeAngles;
 use pagewise_attention::cpu::{self as attention, Inputs, KvPair, Outputs, Plan};
 use pagewise_attention::{CacheLayout, HostTensor, HostTensorMut, Problem, WriteKv};
 use pagewise_kvcache::BlockOps;
@@ -58,8 +59,7 @@ pub struct CpuStep<'a> {
     batch: &'a StepBatch,
     layouts: Vec<CacheLayout>,
     plans: Vec<Plan<'a>>,
-    cos: Vec<f32>,
-    sin: Vec<f32>,
+    angles: RopeAngles,
 }
 
 impl Backend for CpuBackend {
@@ -81,8 +81,8 @@ impl Backend for CpuBackend {
         let layouts: Vec<_> = spec.groups.iter().map(layout).collect();
         let plan = |((config, layout), group)| Problem::new(config, *layout, batch.paged(group)).map(Plan::new);
         let plans = spec.groups.iter().zip(&layouts).zip(&batch.groups).map(plan).collect::<Result<_, _>>()?;
-        let (cos, sin) = spec.rope.tables(&batch.positions);
-        Ok(CpuStep { spec, batch, layouts, plans, cos, sin })
+        let angles = RopeAngles::new(spec.rope.frequencies(), &batch.positions);
+        Ok(CpuStep { spec, batch, layouts, plans, angles })
     }
 
     fn block_ops(&self, cache: &mut CpuCache, ops: &BlockOps) -> Result<(), BackendError> {
@@ -101,30 +101,43 @@ impl Backend for CpuBackend {
         CpuTensor { data: vec![0.0; rows * width], width }
     }
 
-    fn embed(&self, step: &CpuStep<'_>, table: &WeightTensor, out: &mut CpuTensor) {
-        dense::embed(table.host(), &step.batch.tokens, &mut out.data);
+    fn embed(&self, step: &CpuStep<'_>, table: &WeightTensor, out: &mut CpuTensor) -> Result<(), BackendError> {
+        Ok(dense::embed(table.host(), &step.batch.tokens, &mut out.data)?)
     }
 
-    fn rms_norm(&self, x: &CpuTensor, weight: &WeightTensor, eps: f32, out: &mut CpuTensor) {
-        dense::rms_norm(&x.data, weight.host(), eps, &mut out.data);
+    fn rms_norm(
+        &self,
+        x: &CpuTensor,
+        weight: &WeightTensor,
+        eps: f32,
+        out: &mut CpuTensor,
+    ) -> Result<(), BackendError> {
+        Ok(dense::rms_norm(&x.data, weight.host(), eps, &mut out.data)?)
     }
 
-    fn linear(&self, x: &CpuTensor, outputs: &mut [(&Linear<WeightTensor>, &mut CpuTensor)]) {
-        let mut products: Vec<_> = outputs
+    fn linear(
+        &self,
+        x: &CpuTensor,
+        outputs: &mut [(&Linear<WeightTensor>, &mut CpuTensor)],
+    ) -> Result<(), BackendError> {
+        let mut projections: Vec<_> = outputs
             .iter_mut()
-            .map(|(linear, out)| dense::Product {
+            .map(|(linear, out)| dense::Projection {
                 weight: linear.weight.host(),
                 bias: linear.bias.as_ref().map(WeightTensor::host),
                 out: &mut out.data,
             })
             .collect();
-        dense::linear_many(&x.data, x.rows(), &mut products);
+        Ok(dense::linear_many(&x.data, x.rows(), &mut projections)?)
     }
 
-    fn rotary(&self, step: &CpuStep<'_>, q: &mut CpuTensor, k: &mut CpuTensor) {
+    fn rotary(&self, step: &CpuStep<'_>, q: &mut CpuTensor, k: &mut CpuTensor) -> Result<(), BackendError> {
+        let head_dim = step.spec.rope.head_dim();
         for x in [q, k] {
-            dense::rope(&mut x.data, x.width, &step.cos, &step.sin, 2 * step.spec.rope.half_dim());
+            let heads = x.width.checked_div(head_dim).unwrap_or(0);
+            dense::rope(&mut x.data, heads, &step.angles)?;
         }
+        Ok(())
     }
 
     fn write_kv(
@@ -172,12 +185,12 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn silu_mul(&self, gate: &mut CpuTensor, up: &CpuTensor) {
-        dense::silu_mul(&mut gate.data, &up.data);
+    fn silu_mul(&self, gate: &CpuTensor, up: &CpuTensor, out: &mut CpuTensor) -> Result<(), BackendError> {
+        Ok(dense::silu_mul(&gate.data, &up.data, &mut out.data)?)
     }
 
-    fn add(&self, x: &mut CpuTensor, y: &CpuTensor) {
-        dense::add(&mut x.data, &y.data);
+    fn add(&self, x: &mut CpuTensor, y: &CpuTensor) -> Result<(), BackendError> {
+        Ok(dense::add(&y.data, &mut x.data)?)
     }
 
     fn gather_logit_rows(&self, step: &CpuStep<'_>, x: &CpuTensor) -> CpuTensor {

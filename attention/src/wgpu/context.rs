@@ -1,0 +1,157 @@
+//! The caller's device, and the pipelines that were built for it.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ::wgpu::{
+    BindGroupLayout, BindGroupLayoutDescriptor, BindGroupLayoutEntry, BindingType, BufferBindingType,
+    ComputePipeline, ComputePipelineDescriptor, Device, ErrorFilter, Features, Limits,
+    PipelineCompilationOptions, PipelineLayoutDescriptor, Queue, ShaderModuleDescriptor, ShaderSource,
+    ShaderStages,
+};
+use pagewise_shaders::write_kv::{WriteKv, WriteKvSpec};
+use pagewise_shaders::{BindingKind, Shader};
+
+use super::{WgpuError, check_limits};
+
+/// Kernels for one device, which stays the caller's. Each pipeline is built when it is first asked for, and kept.
+#[derive(Debug)]
+pub struct Context {
+    device: Device,
+    queue: Queue,
+    limits: Limits,
+    features: Features,
+    pub(super) write_kv: Pipelines<WriteKvSpec, WriteKv>,
+}
+
+impl Context {
+    /// Over a device and queue of the caller.
+    ///
+    /// # Errors
+    /// [`WgpuError::Limit`] when the device was made with limits that are too low; see
+    /// [`device_descriptor`](super::device_descriptor).
+    pub fn new(device: Device, queue: Queue) -> Result<Self, WgpuError> {
+        let (limits, features) = (device.limits(), device.features());
+        check_limits(&limits)?;
+        Ok(Self { device, queue, limits, features, write_kv: Pipelines::default() })
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Its queue.
+    pub fn queue(&self) -> &Queue {
+        &self.queue
+    }
+
+    /// Its limits.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// Its features.
+    pub fn features(&self) -> Features {
+        self.features
+    }
+}
+
+/// A kernel, ready to be bound and dispatched.
+#[derive(Debug)]
+pub(super) struct Pipeline<D> {
+    pub(super) descriptor: D,
+    pub(super) pipeline: ComputePipeline,
+    pub(super) layout: BindGroupLayout,
+}
+
+/// The pipelines of one family, by variant.
+#[derive(Debug)]
+pub(super) struct Pipelines<K, D>(Mutex<HashMap<K, Arc<Pipeline<D>>>>);
+
+impl<K, D> Default for Pipelines<K, D> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<K: Copy + Eq + Hash, D> Pipelines<K, D> {
+    /// The pipeline for a variant; built from `descriptor` and its shader the first time.
+    pub(super) fn get(
+        &self,
+        key: K,
+        device: &Device,
+        descriptor: impl FnOnce() -> Result<D, WgpuError>,
+        shader: impl FnOnce(&D) -> &Shader,
+    ) -> Result<Arc<Pipeline<D>>, WgpuError> {
+        // A thread that panicked cannot have left the map half changed: inserting is the only change.
+        let mut pipelines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pipeline) = pipelines.get(&key) {
+            return Ok(Arc::clone(pipeline));
+        }
+        let descriptor = descriptor()?;
+        let (pipeline, layout) = build(device, shader(&descriptor))?;
+        let pipeline = Arc::new(Pipeline { descriptor, pipeline, layout });
+        pipelines.insert(key, Arc::clone(&pipeline));
+        Ok(pipeline)
+    }
+}
+
+fn build(device: &Device, shader: &Shader) -> Result<(ComputePipeline, BindGroupLayout), WgpuError> {
+    let scope = device.push_error_scope(ErrorFilter::Validation);
+    let name = Some(shader.name());
+    let module = device.create_shader_module(ShaderModuleDescriptor {
+        label: name,
+        source: ShaderSource::Wgsl(shader.text().into()),
+    });
+    let entries: Vec<BindGroupLayoutEntry> = shader
+        .bindings()
+        .iter()
+        .map(|binding| BindGroupLayoutEntry {
+            binding: binding.index,
+            visibility: ShaderStages::COMPUTE,
+            ty: BindingType::Buffer {
+                ty: match binding.kind {
+                    BindingKind::Uniform { .. } => BufferBindingType::Uniform,
+                    BindingKind::ReadOnly => BufferBindingType::Storage { read_only: true },
+                    BindingKind::ReadWrite => BufferBindingType::Storage { read_only: false },
+                },
+                has_dynamic_offset: false,
+                min_binding_size: None,
+            },
+            count: None,
+        })
+        .collect();
+    let layout =
+        device.create_bind_group_layout(&BindGroupLayoutDescriptor { label: name, entries: &entries });
+    let pipeline_layout = device.create_pipeline_layout(&PipelineLayoutDescriptor {
+        label: name,
+        bind_group_layouts: &[Some(&layout)],
+        immediate_size: 0,
+    });
+    let pipeline = device.create_compute_pipeline(&ComputePipelineDescriptor {
+        label: name,
+        layout: Some(&pipeline_layout),
+        module: &module,
+        entry_point: Some(shader.entry()),
+        compilation_options: PipelineCompilationOptions::default(),
+        cache: None,
+    });
+    // In a browser the answer would come later than now, and waiting is not possible: errors show on its console.
+    let error = if cfg!(target_family = "wasm") {
+        drop(scope);
+        None
+    } else {
+        pollster::block_on(scope.pop())
+    };
+    match error {
+        Some(error) => {
+            Err(WgpuError::Compile { kernel: shader.name().to_owned(), reason: error.to_string() })
+        }
+        None => {
+            tracing::debug!(kernel = shader.name(), "built a compute pipeline");
+            Ok((pipeline, layout))
+        }
+    }
+}
