@@ -1,5 +1,7 @@
 //! The seam to the tokenizer.
 
+use crate::text::{StreamDecoder, Tokenizer};
+
 /// Turns the tokens of one completion into text, piece by piece.
 pub trait Detokenize: Send {
     /// Adds a token and returns the text that has become certain: whole characters only.
@@ -11,3 +13,18 @@ pub trait Detokenize: Send {
 
 /// Makes a detokeniser for each completion.
 pub type DetokenizerFactory = Box<dyn Fn() -> Box<dyn Detokenize> + Send + Sync>;
+
+impl Detokenize for StreamDecoder {
+    fn push(&mut self, token_id: u32) -> String {
+        StreamDecoder::push(self, token_id)
+    }
+
+    fn finish(&mut self) -> String {
+        StreamDecoder::finish(self)
+    }
+}
+
+/// Stream decoders of one tokenizer.
+pub(super) fn factory(tokenizer: Tokenizer) -> DetokenizerFactory {
+    Box::new(move || Box::new(StreamDecoder::new(&tokenizer)))
+}

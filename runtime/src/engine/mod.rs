@@ -18,6 +18,7 @@ use crate::executor::{Executor, StepOutput};
 use crate::request::{Event, FinishReason, Request, RequestError, RequestId, RequestOutput};
 use crate::sampling::Sampler;
 use crate::scheduler::{NewGroup, NextToken, Schedule, Scheduler};
+use crate::text::Tokenizer;
 use logits::LogitCursor;
 use pagewise_kvcache::{CacheError, CacheManager};
 use rustc_hash::FxHashMap;
@@ -38,14 +39,27 @@ pub struct Engine {
 
 impl std::fmt::Debug for Engine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Engine").field("config", &self.config).field("stats", &self.stats()).finish_non_exhaustive()
+        f.debug_struct("Engine")
+            .field("config", &self.config)
+            .field("stats", &self.stats())
+            .finish_non_exhaustive()
     }
 }
 
 impl Engine {
     /// An engine without requests. `manager` and `executor` must be of the same block size, number of blocks
-    /// and KV groups. Without `detokenizer` completions have no text, and stop strings are refused.
+    /// and KV groups. Without a tokenizer completions have no text, and stop strings are refused.
     pub fn new(
+        config: EngineConfig,
+        manager: Box<dyn CacheManager + Send>,
+        executor: Box<dyn Executor>,
+        tokenizer: Option<Tokenizer>,
+    ) -> Self {
+        Self::with_detokenizer(config, manager, executor, tokenizer.map(detokenize::factory))
+    }
+
+    /// As [`new`](Self::new), with text made in another way than by a [`Tokenizer`].
+    pub fn with_detokenizer(
         config: EngineConfig,
         manager: Box<dyn CacheManager + Send>,
         executor: Box<dyn Executor>,
@@ -83,13 +97,18 @@ impl Engine {
             return Err(RequestError { param: Some("prompt_token_ids"), message });
         }
         if !params.stop.is_empty() && self.detokenizer.is_none() {
-            let message = "stop strings need a tokenizer, which this model was loaded without; use stop_token_ids";
+            let message =
+                "stop strings need a tokenizer, which this model was loaded without; use stop_token_ids";
             return Err(RequestError { param: Some("stop"), message: message.into() });
         }
         let id = RequestId(self.next_request);
         let state = RequestState::new(&prompt, params, self.detokenizer.as_ref());
-        let group =
-            NewGroup { id, samples: state.samples.len(), prompt_logits: state.prompt_logprobs.is_some(), prompt };
+        let group = NewGroup {
+            id,
+            samples: state.samples.len(),
+            prompt_logits: state.prompt_logprobs.is_some(),
+            prompt,
+        };
         self.scheduler.add(group, &*self.cache)?;
         self.next_request += 1;
         self.requests.insert(id, state);
@@ -135,7 +154,10 @@ impl Engine {
             Ok(()) => Ok(events),
             Err(Failure::Executor(reason)) => {
                 tracing::error!(%reason, "the step failed; its requests fail with it");
-                let error = RequestError { param: None, message: format!("the model could not compute a step: {reason}") };
+                let error = RequestError {
+                    param: None,
+                    message: format!("the model could not compute a step: {reason}"),
+                };
                 // Copies that the device never finished must not stay pending.
                 let confirmed = self.cache.confirm_block_ops();
                 let (dropped, freed) = self.scheduler.drop_resident(&mut *self.cache);
@@ -168,7 +190,8 @@ impl Engine {
         &mut self,
         requests: Vec<Request>,
     ) -> Result<Vec<Result<RequestOutput, RequestError>>, EngineError> {
-        let mut results: Vec<Option<Result<RequestOutput, RequestError>>> = Vec::with_capacity(requests.len());
+        let mut results: Vec<Option<Result<RequestOutput, RequestError>>> =
+            Vec::with_capacity(requests.len());
         let mut places = FxHashMap::default();
         for (place, request) in requests.into_iter().enumerate() {
             let added = self.add(request).map(|id| places.insert(id, place));
@@ -215,7 +238,8 @@ impl Engine {
             return if stuck { Err(Failure::Engine(EngineError::Stalled)) } else { Ok(()) };
         }
 
-        let output = self.executor.execute(&schedule.plan).map_err(|error| Failure::Executor(error.to_string()))?;
+        let output =
+            self.executor.execute(&schedule.plan).map_err(|error| Failure::Executor(error.to_string()))?;
         check_shape(&schedule, &output, self.config.vocab_size).map_err(Failure::Executor)?;
         self.cache.confirm_block_ops()?;
         self.scheduler.commit(&schedule, &mut *self.cache)?;
@@ -260,7 +284,8 @@ impl Engine {
     ) -> Result<(), CacheError> {
         // An earlier sample of the group may have failed the request.
         let Some(state) = self.requests.get_mut(&id) else { return Ok(()) };
-        let limit = state.params.max_tokens.min(self.config.max_model_len.saturating_sub(state.prompt_tokens));
+        let limit =
+            state.params.max_tokens.min(self.config.max_model_len.saturating_sub(state.prompt_tokens));
         let step = match state.advance(index, row, limit, &self.config.eos_token_ids, &mut self.sampler) {
             Ok(Some(step)) => step,
             Ok(None) => return Ok(()),
@@ -291,7 +316,9 @@ impl Engine {
         reason: FinishReason,
         events: &mut Vec<Event>,
     ) -> Result<(), CacheError> {
-        let Some(finished) = self.scheduler.finish_sample(id, index, &mut *self.cache)? else { return Ok(()) };
+        let Some(finished) = self.scheduler.finish_sample(id, index, &mut *self.cache)? else {
+            return Ok(());
+        };
         if let Some(state) = self.requests.get_mut(&id) {
             state.finish(index, finished.completion, reason);
         }
@@ -328,7 +355,9 @@ impl From<CacheError> for Failure {
 /// An executor must answer with the rows that the plan asked for.
 fn check_shape(schedule: &Schedule, output: &StepOutput, vocab_size: usize) -> Result<(), String> {
     let rows: usize = schedule.plan.chunks.iter().map(|chunk| chunk.logit_rows()).sum();
-    if (rows > 0 && output.vocab_size != vocab_size) || Some(output.logits.len()) != rows.checked_mul(vocab_size) {
+    if (rows > 0 && output.vocab_size != vocab_size)
+        || Some(output.logits.len()) != rows.checked_mul(vocab_size)
+    {
         return Err(format!(
             "it gave {} logits in rows of {}, where {rows} rows of {vocab_size} were asked for",
             output.logits.len(),

@@ -47,7 +47,11 @@ pub(super) struct Step {
 }
 
 impl RequestState {
-    pub(super) fn new(prompt: &[u32], params: SamplingParams, detokenizer: Option<&DetokenizerFactory>) -> Self {
+    pub(super) fn new(
+        prompt: &[u32],
+        params: SamplingParams,
+        detokenizer: Option<&DetokenizerFactory>,
+    ) -> Self {
         let seed = params.seed.unwrap_or_else(|| RandomState::new().hash_one(prompt.len()));
         let sample = |_| SampleState {
             counts: TokenCounts::new(prompt, &params),
@@ -87,14 +91,18 @@ impl RequestState {
 
     /// Notes the log-probabilities of prompt tokens that a chunk's rows predict.
     pub(super) fn read_prompt_rows(&mut self, chunk: &Chunk, rows: &Rows<'_>) {
-        let (Some(entries), Some(top)) = (&mut self.prompt_logprobs, self.params.prompt_logprobs) else { return };
+        let (Some(entries), Some(top)) = (&mut self.prompt_logprobs, self.params.prompt_logprobs) else {
+            return;
+        };
         if chunk.logits != LogitRows::All {
             return;
         }
         // The row of position p predicts position p + 1. After a preemption some are known already.
         while let Some(&token) = self.prompt.get(entries.len()) {
             let predicted_by = entries.len() - 1;
-            let Some(row) = predicted_by.checked_sub(chunk.start).and_then(|index| rows.get(index)) else { break };
+            let Some(row) = predicted_by.checked_sub(chunk.start).and_then(|index| rows.get(index)) else {
+                break;
+            };
             entries.push(Some(LogSoftmax::new(row).position(token, top, &mut self.scratch)));
         }
     }

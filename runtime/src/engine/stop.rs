@@ -131,7 +131,7 @@ mod tests {
             let expected = plain(&text, &stops);
 
             let mut matcher = StopMatcher::new(&stops);
-            let (mut shown, mut stopped) = (String::new(), false);
+            let (mut pushed, mut shown, mut stopped) = (String::new(), String::new(), false);
             for piece in &pieces {
                 let released = matcher.push(piece);
                 shown.push_str(&released.text);
@@ -139,12 +139,15 @@ mod tests {
                     stopped = true;
                     break;
                 }
-                // What is shown is never the beginning of a stop string.
-                for stop in &stops {
-                    for (cut, _) in stop.char_indices().skip(1) {
-                        assert!(!shown.ends_with(&stop[..cut]), "case {case}: {shown:?} shows a part of {stop:?}");
-                    }
-                }
+                // What may become a stop string is not shown, and all else is.
+                pushed.push_str(piece);
+                let partial = stops
+                    .iter()
+                    .flat_map(|stop| stop.char_indices().map(|(cut, _)| &stop[..cut]))
+                    .filter(|beginning| pushed.ends_with(beginning))
+                    .map(str::len)
+                    .max();
+                assert_eq!(shown, pushed[..pushed.len() - partial.unwrap_or(0)], "case {case}: {stops:?}");
             }
             if !stopped {
                 shown.push_str(&matcher.finish());

@@ -55,7 +55,10 @@ impl<'a> LogSoftmax<'a> {
         scratch.sort_unstable_by(|a, b| b.cmp(a));
         let top = scratch
             .iter()
-            .map(|&key| TokenLogprob { token_id: candidates::id(key), logprob: self.of_logit(candidates::logit(key)) })
+            .map(|&key| TokenLogprob {
+                token_id: candidates::id(key),
+                logprob: self.of_logit(candidates::logit(key)),
+            })
             .collect();
         PositionLogprobs { token: TokenLogprob { token_id, logprob: self.logprob(token_id) }, top }
     }

@@ -90,8 +90,11 @@ mod tests {
 
     #[test]
     fn bias_comes_before_the_penalties() {
-        let params =
-            SamplingParams { repetition_penalty: 2.0, logit_bias: vec![(0, 3.0), (9, 1.0)], ..Default::default() };
+        let params = SamplingParams {
+            repetition_penalty: 2.0,
+            logit_bias: vec![(0, 3.0), (9, 1.0)],
+            ..Default::default()
+        };
         assert_eq!(processed(&params, &[0], &[], &[-1.0]), [1.0]);
         assert!(!TokenCounts::new(&[0], &params).is_noop(&params));
         let plain = SamplingParams::default();

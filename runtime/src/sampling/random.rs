@@ -32,7 +32,12 @@ pub fn philox4x32_10(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
         let [a, b, c, d] = counter;
         let first = u64::from(a) * 0xD251_1F53;
         let second = u64::from(c) * 0xCD9E_8D57;
-        counter = [(second >> 32) as u32 ^ b ^ key[0], second as u32, (first >> 32) as u32 ^ d ^ key[1], first as u32];
+        counter = [
+            (second >> 32) as u32 ^ b ^ key[0],
+            second as u32,
+            (first >> 32) as u32 ^ d ^ key[1],
+            first as u32,
+        ];
     }
     counter
 }

@@ -18,7 +18,8 @@ impl SamplingParams {
             return refuse("max_tokens", "max_tokens must be at least 1".into());
         }
         if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
-            let message = format!("temperature must be 0 (greedy) or a positive number, not {}", self.temperature);
+            let message =
+                format!("temperature must be 0 (greedy) or a positive number, not {}", self.temperature);
             return refuse("temperature", message);
         }
         if !(self.top_p > 0.0 && self.top_p <= 1.0) {
@@ -42,12 +43,14 @@ impl SamplingParams {
         }
         for (param, count) in [("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)] {
             if let Some(count) = count.filter(|&count| count > vocab_size) {
-                let message = format!("{param} must be at most the vocabulary's {vocab_size} tokens, not {count}");
+                let message =
+                    format!("{param} must be at most the vocabulary's {vocab_size} tokens, not {count}");
                 return refuse(param, message);
             }
         }
         if !(self.repetition_penalty > 0.0 && self.repetition_penalty.is_finite()) {
-            let message = format!("repetition_penalty must be a positive number, not {}", self.repetition_penalty);
+            let message =
+                format!("repetition_penalty must be a positive number, not {}", self.repetition_penalty);
             return refuse("repetition_penalty", message);
         }
         let additive =
@@ -59,11 +62,16 @@ impl SamplingParams {
         }
         for &(id, bias) in &self.logit_bias {
             if id as usize >= vocab_size {
-                let message = format!("logit_bias names token {id}, which is not in the vocabulary of {vocab_size} tokens");
+                let message = format!(
+                    "logit_bias names token {id}, which is not in the vocabulary of {vocab_size} tokens"
+                );
                 return refuse("logit_bias", message);
             }
             if !bias.is_finite() {
-                return refuse("logit_bias", format!("logit_bias of token {id} must be a finite number, not {bias}"));
+                return refuse(
+                    "logit_bias",
+                    format!("logit_bias of token {id} must be a finite number, not {bias}"),
+                );
             }
         }
         if !self.length_penalty.is_finite() {

@@ -65,7 +65,9 @@ impl Scheduler {
         let alone = self.resident.is_empty();
         let admission = match cache.can_allocate(&[prompt]) {
             // Alone, it may use what the watermark or the growth of its samples would keep free.
-            Admission::Now if !alone && samples > 1 && gang_demand(head, cache) > cache.device_usage().free => {
+            Admission::Now
+                if !alone && samples > 1 && gang_demand(head, cache) > cache.device_usage().free =>
+            {
                 Admission::Later
             }
             Admission::Later if alone && cache.device_usage().pending == 0 => Admission::Now,
@@ -139,7 +141,8 @@ fn prompt_exceeds_cache(prompt_len: usize, cache: &dyn CacheManager) -> RequestE
 
 /// Why a group cannot go on even with the whole cache to itself.
 pub(super) fn exceeds_cache(group: &Group, cache: &dyn CacheManager) -> RequestError {
-    let generated: usize = group.sequences.iter().map(|s| s.tokens.len().saturating_sub(group.prompt_len)).sum();
+    let generated: usize =
+        group.sequences.iter().map(|s| s.tokens.len().saturating_sub(group.prompt_len)).sum();
     if generated == 0 && group.sequences.len() == 1 {
         return prompt_exceeds_cache(group.prompt_len, cache);
     }

@@ -162,7 +162,9 @@ impl Scheduler {
 
     /// Appends a sampled token to a resident sequence; it is computed in the next step.
     pub fn push_token(&mut self, request: RequestId, sample: usize, token: u32) {
-        if let Some(sequence) = self.resident.get_mut(&request).and_then(|group| group.sequences.get_mut(sample)) {
+        if let Some(sequence) =
+            self.resident.get_mut(&request).and_then(|group| group.sequences.get_mut(sample))
+        {
             sequence.tokens.push(token);
         }
     }
@@ -214,7 +216,10 @@ impl Scheduler {
     ///
     /// # Errors
     /// What the cache manager answers first; all groups are taken out nevertheless.
-    pub fn drop_resident(&mut self, cache: &mut dyn CacheManager) -> (Vec<RequestId>, Result<(), CacheError>) {
+    pub fn drop_resident(
+        &mut self,
+        cache: &mut dyn CacheManager,
+    ) -> (Vec<RequestId>, Result<(), CacheError>) {
         self.salt += 1;
         self.resident_sequences = 0;
         let resident = std::mem::take(&mut self.resident);

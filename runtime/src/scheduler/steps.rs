@@ -72,7 +72,11 @@ impl Scheduler {
     }
 
     /// Gives every resident sequence slots for all of its tokens, in order of arrival.
-    fn reserve(&mut self, schedule: &mut Schedule, cache: &mut dyn CacheManager) -> Result<Reserved, CacheError> {
+    fn reserve(
+        &mut self,
+        schedule: &mut Schedule,
+        cache: &mut dyn CacheManager,
+    ) -> Result<Reserved, CacheError> {
         let mut outcome = Reserved::All;
         let mut next = RequestId(0);
         'groups: while let Some((&id, group)) = self.resident.range_mut(next..).next() {

@@ -14,7 +14,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 const CASES: u64 = 2500;
 
 fn random_request(numbers: &mut Numbers, shared: &[u32]) -> Request {
-    let mut prompt: Vec<u32> = if numbers.chance(50) { shared[..numbers.below(shared.len())].to_vec() } else { vec![] };
+    let mut prompt: Vec<u32> =
+        if numbers.chance(50) { shared[..numbers.below(shared.len())].to_vec() } else { vec![] };
     let more = numbers.from(1, 20);
     prompt.extend((0..more).map(|_| numbers.below(VOCAB) as u32));
     let samples = if numbers.chance(70) { 1 } else { numbers.from(2, 4) };
@@ -80,7 +81,9 @@ fn run(case: u64) {
     };
     let (mut engine, log) = engine(config.clone(), cache.clone());
     let mut arrivals: Vec<(usize, Request)> = (0..numbers.from(1, 10))
-        .map(|_| (if numbers.chance(50) { 0 } else { numbers.below(60) }, random_request(&mut numbers, &shared)))
+        .map(|_| {
+            (if numbers.chance(50) { 0 } else { numbers.below(60) }, random_request(&mut numbers, &shared))
+        })
         .collect();
     arrivals.sort_by_key(|(step, _)| *step);
     let mut arrivals = arrivals.into_iter().peekable();

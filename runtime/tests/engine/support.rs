@@ -2,8 +2,8 @@
 //! table, copy, fork or preemption gives wrong tokens.
 
 use pagewise_kvcache::{
-    Admission, Allocation, BlockId, BlockOps, CacheConfig, CacheError, CacheManager, CacheStats, KvCacheManager,
-    KvGroup, NO_BLOCK, PoolUsage, Prompt, SequenceId,
+    Admission, Allocation, BlockId, BlockOps, CacheConfig, CacheError, CacheManager, CacheStats,
+    KvCacheManager, KvGroup, NO_BLOCK, PoolUsage, Prompt, SequenceId,
 };
 use pagewise_runtime::engine::{Detokenize, DetokenizerFactory, Engine, EngineConfig};
 use pagewise_runtime::executor::{Executor, ExecutorError, StepOutput};
@@ -12,60 +12,62 @@ use pagewise_runtime::sampling::Draw;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-pub const VOCAB: usize = 32;
+pub(crate) const VOCAB: usize = 32;
 const POISON: u32 = u32::MAX;
 
 /// Numbers for test cases.
-pub struct Numbers {
+pub(crate) struct Numbers {
     seed: u64,
     position: u64,
 }
 
 impl Numbers {
-    pub fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         Self { seed, position: 0 }
     }
 
     /// Below `n`.
-    pub fn below(&mut self, n: usize) -> usize {
+    pub(crate) fn below(&mut self, n: usize) -> usize {
         self.position += 1;
         (Draw { seed: self.seed, sample: 77, position: self.position }.uniform() * n as f64) as usize
     }
 
-    pub fn from(&mut self, low: usize, high: usize) -> usize {
+    pub(crate) fn from(&mut self, low: usize, high: usize) -> usize {
         low + self.below(high - low + 1)
     }
 
-    pub fn chance(&mut self, percent: usize) -> bool {
+    pub(crate) fn chance(&mut self, percent: usize) -> bool {
         self.below(100) < percent
     }
 
-    pub fn pick<T: Copy>(&mut self, of: &[T]) -> T {
+    pub(crate) fn pick<T: Copy>(&mut self, of: &[T]) -> T {
         of[self.below(of.len())]
     }
 }
 
 /// The model: logits of the token after this context.
-pub fn hash_logits(context: &[u32]) -> Vec<f32> {
+pub(crate) fn hash_logits(context: &[u32]) -> Vec<f32> {
     let mut hash = 0xcbf2_9ce4_8422_2325u64;
     for &token in context {
         hash = (hash ^ u64::from(token)).wrapping_mul(0x0000_0100_0000_01b3);
         hash ^= hash >> 29;
     }
-    (0..VOCAB as u32).map(|id| (Draw { seed: hash, sample: id, position: 0 }.uniform() * 8.0) as f32).collect()
+    (0..VOCAB as u32)
+        .map(|id| (Draw { seed: hash, sample: id, position: 0 }.uniform() * 8.0) as f32)
+        .collect()
 }
 
 /// What an executor was asked to do, for the test to look at.
 #[derive(Default)]
-pub struct Log {
-    pub plans: Vec<StepPlan>,
+pub(crate) struct Log {
+    pub(crate) plans: Vec<StepPlan>,
     /// Fail the step of this many executions from now.
-    pub fail_in: Option<usize>,
+    pub(crate) fail_in: Option<usize>,
     /// Answer with NaN for contexts that end in this token.
-    pub nan_after: Option<u32>,
+    pub(crate) nan_after: Option<u32>,
 }
 
-pub struct HashExecutor {
+pub(crate) struct HashExecutor {
     block_size: usize,
     windows: Vec<Option<usize>>,
     device: Vec<u32>,
@@ -74,7 +76,7 @@ pub struct HashExecutor {
 }
 
 impl HashExecutor {
-    pub fn new(config: &CacheConfig, log: Arc<Mutex<Log>>) -> Self {
+    pub(crate) fn new(config: &CacheConfig, log: Arc<Mutex<Log>>) -> Self {
         Self {
             block_size: config.block_size,
             windows: config.groups.iter().map(|group| group.window).collect(),
@@ -137,9 +139,7 @@ impl Executor for HashExecutor {
                     let visible = window.is_none_or(|window| position + window >= end);
                     if visible {
                         let block = table[position / self.block_size];
-                        seen.push(
-                            self.device[block as usize * self.block_size + position % self.block_size],
-                        );
+                        seen.push(self.device[block as usize * self.block_size + position % self.block_size]);
                     }
                 }
                 assert!(seen.windows(2).all(|pair| pair[0] == pair[1]), "groups disagree");
@@ -164,7 +164,7 @@ impl Executor for HashExecutor {
 }
 
 /// The real manager, with its books checked after every change.
-pub struct Audited(pub KvCacheManager);
+pub(crate) struct Audited(pub(crate) KvCacheManager);
 
 impl Audited {
     fn audit<T>(&self, value: T) -> T {
@@ -242,7 +242,7 @@ impl CacheManager for Audited {
     }
 }
 
-pub fn cache_config(block_size: usize, device_blocks: usize) -> CacheConfig {
+pub(crate) fn cache_config(block_size: usize, device_blocks: usize) -> CacheConfig {
     CacheConfig {
         block_size,
         device_blocks,
@@ -253,7 +253,7 @@ pub fn cache_config(block_size: usize, device_blocks: usize) -> CacheConfig {
     }
 }
 
-pub fn engine_config() -> EngineConfig {
+pub(crate) fn engine_config() -> EngineConfig {
     EngineConfig {
         max_num_seqs: 64,
         max_batch_tokens: 512,
@@ -263,22 +263,22 @@ pub fn engine_config() -> EngineConfig {
     }
 }
 
-pub fn engine(config: EngineConfig, cache: CacheConfig) -> (Engine, Arc<Mutex<Log>>) {
+pub(crate) fn engine(config: EngineConfig, cache: CacheConfig) -> (Engine, Arc<Mutex<Log>>) {
     let log = Arc::new(Mutex::new(Log::default()));
     let executor = HashExecutor::new(&cache, log.clone());
     let manager = Audited(KvCacheManager::new(cache).unwrap());
-    (Engine::new(config, Box::new(manager), Box::new(executor), Some(letters())), log)
+    (Engine::with_detokenizer(config, Box::new(manager), Box::new(executor), Some(letters())), log)
 }
 
 /// Token `i` is the letter `i` of an alphabet with some wide characters, and multiples of 8 come in halves:
 /// their text appears with the token after them.
 struct Letters(String);
 
-pub fn letter(token: u32) -> char {
+pub(crate) fn letter(token: u32) -> char {
     "abcdefghijklmnopqrstuvwxyzäöüéß🙂".chars().nth(token as usize).unwrap()
 }
 
-pub fn letters() -> DetokenizerFactory {
+pub(crate) fn letters() -> DetokenizerFactory {
     Box::new(|| Box::new(Letters(String::new())))
 }
 
@@ -293,9 +293,9 @@ impl Detokenize for Letters {
 }
 
 /// The text of these tokens, all at once.
-pub fn text_of(tokens: &[u32]) -> String {
+pub(crate) fn text_of(tokens: &[u32]) -> String {
     tokens.iter().map(|&token| letter(token)).collect()
 }
 
 /// Texts of events joined, by completion.
-pub type Streams = HashMap<(u64, usize), (Vec<u32>, String)>;
+pub(crate) type Streams = HashMap<(u64, usize), (Vec<u32>, String)>;
