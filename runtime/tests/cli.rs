@@ -33,7 +33,11 @@ fn pagewise(args: &[&str], input: &str) -> Run {
     // A command that reads no input may have gone already.
     let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
     let Output { status, stdout, stderr } = child.wait_with_output().unwrap();
-    Run { code: status.code(), stdout: String::from_utf8(stdout).unwrap(), stderr: String::from_utf8(stderr).unwrap() }
+    Run {
+        code: status.code(),
+        stdout: String::from_utf8(stdout).unwrap(),
+        stderr: String::from_utf8(stderr).unwrap(),
+    }
 }
 
 /// Runs `generate --prompts - --json` on lines and reads the lines that come back.
@@ -74,7 +78,8 @@ fn model_with_text() -> TempDir {
             (char::from_u32(code).unwrap().to_string(), byte.into())
         })
         .collect();
-    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let byte_level =
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
     let tokenizer = json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
         "pre_tokenizer": byte_level, "post_processor": null, "decoder": byte_level,
@@ -82,8 +87,8 @@ fn model_with_text() -> TempDir {
             "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
             "vocab": vocab, "merges": []},
     });
-    let template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}\
-                    {% if add_generation_prompt %}a:{% endif %}";
+    let template = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}\
+                    {% if add_generation_prompt %}assistant:{% endif %}";
     let config = json!({"tokenizer_class": "GPT2Tokenizer", "chat_template": template});
     std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
     std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
@@ -103,8 +108,12 @@ fn golden_tokens_come_out_in_order() {
             assert_eq!(output["token_ids"], item["greedy"], "{model}, prompt {index}");
             assert_eq!((&output["finish_reason"], &output["text"]), (&json!("length"), &Value::Null));
             assert_eq!(output.get("logprobs"), None);
-            let (prompt, new) = (item["prompt"].as_array().unwrap().len(), item["greedy"].as_array().unwrap().len());
-            assert_eq!((&line["usage"]["prompt_tokens"], &line["usage"]["completion_tokens"]), (&prompt.into(), &new.into()));
+            let (prompt, new) =
+                (item["prompt"].as_array().unwrap().len(), item["greedy"].as_array().unwrap().len());
+            assert_eq!(
+                (&line["usage"]["prompt_tokens"], &line["usage"]["completion_tokens"]),
+                (&prompt.into(), &new.into())
+            );
             assert!(line["usage"]["cached_tokens"].is_u64());
         }
     }
@@ -165,9 +174,13 @@ fn a_bad_line_is_reported_in_its_place() {
 
 #[test]
 fn options_are_the_defaults_of_the_lines() {
-    let lines = [r#"{"prompt_token_ids": [146]}"#, r#"{"prompt_token_ids": [146], "max_tokens": 3, "ignore_eos": false}"#];
+    let lines = [
+        r#"{"prompt_token_ids": [146]}"#,
+        r#"{"prompt_token_ids": [146], "max_tokens": 3, "ignore_eos": false}"#,
+    ];
     let lines = lines.map(str::to_owned);
-    let (_, out) = batch(&fixture("llama_gqa"), &lines, &["--temperature", "0", "--max-tokens", "9", "--ignore-eos"]);
+    let (_, out) =
+        batch(&fixture("llama_gqa"), &lines, &["--temperature", "0", "--max-tokens", "9", "--ignore-eos"]);
     let tokens = |line: &Value| line["outputs"][0]["token_ids"].as_array().unwrap().clone();
     let greedy = golden("llama_gqa")[0]["greedy"].as_array().unwrap().clone();
     assert_eq!(tokens(&out[0]), greedy[..9]);
@@ -204,7 +217,8 @@ fn log_probabilities_read_back_to_their_f32() {
 
 #[test]
 fn a_seed_makes_sampling_repeatable() {
-    let line = json!({"prompt_token_ids": [7], "max_tokens": 12, "n": 3, "seed": 5, "ignore_eos": true}).to_string();
+    let line =
+        json!({"prompt_token_ids": [7], "max_tokens": 12, "n": 3, "seed": 5, "ignore_eos": true}).to_string();
     let (_, out) = batch(&fixture("qwen2"), &[line.clone(), line], &["--no-prefix-cache"]);
     assert_eq!(out[0]["outputs"].as_array().unwrap().len(), 3);
     assert_eq!(out[0]["outputs"], out[1]["outputs"]);
@@ -231,7 +245,8 @@ fn an_empty_batch_is_done_at_once() {
 fn text_streams_and_is_the_text_of_the_json() {
     let dir = model_with_text();
     let model = dir.path().to_str().unwrap();
-    let args = ["generate", "Hello", "--model", model, "--temperature", "0", "--max-tokens", "24", "--ignore-eos"];
+    let args =
+        ["generate", "Hello", "--model", model, "--temperature", "0", "--max-tokens", "24", "--ignore-eos"];
     let plain = pagewise(&args, "");
     assert_eq!((plain.code, plain.stderr.as_str()), (Some(0), ""));
     let json = pagewise(&[&args[..], &["--json"]].concat(), "");
@@ -252,9 +267,10 @@ fn a_chat_goes_through_the_template() {
     let one_turn = pagewise(&[&["chat", "Hi", "--system", "S"], &greedy[..]].concat(), "");
     assert_eq!(one_turn.code, Some(0), "{}", one_turn.stderr);
 
-    let messages = json!({"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "Hi"}]});
+    let messages =
+        json!({"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "Hi"}]});
     let (_, out) = batch(dir.path(), &[messages.to_string()], &greedy[2..]);
-    let rendered = json!({"prompt": "s:S;u:Hi;a:"}).to_string();
+    let rendered = json!({"prompt": "system:S;user:Hi;assistant:"}).to_string();
     let (_, same) = batch(dir.path(), &[rendered], &greedy[2..]);
     assert_eq!(out[0]["outputs"], same[0]["outputs"]);
     assert_eq!(one_turn.stdout, format!("{}\n", out[0]["outputs"][0]["text"].as_str().unwrap()));
@@ -264,7 +280,7 @@ fn a_chat_goes_through_the_template() {
     let talk = pagewise(&[&["chat", "--system", "S"], &greedy[..]].concat(), input);
     assert_eq!(talk.code, Some(0), "{}", talk.stderr);
     let answer = one_turn.stdout.trim_end_matches('\n');
-    let second = json!({"prompt": format!("s:S;u:Hi;a:{answer};u:More;a:")}).to_string();
+    let second = json!({"prompt": format!("system:S;user:Hi;assistant:{answer};user:More;assistant:")}).to_string();
     let (_, second) = batch(dir.path(), &[second], &greedy[2..]);
     let second = second[0]["outputs"][0]["text"].as_str().unwrap();
     assert_eq!(talk.stdout, format!("{answer}\n{second}\n{answer}\n"));

@@ -98,7 +98,8 @@ impl EngineBench {
     fn measure(&self, model: &mut LoadedModel, parallel: u32) -> Result<Figures, Failure> {
         let vocab_size = model.config.vocab_size as u64;
         let mut seed = u64::from(parallel);
-        let (mut prompt, mut decode, mut generated, mut first) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut prompt, mut decode, mut generated, mut first) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         // One short run first: pages of weights and cache are touched, threads are awake.
         self.time(model, 1, 2, vocab_size, &mut seed)?;
         for _ in 0..self.repeat {
@@ -139,7 +140,10 @@ impl EngineBench {
             ..SamplingParams::default()
         };
         let requests = (0..parallel)
-            .map(|_| Request { prompt: (0..self.prompt_tokens).map(|_| token()).collect(), params: params.clone() })
+            .map(|_| Request {
+                prompt: (0..self.prompt_tokens).map(|_| token()).collect(),
+                params: params.clone(),
+            })
             .collect();
         let started = Instant::now();
         let outputs = model.engine.generate(requests).map_err(|error| Failure::error(error.to_string()))?;

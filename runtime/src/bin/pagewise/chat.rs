@@ -56,7 +56,9 @@ impl ChatArgs {
 pub(crate) fn run(args: &ChatArgs, verbose: u8) -> Result<(), Failure> {
     let sampling = args.sampling();
     if sampling.n.is_some_and(|n| n != 1) {
-        return Err(Failure::Usage("--n: a chat has one answer; use `pagewise generate` for more".to_owned()));
+        return Err(Failure::Usage(
+            "--n: a chat has one answer; use `pagewise generate` for more".to_owned(),
+        ));
     }
     sampling.check()?;
     let model = loading::load_model(&args.load_options()?, verbose)?;
@@ -83,7 +85,9 @@ fn converse(chat: &mut Chat) -> Result<(), Failure> {
             "" => continue,
             "/quit" | "/exit" => return Ok(()),
             "/clear" => chat.clear(),
-            command if command.starts_with('/') => eprintln!("{command} is unknown; there are /clear and /quit"),
+            command if command.starts_with('/') => {
+                eprintln!("{command} is unknown; there are /clear and /quit")
+            }
             message => {
                 // Without a history a line is as good; it only cannot be called back.
                 let _ = editor.add_history_entry(message);

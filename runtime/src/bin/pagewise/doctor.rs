@@ -49,7 +49,8 @@ impl Report {
 
 fn cpu(report: &mut Report) {
     report.line("cpu", &cpu_name().unwrap_or_else(|| "unnamed".to_owned()));
-    let threads = std::thread::available_parallelism().map_or_else(|_| "unknown".to_owned(), |n| n.to_string());
+    let threads =
+        std::thread::available_parallelism().map_or_else(|_| "unknown".to_owned(), |n| n.to_string());
     report.more(&format!("threads: {threads}"));
     report.more(&format!("instructions: {}", cpu_features().join(", ")));
     report.more(&format!("attention kernels: {:?}", Level::detect()).to_lowercase());

@@ -66,9 +66,12 @@ fn read(path: &Path) -> Result<Vec<u8>, Failure> {
     if path == Path::new("-") {
         let mut input = Vec::new();
         let done = io::stdin().lock().read_to_end(&mut input);
-        return done.map(|_| input).map_err(|error| Failure::error(format!("standard input cannot be read: {error}")));
+        return done
+            .map(|_| input)
+            .map_err(|error| Failure::error(format!("standard input cannot be read: {error}")));
     }
-    std::fs::read(path).map_err(|error| Failure::error(format!("--prompts: {} cannot be read: {error}", path.display())))
+    std::fs::read(path)
+        .map_err(|error| Failure::error(format!("--prompts: {} cannot be read: {error}", path.display())))
 }
 
 /// A prompt of the command line. Its failure is the command's.
@@ -190,7 +193,9 @@ impl Results {
 fn plain(output: &RequestOutput) -> String {
     let text = |completion: &Completion| match &completion.text {
         Some(text) => format!("{text}\n"),
-        None => format!("{}\n", completion.token_ids.iter().map(u32::to_string).collect::<Vec<_>>().join(" ")),
+        None => {
+            format!("{}\n", completion.token_ids.iter().map(u32::to_string).collect::<Vec<_>>().join(" "))
+        }
     };
     output.outputs.iter().map(text).collect()
 }

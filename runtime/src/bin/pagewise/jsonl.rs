@@ -100,7 +100,8 @@ pub(crate) fn parse_line(line: &[u8]) -> Result<Line, LineError> {
             return Err(LineError::new(Some(name), message));
         }
     }
-    let missing = || LineError::new(Some("prompt"), "the line needs one of prompt, prompt_token_ids and messages");
+    let missing =
+        || LineError::new(Some("prompt"), "the line needs one of prompt, prompt_token_ids and messages");
     Ok(Line { prompt: prompt.ok_or_else(missing)?, sampling })
 }
 
@@ -207,9 +208,11 @@ impl Field<'_> {
     }
 
     fn biases(self) -> Result<Vec<(u32, f32)>, LineError> {
-        let biases = self.value.as_object().ok_or_else(|| self.wrong("an object of token ids and numbers"))?;
+        let biases =
+            self.value.as_object().ok_or_else(|| self.wrong("an object of token ids and numbers"))?;
         let read = |(id, bias): (&String, &Value)| {
-            let message = || format!("logit_bias: {id:?}: {} is not a token id with a finite number", shown(bias));
+            let message =
+                || format!("logit_bias: {id:?}: {} is not a token id with a finite number", shown(bias));
             let pair = id.parse().ok().zip(finite(bias));
             pair.ok_or_else(|| LineError::new(Some(self.name), message()))
         };
@@ -409,8 +412,12 @@ mod tests {
         let line = parse_line(br#"{"prompt": "a\u0000b", "seed": null, "messages": null}"#).unwrap();
         assert_eq!(line.prompt, Prompt::Text("a\0b".into()));
         assert_eq!(line.sampling, SamplingOptions::default());
-        let line = parse_line(br#"{"messages": [{"role": "user", "content": "hi"}], "stop": ["a", "b"]}"#).unwrap();
-        assert_eq!(line.prompt, Prompt::Messages(vec![Message { role: "user".into(), content: "hi".into() }]));
+        let line =
+            parse_line(br#"{"messages": [{"role": "user", "content": "hi"}], "stop": ["a", "b"]}"#).unwrap();
+        assert_eq!(
+            line.prompt,
+            Prompt::Messages(vec![Message { role: "user".into(), content: "hi".into() }])
+        );
         assert_eq!(line.sampling.stop, Some(vec!["a".into(), "b".into()]));
     }
 
@@ -423,15 +430,31 @@ mod tests {
             ("[1]", None, "the line must be a JSON object, not a list"),
             ("{}", Some("prompt"), "the line needs one of prompt, prompt_token_ids and messages"),
             (r#"{"prompt": 7}"#, Some("prompt"), "prompt must be a string, not a number"),
-            (r#"{"prompt": "a", "messages": []}"#, Some("messages"), "prompt and messages exclude each other"),
-            (r#"{"prompt_token_ids": "1"}"#, Some("prompt_token_ids"), "must be a list of token ids, not a string"),
+            (
+                r#"{"prompt": "a", "messages": []}"#,
+                Some("messages"),
+                "prompt and messages exclude each other",
+            ),
+            (
+                r#"{"prompt_token_ids": "1"}"#,
+                Some("prompt_token_ids"),
+                "must be a list of token ids, not a string",
+            ),
             (r#"{"prompt_token_ids": [1, -1]}"#, Some("prompt_token_ids"), "prompt_token_ids[1]: -1"),
-            (r#"{"prompt_token_ids": [4294967296]}"#, Some("prompt_token_ids"), "prompt_token_ids[0]: 4294967296"),
+            (
+                r#"{"prompt_token_ids": [4294967296]}"#,
+                Some("prompt_token_ids"),
+                "prompt_token_ids[0]: 4294967296",
+            ),
             (r#"{"prompt": "a", "max_token": 1}"#, Some("max_token"), "unknown field \"max_token\""),
             (r#"{"prompt": "a", "max_tokens": -1}"#, Some("max_tokens"), "not a negative number"),
             (r#"{"prompt": "a", "max_tokens": 1.5}"#, Some("max_tokens"), "not a fraction"),
             (r#"{"prompt": "a", "max_tokens": "1"}"#, Some("max_tokens"), "not a string"),
-            (r#"{"prompt": "a", "temperature": "hot"}"#, Some("temperature"), "a finite number, not a string"),
+            (
+                r#"{"prompt": "a", "temperature": "hot"}"#,
+                Some("temperature"),
+                "a finite number, not a string",
+            ),
             (r#"{"prompt": "a", "temperature": 1e39}"#, Some("temperature"), "a finite number"),
             (r#"{"prompt": "a", "seed": -1}"#, Some("seed"), "whole number"),
             (r#"{"prompt": "a", "stop": [1]}"#, Some("stop"), "stop[0]: 1 is not one of strings"),
@@ -474,7 +497,10 @@ mod tests {
     #[test]
     fn lines_out() {
         let token = |token_id, logprob| TokenLogprob { token_id, logprob };
-        let position = PositionLogprobs { token: token(5, -0.1), top: vec![token(5, -0.1), token(6, f32::NEG_INFINITY)] };
+        let position = PositionLogprobs {
+            token: token(5, -0.1),
+            top: vec![token(5, -0.1), token(6, f32::NEG_INFINITY)],
+        };
         let output = RequestOutput {
             outputs: vec![Completion {
                 text: None,

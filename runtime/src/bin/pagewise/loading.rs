@@ -46,7 +46,8 @@ impl Display {
                     self.replace(|| {
                         let style = "{msg} {wide_bar} {bytes} of {total_bytes}, {eta} left";
                         let style = ProgressStyle::with_template(style);
-                        ProgressBar::new(total).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+                        ProgressBar::new(total)
+                            .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
                     });
                     self.bar.set_message(file.to_owned());
                 }

@@ -116,7 +116,17 @@ mod tests {
     #[test]
     fn the_last_of_a_repeated_option_wins() {
         let cli = Cli::try_parse_from([
-            "pagewise", "chat", "--model", "a", "--temperature", "0.2", "hi", "--temperature", "1", "--model", "b",
+            "pagewise",
+            "chat",
+            "--model",
+            "a",
+            "--temperature",
+            "0.2",
+            "hi",
+            "--temperature",
+            "1",
+            "--model",
+            "b",
         ]);
         let Command::Chat(args) = cli.unwrap().command else { panic!("chat was asked for") };
         assert_eq!(args.sampling().temperature, Some(1.0));

@@ -283,7 +283,9 @@ impl SamplingOptions {
 
 /// `2GiB`, `1.5GB`, `512M` (MiB) or plain bytes.
 fn parse_size(text: &str) -> Result<u64, String> {
-    let refuse = || format!("'{text}' is not a size; write bytes, or a number with KiB, MiB, GiB, TiB, KB, MB, GB or TB");
+    let refuse = || {
+        format!("'{text}' is not a size; write bytes, or a number with KiB, MiB, GiB, TiB, KB, MB, GB or TB")
+    };
     let trimmed = text.trim();
     let end = trimmed.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(trimmed.len());
     let (number, unit) = trimmed.split_at(end);
@@ -347,7 +349,9 @@ mod tests {
         assert_eq!(parse_size("512M"), Ok(512 << 20));
         assert_eq!(parse_size("1.5GB"), Ok(1_500_000_000));
         assert_eq!(parse_size("0.5k"), Ok(512));
-        for bad in ["", "GiB", "-1", "1..5", "2XB", "1e3", "99999999999999999999", "20000000TiB", "NaN", "1.5.2G"] {
+        for bad in
+            ["", "GiB", "-1", "1..5", "2XB", "1e3", "99999999999999999999", "20000000TiB", "NaN", "1.5.2G"]
+        {
             assert!(parse_size(bad).is_err(), "{bad:?}");
         }
     }
@@ -367,7 +371,8 @@ mod tests {
     #[test]
     fn a_line_overrides_the_command_line_which_overrides_the_model() {
         let base = SamplingParams { temperature: 0.6, top_k: 50, ..SamplingParams::default() };
-        let command_line = SamplingOptions { temperature: Some(0.3), seed: Some(1), ..SamplingOptions::default() };
+        let command_line =
+            SamplingOptions { temperature: Some(0.3), seed: Some(1), ..SamplingOptions::default() };
         let line = SamplingOptions { seed: Some(2), ignore_eos: Some(false), ..SamplingOptions::default() };
         let params = line.or(&command_line).into_params(base);
         assert_eq!((params.temperature, params.top_k, params.seed), (0.3, 50, Some(2)));

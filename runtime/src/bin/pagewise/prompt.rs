@@ -31,14 +31,19 @@ fn defaults(model: &LoadedModel) -> SamplingParams {
 ///
 /// # Errors
 /// [`LineError`] if the request cannot be made or the engine refuses it, naming the field of a line.
-pub(crate) fn add(model: &mut LoadedModel, prompt: &Prompt, sampling: SamplingOptions) -> Result<RequestId, LineError> {
+pub(crate) fn add(
+    model: &mut LoadedModel,
+    prompt: &Prompt,
+    sampling: SamplingOptions,
+) -> Result<RequestId, LineError> {
     let request = request(model, prompt, sampling)?;
     model.engine.add(request).map_err(|error| line_error(error, prompt.field()))
 }
 
 /// The engine sees token ids only; a user has to look at `field`, where they came from.
 pub(crate) fn line_error(error: RequestError, field: &'static str) -> LineError {
-    let param = error.param.map(|param| if matches!(param, "prompt" | "prompt_token_ids") { field } else { param });
+    let param =
+        error.param.map(|param| if matches!(param, "prompt" | "prompt_token_ids") { field } else { param });
     LineError::new(param, error.message)
 }
 
