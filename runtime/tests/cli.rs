@@ -1,5 +1,6 @@
 //! The binary `pagewise` as a user runs it: what goes in, what comes out on which stream, and the exit code.
 //! The models are the small random ones of `tests/fixtures`.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking, its helpers too")]
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
