@@ -52,8 +52,14 @@ impl StateMachineTest for CacheAgainstModel {
     }
 }
 
+/// 20,000 cases; the variable `PROPTEST_CASES` asks for more.
+fn config() -> Config {
+    let asked = Config::default();
+    Config { cases: asked.cases.max(20_000), failure_persistence: None, ..asked }
+}
+
 prop_state_machine! {
-    #![proptest_config(Config { cases: 10_000, failure_persistence: None, ..Config::default() })]
+    #![proptest_config(config())]
 
     #[test]
     fn the_cache_agrees_with_a_naive_model(sequential 1..100 => CacheAgainstModel);
