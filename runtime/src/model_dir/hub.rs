@@ -52,7 +52,8 @@ fn is_hub_id(name: &str) -> bool {
             && !part.contains("..")
             && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
     };
-    name.len() <= 96 && name.split_once('/').is_some_and(|(organisation, name)| part(organisation) && part(name))
+    name.len() <= 96
+        && name.split_once('/').is_some_and(|(organisation, name)| part(organisation) && part(name))
 }
 
 #[cfg(test)]
@@ -62,7 +63,8 @@ mod tests {
     #[test]
     fn only_hub_ids_go_to_the_hub() {
         assert!(is_hub_id("HuggingFaceTB/SmolLM2-135M-Instruct") && is_hub_id("a/b_c.1"));
-        for name in ["", "gpt2", "/etc", "a/", "/b", "../b", "a/../b", "a/b/c", "./b", "a/b c", "a/-b", "a/é"] {
+        for name in ["", "gpt2", "/etc", "a/", "/b", "../b", "a/../b", "a/b/c", "./b", "a/b c", "a/-b", "a/é"]
+        {
             assert!(!is_hub_id(name), "{name}");
         }
     }

@@ -49,13 +49,15 @@ pub(super) fn from_hub(id: &str, progress: &mut dyn FnMut(FetchProgress)) -> Res
     if let Some(snapshot) = cached.clone().filter(|snapshot| snapshot.join("tokenizer.json").exists()) {
         return Ok(snapshot);
     }
-    let fetched = if std::env::var_os("HF_HUB_OFFLINE").is_some_and(|value| value != "0" && !value.is_empty()) {
+    let fetched = if std::env::var_os("HF_HUB_OFFLINE").is_some_and(|value| value != "0" && !value.is_empty())
+    {
         Err("HF_HUB_OFFLINE is set".to_owned())
     } else {
         fetch(id, &cache, ApiBuilder::from_env(), progress)
     };
     fetched.or_else(|problem| {
-        cached.ok_or_else(|| ModelError::Hub { id: id.to_owned(), problem: format!("{problem}; {WHAT_TO_DO}") })
+        cached
+            .ok_or_else(|| ModelError::Hub { id: id.to_owned(), problem: format!("{problem}; {WHAT_TO_DO}") })
     })
 }
 
@@ -105,7 +107,9 @@ fn fetch(
             Err(RecvTimeoutError::Timeout) => {
                 return Err(format!("it did not answer within {} seconds", patience.as_secs()));
             }
-            Err(RecvTimeoutError::Disconnected) => return Err("the download ended without a result".to_owned()),
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err("the download ended without a result".to_owned());
+            }
         }
     }
 }

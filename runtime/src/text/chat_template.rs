@@ -165,7 +165,8 @@ fn template_of(config: &Object) -> Result<Option<String>, ModelError> {
         Some(Json::Array(list)) => {
             for entry in list {
                 let (name, template) = (entry.get("name"), entry.get("template"));
-                let (Some(name), Some(template)) = (name.and_then(Json::as_str), template.and_then(Json::as_str))
+                let (Some(name), Some(template)) =
+                    (name.and_then(Json::as_str), template.and_then(Json::as_str))
                 else {
                     return Err(config.invalid("chat_template", rule));
                 };
