@@ -1,9 +1,9 @@
 //! `tokenizer.json`, read by the `tokenizers` crate. That crate trusts its file more than we do: panics inside of
 //! it become errors here, and its padding and truncation are switched off.
 
-use super::quiet;
-use crate::model_dir::{ModelError, json};
+use crate::model_dir::{ModelError, json, quiet};
 use std::{path::Path, sync::Arc};
+use tokenizers::Model as _;
 
 /// The largest vocabularies come to 40 MB.
 const MAX_BYTES: u64 = 256 << 20;
@@ -81,8 +81,10 @@ impl Tokenizer {
 
     /// What a token is to a stream of text.
     pub(super) fn role(&self, id: u32) -> TokenRole {
+        // The same look-up as in the tokenizer's own decoding.
         let added = self.inner.get_added_vocabulary();
-        let Some(token) = self.inner.id_to_token(id) else { return TokenRole::None };
+        let token = added.simple_id_to_token(id).or_else(|| self.inner.get_model().id_to_token(id));
+        let Some(token) = token else { return TokenRole::None };
         if added.is_special_token(&token) {
             TokenRole::None
         } else if self.byte_fallback && is_byte_token(&token) {
