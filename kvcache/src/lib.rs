@@ -113,3 +113,7 @@ pub use types::{
     Admission, Allocation, BlockCopy, BlockId, BlockOps, CacheConfig, CacheStats, KvGroup, NO_BLOCK,
     PoolUsage, Prompt, SequenceId,
 };
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -237,3 +237,59 @@ impl CacheManager for KvCacheManager {
         self.memory.stats
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::KvGroup;
+
+    #[test]
+    fn the_manager_can_move_between_threads() {
+        fn check<T: Send + Sync>() {}
+        check::<KvCacheManager>();
+        check::<CacheError>();
+    }
+
+    /// Without evictions, a hit is the longest common prefix with anything computed before under the same
+    /// salt, in whole blocks and short of the last token. Also if every hash collides.
+    #[test]
+    fn hits_are_common_prefixes_even_if_every_hash_collides() {
+        for collide in [false, true] {
+            let mut cache = KvCacheManager::new(CacheConfig {
+                block_size: 2,
+                device_blocks: 4096,
+                host_blocks: 0,
+                groups: vec![KvGroup { window: None }],
+                watermark: 0.0,
+                prefix_cache: true,
+            })
+            .unwrap();
+            if collide {
+                cache.memory.tree.collide();
+            }
+            let mut before: Vec<(u64, Vec<u32>)> = Vec::new();
+            let mut state = 1_u32;
+            for sequence in 0..300 {
+                let mut random = |below: u32| {
+                    state = state.wrapping_mul(747_796_405).wrapping_add(2_891_336_453);
+                    (state >> 16) % below
+                };
+                let salt = u64::from(random(2));
+                let tokens: Vec<u32> = (0..1 + random(14)).map(|_| random(2)).collect();
+                let common = |other: &Vec<u32>| tokens.iter().zip(other).take_while(|(a, b)| a == b).count();
+                let same_salt = before.iter().filter(|(other, _)| *other == salt);
+                let longest = same_salt.map(|(_, other)| common(other) / 2 * 2).max().unwrap_or(0);
+                let expected = longest.min((tokens.len() - 1) / 2 * 2);
+                let prompt = Prompt { tokens: &tokens, salt, use_prefix_cache: true };
+                let cached = cache.allocate(SequenceId(sequence), prompt).unwrap().cached_tokens;
+                assert_eq!(cached, expected, "salt {salt}, {tokens:?}");
+                cache.mark_computed(SequenceId(sequence), &tokens[cached..]).unwrap();
+                if sequence % 3 == 0 {
+                    cache.free(SequenceId(sequence)).unwrap();
+                }
+                before.push((salt, tokens));
+            }
+            cache.audit().unwrap();
+        }
+    }
+}

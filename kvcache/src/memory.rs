@@ -185,6 +185,8 @@ impl Memory {
 
     /// A table entry whose block is now full and computed with a node's content: it becomes the
     /// prefix-cache entry, or, if there already is one, merges into it.
+    ///
+    /// A block that others hold too is not merged: that would free nothing, and part it from them.
     pub(crate) fn enter(&mut self, node: NodeId, group: usize, entry: &mut BlockId) {
         let own = *entry;
         let cached = self.tree.block(node, group);
@@ -195,16 +197,14 @@ impl Memory {
             self.adopt(node, group, own);
         } else if self.device.is_pending(cached) {
             // Not usable yet: both stay, and only one is known.
-        } else if self.device.refs(cached) == 0 && self.device.refs(own) > 1 {
-            // Merging would use a free block without freeing one; better that the shared block is the known one.
-            if self.device.node(own) == NO_NODE {
-                self.forget(cached);
-                self.adopt(node, group, own);
-            }
-        } else {
+        } else if self.device.refs(own) == 1 {
             self.device.acquire(cached);
             self.device.release(own);
             *entry = cached;
+        } else if self.device.refs(cached) == 0 && self.device.node(own) == NO_NODE {
+            // Better that the block in use is the known one.
+            self.forget(cached);
+            self.adopt(node, group, own);
         }
     }
 

@@ -4,9 +4,9 @@ use crate::backend::cpu::CpuBackend;
 use crate::backend::{AttentionSpec, BackendError};
 use crate::engine::{Engine, EngineConfig};
 use crate::executor::ModelExecutor;
-use crate::model_dir::{GenerationConfig, ModelConfig, ModelDir, ModelError, Weights, resolve_model};
+use crate::model_dir::{GenerationConfig, ModelConfig, ModelDir, ModelError, Weights};
 use crate::models::{LoadModelError, WeightSource, load_model};
-use crate::text::{ChatTemplate, Tokenizer};
+use crate::text::{Tokenizer};
 use pagewise_attention::{DType, MAX_BLOCK_SIZE};
 use pagewise_kvcache::{CacheConfig, CacheError, KvCacheManager};
 
@@ -42,7 +42,7 @@ pub enum LoadFormat {
     /// From the directory's safetensors files.
     #[default]
     Auto,
-    /// Made up from a fixed seed: only `config.json` is needed.
+    /// Made up from a fixed seed, in bf16 unless another type is asked for: only `config.json` is needed.
     Dummy,
 }
 
@@ -117,8 +117,6 @@ pub struct LoadedModel {
     pub engine: Engine,
     /// Between text and token ids, where the directory has one.
     pub tokenizer: Option<Tokenizer>,
-    /// Between messages and text, where the directory has one.
-    pub chat_template: Option<ChatTemplate>,
     /// The model's own defaults.
     pub generation: GenerationConfig,
     /// Its shape.
@@ -172,19 +170,17 @@ pub fn load(
     progress: &mut dyn FnMut(LoadProgress<'_>),
 ) -> Result<LoadedModel, LoadError> {
     let backend_reason = choose_backend(options.backend)?;
-    let path = resolve_model(&options.model, progress)?;
+    let path = std::path::PathBuf::from(&options.model);
     progress(LoadProgress::Stage("reading the configuration"));
-    let ModelDir { config, generation, stored_dtype, .. } = ModelDir::open(&path)?;
+    let ModelDir { config, generation, .. } = ModelDir::open(&path)?;
     let max_model_len = max_model_len(options, &config)?;
 
-    let dummy_dtype = options.dtype.or(stored_dtype).unwrap_or(DType::F32);
     let weights = match options.load_format {
         LoadFormat::Auto => WeightSource::Files { weights: Weights::open(&path)?, dtype: options.dtype },
-        LoadFormat::Dummy => WeightSource::Dummy { dtype: dummy_dtype },
+        LoadFormat::Dummy => WeightSource::Dummy { dtype: options.dtype.unwrap_or(DType::Bf16) },
     };
     progress(LoadProgress::Stage("reading the tokenizer"));
     let tokenizer = Tokenizer::open(&path)?;
-    let chat_template = ChatTemplate::open(&path)?;
 
     progress(LoadProgress::Stage("mapping the weights"));
     let backend = CpuBackend::new(options.threads)?;
@@ -221,7 +217,6 @@ pub fn load(
     Ok(LoadedModel {
         engine,
         tokenizer,
-        chat_template,
         generation,
         config,
         max_model_len,

@@ -2,6 +2,7 @@
 
 use crate::{DType, HostTensor, HostTensorMut};
 use half::{bf16, f16};
+use std::sync::LazyLock;
 
 use super::Random;
 
@@ -43,14 +44,32 @@ fn e5m2_value(code: u8) -> f64 {
     fp8_value(code, 2, 15)
 }
 
+/// The values of the codes that are finite and not negative, in rising order: code `i` at place `i`.
+fn fp8_values(value_of: fn(u8) -> f64) -> Vec<f64> {
+    (0..128).map(value_of).take_while(|value| value.is_finite()).collect()
+}
+
+static E4M3_VALUES: LazyLock<Vec<f64>> = LazyLock::new(|| fp8_values(e4m3_value));
+static E5M2_VALUES: LazyLock<Vec<f64>> = LazyLock::new(|| fp8_values(e5m2_value));
+
 /// The code whose value is nearest, the even one of two; finite values only.
-fn fp8_code(value: f64, value_of: fn(u8) -> f64) -> u8 {
-    let distance = |code: u8| (value_of(code) - value).abs();
-    let signed = if value.is_sign_negative() { 128..=255u8 } else { 0..=127 };
-    let finite = signed.filter(|&code| value_of(code).is_finite());
-    finite
-        .min_by(|&a, &b| distance(a).total_cmp(&distance(b)).then((a & 1).cmp(&(b & 1))))
-        .unwrap_or_default()
+fn fp8_code(value: f64, values: &[f64]) -> u8 {
+    let magnitude = value.abs();
+    let above = values.partition_point(|&other| other < magnitude).min(values.len() - 1);
+    let below = above.saturating_sub(1);
+    let (up, down) = (values[above] - magnitude, magnitude - values[below]);
+    let code = if down < up || (down == up && below % 2 == 0) { below } else { above };
+    code as u8 | if value.is_sign_negative() { 0x80 } else { 0 }
+}
+
+/// The nearest number with `digits` significand bits and exponents from `least` on, the even one of two.
+fn rounded(value: f64, digits: i32, least: i32) -> f64 {
+    if value == 0.0 || !value.is_finite() {
+        return value;
+    }
+    let exponent = (((value.to_bits() >> 52) & 0x7ff) as i32 - 1023).max(least);
+    let spacing = f64::from(exponent + 1 - digits).exp2();
+    (value / spacing).round_ties_even() * spacing
 }
 
 impl Buffer {
@@ -110,10 +129,10 @@ impl Buffer {
     pub fn set(&mut self, i: usize, value: f64) {
         match self {
             Self::F32(x) => x[i] = value as f32,
-            Self::F16(x) => x[i] = f16::from_f64(value),
-            Self::Bf16(x) => x[i] = bf16::from_f64(value),
-            Self::F8E4M3(x) => x[i] = fp8_code(value, e4m3_value),
-            Self::F8E5M2(x) => x[i] = fp8_code(value, e5m2_value),
+            Self::F16(x) => x[i] = f16::from_f64(rounded(value, 11, -14)),
+            Self::Bf16(x) => x[i] = bf16::from_f64(rounded(value, 8, -126)),
+            Self::F8E4M3(x) => x[i] = fp8_code(value, &E4M3_VALUES),
+            Self::F8E5M2(x) => x[i] = fp8_code(value, &E5M2_VALUES),
         }
     }
 
@@ -177,14 +196,30 @@ mod tests {
     use super::*;
 
     #[test]
+    fn sixteen_bits_round_once() {
+        let mut buffer = Buffer::zeros(DType::Bf16, 1);
+        // Just above the midpoint of two neighbours: rounding to fewer bits first would lose it.
+        buffer.set(0, -0.045_043_956_488_370_895);
+        assert_eq!(buffer.get(0), -0.045_166_015_625);
+        let mut buffer = Buffer::zeros(DType::F16, 1);
+        buffer.set(0, 1.0 + 2f64.powi(-11) + 2f64.powi(-40));
+        assert_eq!(buffer.get(0), 1.0 + 2f64.powi(-10));
+        buffer.set(0, 1e-7);
+        assert_eq!(buffer.get(0), 2.0 * 2f64.powi(-24));
+        buffer.set(0, 1e9);
+        assert_eq!(buffer.get(0), f64::INFINITY);
+    }
+
+    #[test]
     fn fp8_landmarks() {
         assert_eq!(e4m3_value(0x7e), 448.0);
         assert_eq!(e4m3_value(0x38), 1.0);
         assert_eq!(e4m3_value(0x81), -(2f64.powi(-9)));
         assert_eq!(e5m2_value(0x7b), 57344.0);
         assert_eq!(e5m2_value(0x3c), 1.0);
-        assert_eq!(fp8_code(1e9, e4m3_value), 0x7e);
-        assert_eq!(fp8_code(-1e9, e5m2_value), 0xfb);
-        assert_eq!(fp8_code(17.0, e4m3_value), fp8_code(16.0, e4m3_value));
+        assert_eq!(fp8_code(1e9, &E4M3_VALUES), 0x7e);
+        assert_eq!(fp8_code(-1e9, &E5M2_VALUES), 0xfb);
+        assert_eq!(fp8_code(17.0, &E4M3_VALUES), fp8_code(16.0, &E4M3_VALUES));
+        assert_eq!(fp8_code(0.0, &E4M3_VALUES), 0);
     }
 }

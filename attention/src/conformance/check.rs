@@ -10,7 +10,7 @@
 //! - Exponentials, the sums over `n` keys and their rescaling add `(4·√n + 16) · u` to that factor.
 //! - Probabilities rounded to 16 bits for a matrix unit add that type's roundoff
 //!   ([`Subject::probability_roundoff`](super::Subject::probability_roundoff)).
-//! - The output is rounded to its own type: `u_out · |out|`, and half the smallest subnormal.
+//! - The output is rounded to its own type: `u_out · |out|`, and an absolute error where numbers get tiny.
 //!
 //! `lse` has the error of the largest score, δ, and the relative error of its sum. A row that sees no key must
 //! be exactly 0 and −∞. NaN never passes.
@@ -35,10 +35,11 @@ impl Tolerance {
         let u = DType::F32.unit_roundoff();
         let score = (4.0 * (dim as f64).sqrt() + 8.0) * u * row.magnitude;
         let sum = (4.0 * (row.keys as f64).sqrt() + 16.0) * u + 2.0 * probability_roundoff;
-        // Half the smallest subnormal number: the absolute error where numbers get tiny.
+        // Where numbers get tiny: half the smallest subnormal of f16; the others are as small as the
+        // probabilities that binary32 arithmetic may take for 0 (below 10⁻³⁷, for a few hundred keys).
         let tiny = match q_dtype {
             DType::F16 => 2f64.powi(-25),
-            _ => 2f64.powi(-126),
+            _ => 1e-34,
         };
         Self {
             probability: (2.0 * score).exp_m1() + sum,

@@ -43,7 +43,15 @@ impl KvCacheManager {
             return Err(CacheError::OutOfBlocks { wanted, free });
         }
 
-        // Hold the found blocks of every group before taking the first new one, which may evict.
+        // Hold the node and the found blocks of every group before taking the first new one, which may evict.
+        let node = match hit.nodes.last() {
+            _ if !self.config.prefix_cache => NO_NODE,
+            Some(&node) => {
+                self.memory.tree.acquire(node);
+                node
+            }
+            None => self.memory.tree.acquire_root(prompt.salt),
+        };
         let mut tables: Vec<Table> = (0..groups)
             .map(|group| {
                 let mut entries = Vec::with_capacity(blocks);
@@ -60,14 +68,6 @@ impl KvCacheManager {
         for table in &mut tables {
             table.entries.resize_with(blocks, || self.memory.take_device());
         }
-        let node = match hit.nodes.last() {
-            _ if !self.config.prefix_cache => NO_NODE,
-            Some(&node) => {
-                self.memory.tree.acquire(node);
-                node
-            }
-            None => self.memory.tree.acquire_root(prompt.salt),
-        };
         let cached_tokens = self.geometry.tokens_in(hit.blocks());
         if self.config.prefix_cache && prompt.use_prefix_cache {
             self.memory.stats.lookup_tokens += len as u64;

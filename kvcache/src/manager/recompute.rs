@@ -1,8 +1,9 @@
 //! Preemption by recomputation (paper, section 4.5): what a dropped group gives back, and the steps that
 //! bring it back later with the same sharing.
 //!
-//! The steps take no more blocks than the group held: what was one block for several sequences is computed
-//! once and forked again, at the point where the sequences parted.
+//! The rebuilt group holds no more blocks than before: what was one block for several sequences is computed
+//! once and forked again, at the point where the sequences parted. (With sliding windows this is so when
+//! everything is computed; a window that has let go of a block no longer says with whom it was shared.)
 
 use std::cmp::Reverse;
 
@@ -170,7 +171,7 @@ impl Rebuild<'_> {
 /// in all.
 fn branches(members: &[Member<'_>]) -> (Vec<Option<Branch>>, usize) {
     let mut first_holder: FxHashMap<Entry, usize> = FxHashMap::default();
-    let mut branches = Vec::with_capacity(members.len());
+    let mut branches: Vec<Option<Branch>> = Vec::with_capacity(members.len());
     for (index, (_, sequence)) in members.iter().enumerate() {
         let mut last: Option<Branch> = None;
         for table in &sequence.tables {
@@ -180,6 +181,13 @@ fn branches(members: &[Member<'_>]) -> (Vec<Option<Branch>>, usize) {
                 if parent != index && last.as_ref().is_none_or(|last| block > last.block) {
                     last = Some(Branch { parent, block });
                 }
+            }
+        }
+        // Who itself parts from another only later has this block from there.
+        while let Some(branch) = &mut last {
+            match &branches[branch.parent] {
+                Some(earlier) if earlier.block >= branch.block => branch.parent = earlier.parent,
+                _ => break,
             }
         }
         branches.push(last);

@@ -147,7 +147,7 @@ impl Machine {
             Ok(allocation) => {
                 assert!(!self.known.contains_key(&sequence) && len > 0);
                 assert_eq!(allocation.cached_tokens, cached);
-                assert!(cached % self.cache.config().block_size == 0 && cached < len);
+                assert!(cached.is_multiple_of(self.cache.config().block_size) && cached < len);
                 assert!(cached == 0 || text.use_prefix_cache && self.cache.config().prefix_cache);
                 let known = Known {
                     tokens: text.tokens.clone(),
@@ -421,8 +421,8 @@ impl Machine {
             assert_eq!(known.tokens, wanted.tokens);
             assert!(known.computed >= wanted.computed, "prefix hits may only add to what is computed");
         }
-        // Counted when all is computed: until then a block that is the same as an outsider's, but that several
-        // sequences of the group share, is merged by one of them after the other.
+        let held = self.distinct_blocks(group);
+        assert!(held <= plan.held_blocks || self.has_windows(), "more blocks than before");
         for &sequence in group {
             self.compute(sequence, usize::MAX);
         }
@@ -440,7 +440,8 @@ impl Machine {
                 loop {
                     let has = self.known.get(&sequence).map_or(0, |known| known.tokens.len());
                     let until = len.min((has + chunk) / chunk * chunk).max(has);
-                    let result = if self.known.contains_key(&sequence) {
+                    let result = if let Some(known) = self.known.get(&sequence) {
+                        assert_eq!(known.tokens, goal.tokens[..has], "forked from another text");
                         self.call(|cache| cache.append(sequence, until - has))
                     } else {
                         let prompt =
@@ -463,10 +464,6 @@ impl Machine {
             RebuildStep::Fork { parent, child } => {
                 self.fork(parent, child);
                 self.coverage.rebuilt_forks += 1;
-                let index = group.iter().position(|&id| id == child).unwrap();
-                // Beyond what is shared the child goes its own way.
-                let shared = self.known[&child].tokens.len().min(wanted[index].tokens.len());
-                assert_eq!(self.known[&child].tokens[..shared], wanted[index].tokens[..shared]);
                 true
             }
             RebuildStep::Truncate { sequence, len } => {

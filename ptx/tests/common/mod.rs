@@ -1,5 +1,6 @@
 //! Finds and runs `ptxas`, NVIDIA's assembler, for the tests. It needs no GPU.
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -42,7 +43,8 @@ impl Ptxas {
         let advice = "ptxas was found neither in $PTXAS, nor in .tools/ptxas, nor on the PATH; \
                       ./scripts/install-ptxas installs it (36 MB, no GPU needed)";
         assert!(std::env::var("CI").as_deref() != Ok("true"), "{advice}");
-        eprintln!("SKIPPED: {advice}");
+        // Past the test harness, which keeps eprintln! of a passing test to itself.
+        let _ = writeln!(std::io::stderr(), "SKIPPED: {advice}");
         None
     }
 

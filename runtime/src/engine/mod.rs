@@ -1,1 +1,405 @@
-//! The engine rooms.
+//! Requests in, events out. Owns the requests' state and the loop that ties scheduler, cache manager,
+//! executor and sampler together; decides when a completion ends and what text may be shown. Does not plan
+//! steps, compute logits or read files.
+//!
+//! A step, in order: schedule, take the block ops, execute, confirm the block ops, report what was computed,
+//! sample, emit events. Steps are synchronous: when [`Engine::step`] returns, cache and requests agree.
+
+mod config;
+mod detokenize;
+mod logits;
+mod state;
+mod stop;
+
+pub use config::{EngineConfig, EngineError, EngineStats};
+pub use detokenize::{Detokenize, DetokenizerFactory};
+
+use crate::executor::{Executor, StepOutput};
+use crate::request::{Event, FinishReason, Request, RequestError, RequestId, RequestOutput};
+use crate::sampling::{NoUsableLogit, Sampler};
+use crate::scheduler::{NewGroup, NextToken, Schedule, Scheduler};
+use crate::text::Tokenizer;
+use logits::LogitCursor;
+use pagewise_kvcache::{CacheError, CacheManager};
+use rayon::prelude::*;
+use rustc_hash::FxHashMap;
+use state::{Choice, RequestState, Step};
+
+/// From this many logits a step their tokens are chosen on several threads: about a tenth of a millisecond.
+const PARALLEL_LOGITS: usize = 1 << 17;
+
+/// Runs many requests at a time on one model.
+pub struct Engine {
+    config: EngineConfig,
+    scheduler: Scheduler,
+    cache: Box<dyn CacheManager + Send>,
+    executor: Box<dyn Executor>,
+    detokenizer: Option<DetokenizerFactory>,
+    /// One for each thread that chooses tokens.
+    samplers: Vec<Sampler>,
+    requests: FxHashMap<RequestId, RequestState>,
+    next_request: u64,
+    stats: EngineStats,
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine")
+            .field("config", &self.config)
+            .field("stats", &self.stats())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Engine {
+    /// An engine without requests. `manager` and `executor` must be of the same block size, number of blocks
+    /// and KV groups. Without a tokenizer completions have no text, and stop strings are refused.
+    pub fn new(
+        config: EngineConfig,
+        manager: Box<dyn CacheManager + Send>,
+        executor: Box<dyn Executor>,
+        tokenizer: Option<Tokenizer>,
+    ) -> Self {
+        Self::with_detokenizer(config, manager, executor, tokenizer.map(detokenize::factory))
+    }
+
+    /// As [`new`](Self::new), with text made in another way than by a [`Tokenizer`].
+    pub fn with_detokenizer(
+        config: EngineConfig,
+        manager: Box<dyn CacheManager + Send>,
+        executor: Box<dyn Executor>,
+        detokenizer: Option<DetokenizerFactory>,
+    ) -> Self {
+        Self {
+            scheduler: Scheduler::new(config.scheduler()),
+            config,
+            cache: manager,
+            executor,
+            detokenizer,
+            samplers: Vec::new(),
+            requests: FxHashMap::default(),
+            next_request: 0,
+            stats: EngineStats::default(),
+        }
+    }
+
+    /// What it was made of.
+    pub fn config(&self) -> &EngineConfig {
+        &self.config
+    }
+
+    /// Puts a request at the end of the queue. Its events come from [`step`](Self::step).
+    ///
+    /// # Errors
+    /// [`RequestError`] naming the field at fault. `prompt_token_ids` means a token id outside of the
+    /// vocabulary, `prompt` a prompt that is empty or too long.
+    pub fn add(&mut self, request: Request) -> Result<RequestId, RequestError> {
+        let Request { prompt, params } = request;
+        let vocab_size = self.config.vocab_size;
+        params.validate(vocab_size)?;
+        if let Some(token) = prompt.iter().find(|&&token| token as usize >= vocab_size) {
+            let message = format!("token id {token} is not in the vocabulary of {vocab_size} tokens");
+            return Err(RequestError { param: Some("prompt_token_ids"), message });
+        }
+        if !params.stop.is_empty() && self.detokenizer.is_none() {
+            let message =
+                "stop strings need a tokenizer, which this model was loaded without; use stop_token_ids";
+            return Err(RequestError { param: Some("stop"), message: message.into() });
+        }
+        let id = RequestId(self.next_request);
+        let state = RequestState::new(&prompt, params, self.detokenizer.as_ref());
+        let group = NewGroup {
+            id,
+            samples: state.samples.len(),
+            prompt_logits: state.prompt_logprobs.is_some(),
+            prompt,
+        };
+        self.scheduler.add(group, &*self.cache)?;
+        self.next_request += 1;
+        self.requests.insert(id, state);
+        Ok(id)
+    }
+
+    /// Ends a request without a further event. What it holds comes free at the next step. `false` if it has
+    /// ended already.
+    pub fn cancel(&mut self, id: RequestId) -> bool {
+        let known = self.requests.remove(&id).is_some();
+        if known {
+            self.scheduler.cancel(id);
+            self.stats.cancelled += 1;
+        }
+        known
+    }
+
+    /// Whether [`step`](Self::step) has anything to do.
+    pub fn has_work(&self) -> bool {
+        self.scheduler.has_work()
+    }
+
+    /// Counters since the engine was made, and what it holds now.
+    pub fn stats(&self) -> EngineStats {
+        EngineStats {
+            scheduler: self.scheduler.stats(),
+            device_blocks: self.cache.device_usage(),
+            cache: self.cache.stats(),
+            ..self.stats
+        }
+    }
+
+    /// Runs one step for all requests that fit into it.
+    ///
+    /// Where the executor fails, the requests in the cache fail with an event each and the cache is emptied;
+    /// those that wait go on with the next step.
+    ///
+    /// # Errors
+    /// [`EngineError`]: the engine's own books are wrong. The requests in the cache are gone.
+    pub fn step(&mut self) -> Result<Vec<Event>, EngineError> {
+        let mut events = Vec::new();
+        match self.try_step(&mut events) {
+            Ok(()) => Ok(events),
+            Err(Failure::Executor(reason)) => {
+                tracing::error!(%reason, "the step failed; its requests fail with it");
+                let error = RequestError {
+                    param: None,
+                    message: format!("the model could not compute a step: {reason}"),
+                };
+                // Copies that the device never finished must not stay pending.
+                let confirmed = self.cache.confirm_block_ops();
+                let (dropped, freed) = self.scheduler.drop_resident(&mut *self.cache);
+                for id in dropped {
+                    self.fail(id, error.clone(), &mut events);
+                }
+                confirmed.and(freed)?;
+                Ok(events)
+            }
+            Err(Failure::Engine(error)) => {
+                let (dropped, _) = self.scheduler.drop_resident(&mut *self.cache);
+                for id in dropped {
+                    self.requests.remove(&id);
+                    self.stats.failed += 1;
+                }
+                // Where the step broke off is unknown: leave nothing pending.
+                self.cache.take_block_ops();
+                while self.cache.confirm_block_ops().is_ok() {}
+                Err(error)
+            }
+        }
+    }
+
+    /// Runs requests to their end; results come in the order of the requests. Requests that were added before
+    /// go on meanwhile, and their events are lost.
+    ///
+    /// # Errors
+    /// [`EngineError`], see [`step`](Self::step). What goes wrong with a single request stands in its place.
+    pub fn generate(
+        &mut self,
+        requests: Vec<Request>,
+    ) -> Result<Vec<Result<RequestOutput, RequestError>>, EngineError> {
+        let mut results: Vec<Option<Result<RequestOutput, RequestError>>> =
+            Vec::with_capacity(requests.len());
+        let mut places = FxHashMap::default();
+        for (place, request) in requests.into_iter().enumerate() {
+            let added = self.add(request).map(|id| places.insert(id, place));
+            results.push(added.err().map(Err));
+        }
+        while !places.is_empty() {
+            let events = match self.step() {
+                Ok(events) => events,
+                Err(error) => {
+                    places.into_keys().for_each(|id| _ = self.cancel(id));
+                    return Err(error);
+                }
+            };
+            for event in events {
+                let (id, result) = match event {
+                    Event::Finished { request, output } => (request, Ok(output)),
+                    Event::Failed { request, error } => (request, Err(error)),
+                    Event::Token { .. } => continue,
+                };
+                if let Some(result_place) = places.remove(&id).and_then(|place| results.get_mut(place)) {
+                    *result_place = Some(result);
+                }
+            }
+        }
+        let lost = || Err(RequestError { param: None, message: "the request was lost by the engine".into() });
+        Ok(results.into_iter().map(|result| result.unwrap_or_else(lost)).collect())
+    }
+
+    fn try_step(&mut self, events: &mut Vec<Event>) -> Result<(), Failure> {
+        let schedule = self.scheduler.schedule(&mut *self.cache)?;
+        for &(id, cached_tokens) in &schedule.admitted {
+            if let Some(state) = self.requests.get_mut(&id) {
+                state.cached_tokens = cached_tokens;
+                self.stats.cached_tokens += cached_tokens as u64;
+            }
+        }
+        for (id, error) in &schedule.refused {
+            self.fail(*id, error.clone(), events);
+        }
+        if schedule.is_idle() {
+            // Block ops are taken in every step, so every step confirms them.
+            self.cache.confirm_block_ops()?;
+            let stuck = schedule.refused.is_empty() && self.scheduler.has_work();
+            return if stuck { Err(Failure::Engine(EngineError::Stalled)) } else { Ok(()) };
+        }
+
+        let output =
+            self.executor.execute(&schedule.plan).map_err(|error| Failure::Executor(error.to_string()))?;
+        check_shape(&schedule, &output, self.config.vocab_size).map_err(Failure::Executor)?;
+        self.cache.confirm_block_ops()?;
+        self.scheduler.commit(&schedule, &mut *self.cache)?;
+        self.stats.steps += 1;
+        self.stats.computed_tokens += schedule.plan.num_tokens() as u64;
+        self.read_logits(&schedule, &output, events)?;
+        Ok(())
+    }
+
+    /// Hands every logit row to whom it belongs: prompt log-probabilities, then the next tokens.
+    fn read_logits(
+        &mut self,
+        schedule: &Schedule,
+        output: &StepOutput,
+        events: &mut Vec<Event>,
+    ) -> Result<(), CacheError> {
+        let mut cursor = LogitCursor::new(output);
+        let mut wanted = Vec::with_capacity(schedule.chunks.len());
+        for (chunk, of) in schedule.plan.chunks.iter().zip(&schedule.chunks) {
+            let rows = cursor.take(chunk.logit_rows());
+            let Some(state) = self.requests.get_mut(&of.request) else { continue };
+            state.read_prompt_rows(chunk, &rows);
+            let Some(row) = rows.last() else { continue };
+            let samples = match of.next_token {
+                NextToken::None => continue,
+                NextToken::Sample => of.sample..of.sample + 1,
+                NextToken::Group => 0..state.samples.len(),
+            };
+            wanted.extend(samples.map(|index| (of.request, index, row)));
+        }
+        for ((id, index, _), choice) in wanted.iter().zip(self.choose(&wanted)) {
+            self.next_token(*id, *index, choice, events)?;
+        }
+        Ok(())
+    }
+
+    /// Chooses the next token of each of these completions, on several threads where that pays.
+    fn choose(
+        &mut self,
+        wanted: &[(RequestId, usize, &[f32])],
+    ) -> Vec<Result<Option<Choice>, NoUsableLogit>> {
+        let logits: usize = wanted.iter().map(|(_, _, row)| row.len()).sum();
+        let threads =
+            if logits < PARALLEL_LOGITS { 1 } else { rayon::current_num_threads().min(wanted.len()) };
+        if self.samplers.len() < threads {
+            self.samplers.resize_with(threads, Sampler::default);
+        }
+        let requests = &self.requests;
+        let choose = |sampler: &mut Sampler, &(id, index, row): &(RequestId, usize, &[f32])| {
+            requests.get(&id).map_or(Ok(None), |state| state.choose(index, row, sampler))
+        };
+        match self.samplers.as_mut_slice() {
+            [sampler, ..] if threads == 1 => wanted.iter().map(|wanted| choose(sampler, wanted)).collect(),
+            samplers => {
+                let share = wanted.len().div_ceil(threads.max(1)).max(1);
+                let choices = wanted.par_chunks(share).zip(samplers).flat_map_iter(|(wanted, sampler)| {
+                    wanted.iter().map(|wanted| choose(sampler, wanted)).collect::<Vec<_>>()
+                });
+                choices.collect()
+            }
+        }
+    }
+
+    /// Adds a chosen token to its completion, and does all that follows from it.
+    fn next_token(
+        &mut self,
+        id: RequestId,
+        index: usize,
+        choice: Result<Option<Choice>, NoUsableLogit>,
+        events: &mut Vec<Event>,
+    ) -> Result<(), CacheError> {
+        // An earlier sample of the group may have failed the request.
+        let Some(state) = self.requests.get_mut(&id) else { return Ok(()) };
+        let choice = match choice {
+            Ok(Some(choice)) => choice,
+            Ok(None) => return Ok(()),
+            Err(error) => {
+                let message = format!("no token could be chosen after {} of them: {error}", state.len(index));
+                self.scheduler.remove(id, &mut *self.cache)?;
+                self.fail(id, RequestError { param: None, message }, events);
+                return Ok(());
+            }
+        };
+        let limit =
+            state.params.max_tokens.min(self.config.max_model_len.saturating_sub(state.prompt_tokens));
+        let Some(step) = state.advance(index, choice, limit, &self.config.eos_token_ids) else {
+            return Ok(());
+        };
+        let streams = state.streams();
+        let Step { token_id, text, finish_reason } = step;
+        self.stats.generated_tokens += 1;
+        self.scheduler.push_token(id, index, token_id);
+        if streams {
+            events.push(Event::Token { request: id, index, token_id, text });
+        }
+        match finish_reason {
+            Some(reason) => self.finish_sample(id, index, reason, events),
+            None => Ok(()),
+        }
+    }
+
+    fn finish_sample(
+        &mut self,
+        id: RequestId,
+        index: usize,
+        reason: FinishReason,
+        events: &mut Vec<Event>,
+    ) -> Result<(), CacheError> {
+        let Some(finished) = self.scheduler.finish_sample(id, index, &mut *self.cache)? else {
+            return Ok(());
+        };
+        if let Some(state) = self.requests.get_mut(&id) {
+            state.finish(index, finished.completion, reason);
+        }
+        if finished.group_done
+            && let Some(state) = self.requests.remove(&id)
+        {
+            self.stats.finished += 1;
+            events.push(Event::Finished { request: id, output: state.into_output() });
+        }
+        Ok(())
+    }
+
+    /// Forgets a request that the scheduler has let go.
+    fn fail(&mut self, request: RequestId, error: RequestError, events: &mut Vec<Event>) {
+        self.requests.remove(&request);
+        self.stats.failed += 1;
+        events.push(Event::Failed { request, error });
+    }
+}
+
+/// Why a step ended early.
+enum Failure {
+    /// The device or the plan: the cache's content is lost.
+    Executor(String),
+    Engine(EngineError),
+}
+
+impl From<CacheError> for Failure {
+    fn from(error: CacheError) -> Self {
+        Self::Engine(EngineError::Cache(error))
+    }
+}
+
+/// An executor must answer with the rows that the plan asked for.
+fn check_shape(schedule: &Schedule, output: &StepOutput, vocab_size: usize) -> Result<(), String> {
+    let rows: usize = schedule.plan.chunks.iter().map(|chunk| chunk.logit_rows()).sum();
+    if (rows > 0 && output.vocab_size != vocab_size)
+        || Some(output.logits.len()) != rows.checked_mul(vocab_size)
+    {
+        return Err(format!(
+            "it gave {} logits in rows of {}, where {rows} rows of {vocab_size} were asked for",
+            output.logits.len(),
+            output.vocab_size
+        ));
+    }
+    Ok(())
+}

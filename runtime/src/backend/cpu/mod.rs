@@ -79,8 +79,10 @@ impl Backend for CpuBackend {
     fn prepare<'a>(&'a self, spec: &'a AttentionSpec, batch: &'a StepBatch) -> Result<CpuStep<'a>, BackendError> {
         let layout = |config| CacheLayout::nhd(spec.num_blocks, spec.block_size, config);
         let layouts: Vec<_> = spec.groups.iter().map(layout).collect();
-        let plan = |((config, layout), group)| Problem::new(config, *layout, batch.paged(group)).map(Plan::new);
-        let plans = spec.groups.iter().zip(&layouts).zip(&batch.groups).map(plan).collect::<Result<_, _>>()?;
+        let mut plans = Vec::with_capacity(spec.groups.len());
+        for ((config, layout), group) in spec.groups.iter().zip(&layouts).zip(&batch.groups) {
+            plans.push(Plan::new(Problem::new(config, *layout, batch.paged(group))?));
+        }
         let angles = RopeAngles::new(spec.rope.frequencies(), &batch.positions);
         Ok(CpuStep { spec, batch, layouts, plans, angles })
     }

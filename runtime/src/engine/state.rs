@@ -1,0 +1,230 @@
+//! What the engine remembers of a request: its completions' text, log-probabilities and ends.
+
+use super::detokenize::{Detokenize, DetokenizerFactory};
+use super::logits::Rows;
+use super::stop::StopMatcher;
+use crate::plan::{Chunk, LogitRows};
+use crate::request::{Completion, FinishReason, PositionLogprobs, RequestOutput, SamplingParams, Usage};
+use crate::sampling::{Draw, LogSoftmax, NoUsableLogit, Sampler, TokenCounts};
+use rayon::prelude::*;
+use std::hash::{BuildHasher, RandomState};
+
+/// A request that is not finished.
+pub(super) struct RequestState {
+    pub(super) params: SamplingParams,
+    pub(super) seed: u64,
+    pub(super) prompt_tokens: usize,
+    pub(super) cached_tokens: usize,
+    /// The prompt, kept only where its log-probabilities are wanted.
+    prompt: Vec<u32>,
+    pub(super) prompt_logprobs: Option<Vec<Option<PositionLogprobs>>>,
+    pub(super) samples: Vec<SampleState>,
+}
+
+/// One completion.
+pub(super) struct SampleState {
+    counts: TokenCounts,
+    text: Option<Text>,
+    generated: usize,
+    logprobs: Option<Vec<PositionLogprobs>>,
+    /// Sum over the completion; kept where completions are ranked.
+    logprob_sum: f64,
+    finished: Option<(Vec<u32>, FinishReason)>,
+}
+
+struct Text {
+    detokenizer: Box<dyn Detokenize>,
+    stop: StopMatcher,
+    shown: String,
+}
+
+/// A token that was chosen, and not yet added.
+pub(super) struct Choice {
+    token_id: u32,
+    /// Where they are asked for, or needed to rank completions.
+    logprobs: Option<PositionLogprobs>,
+}
+
+/// What one more token means.
+pub(super) struct Step {
+    pub(super) token_id: u32,
+    /// What can be shown now.
+    pub(super) text: String,
+    pub(super) finish_reason: Option<FinishReason>,
+}
+
+impl RequestState {
+    pub(super) fn new(
+        prompt: &[u32],
+        params: SamplingParams,
+        detokenizer: Option<&DetokenizerFactory>,
+    ) -> Self {
+        let seed = params.seed.unwrap_or_else(|| RandomState::new().hash_one(prompt.len()));
+        let sample = |_| SampleState {
+            counts: TokenCounts::new(prompt, &params),
+            text: detokenizer.map(|make| Text {
+                detokenizer: make(),
+                stop: StopMatcher::new(&params.stop),
+                shown: String::new(),
+            }),
+            generated: 0,
+            logprobs: params.logprobs.map(|_| Vec::new()),
+            logprob_sum: 0.0,
+            finished: None,
+        };
+        let samples = (0..params.samples()).map(sample).collect();
+        let kept = if params.prompt_logprobs.is_some() { prompt.to_vec() } else { Vec::new() };
+        Self {
+            prompt_logprobs: params.prompt_logprobs.map(|_| vec![None]),
+            params,
+            seed,
+            prompt_tokens: prompt.len(),
+            cached_tokens: 0,
+            prompt: kept,
+            samples,
+        }
+    }
+
+    /// Whether tokens are shown as they come: not where the best of several completions are chosen at the end.
+    pub(super) fn streams(&self) -> bool {
+        self.params.samples() == self.params.n
+    }
+
+    /// Tokens of one sequence, the prompt counted.
+    pub(super) fn len(&self, index: usize) -> usize {
+        self.prompt_tokens + self.samples.get(index).map_or(0, |sample| sample.generated)
+    }
+
+    /// Notes the log-probabilities of prompt tokens that a chunk's rows predict.
+    pub(super) fn read_prompt_rows(&mut self, chunk: &Chunk, rows: &Rows<'_>) {
+        let (Some(entries), Some(top)) = (&mut self.prompt_logprobs, self.params.prompt_logprobs) else {
+            return;
+        };
+        if chunk.logits != LogitRows::All {
+            return;
+        }
+        // The row of position p predicts position p + 1. After a preemption some are known already.
+        let end = self.prompt.len().min(chunk.start + chunk.tokens.len() + 1);
+        let known = entries.len();
+        let new: Vec<_> = (known..end)
+            .into_par_iter()
+            .map_init(Vec::new, |scratch, position| {
+                let row = rows.get((position - 1).checked_sub(chunk.start)?)?;
+                let token = *self.prompt.get(position)?;
+                Some(LogSoftmax::new(row).position(token, top, scratch))
+            })
+            .collect();
+        entries.extend(new);
+    }
+
+    /// Chooses the next token of a completion from its logits. `None` if the completion has ended.
+    pub(super) fn choose(
+        &self,
+        index: usize,
+        row: &[f32],
+        sampler: &mut Sampler,
+    ) -> Result<Option<Choice>, NoUsableLogit> {
+        let Some(sample) = self.samples.get(index).filter(|sample| sample.finished.is_none()) else {
+            return Ok(None);
+        };
+        let draw = Draw { seed: self.seed, sample: index as u32, position: self.len(index) as u64 };
+        let token_id = sampler.sample(row, &self.params, &sample.counts, draw)?;
+        let logprobs = (self.params.logprobs.is_some() || !self.streams())
+            .then(|| sampler.logprobs(row, token_id, self.params.logprobs.unwrap_or(0)));
+        Ok(Some(Choice { token_id, logprobs }))
+    }
+
+    /// Adds a token to a completion. `limit` is the most tokens that it may have.
+    pub(super) fn advance(
+        &mut self,
+        index: usize,
+        choice: Choice,
+        limit: usize,
+        eos_token_ids: &[u32],
+    ) -> Option<Step> {
+        let params = &self.params;
+        let sample = self.samples.get_mut(index)?;
+        let Choice { token_id, logprobs } = choice;
+        if let Some(entry) = logprobs {
+            sample.logprob_sum += f64::from(entry.token.logprob);
+            if let Some(entries) = &mut sample.logprobs {
+                entries.push(entry);
+            }
+        }
+        sample.counts.push(token_id);
+        sample.generated += 1;
+
+        let ends = (eos_token_ids.contains(&token_id) && !params.ignore_eos)
+            || params.stop_token_ids.contains(&token_id);
+        let mut finish_reason = if ends {
+            Some(FinishReason::Stop)
+        } else if sample.generated >= limit {
+            Some(FinishReason::Length)
+        } else {
+            None
+        };
+        let mut text = String::new();
+        if let Some(state) = &mut sample.text {
+            let (shown, stopped) = state.push((!ends).then_some(token_id), finish_reason.is_some());
+            text = shown;
+            if stopped {
+                finish_reason = Some(FinishReason::Stop);
+            }
+        }
+        Some(Step { token_id, text, finish_reason })
+    }
+
+    /// Keeps a completion that has ended.
+    pub(super) fn finish(&mut self, index: usize, token_ids: Vec<u32>, reason: FinishReason) {
+        if let Some(sample) = self.samples.get_mut(index) {
+            sample.finished = Some((token_ids, reason));
+        }
+    }
+
+    /// The `n` likeliest of the completions, all of them ended. In the order they were sampled where all are
+    /// returned, else likeliest first.
+    pub(super) fn into_output(self) -> RequestOutput {
+        let ranked = !self.streams();
+        let completion_tokens = self.samples.iter().map(|sample| sample.generated).sum();
+        let mut samples = self.samples;
+        if ranked {
+            samples.sort_by(|a, b| b.logprob_sum.total_cmp(&a.logprob_sum));
+            samples.truncate(self.params.n);
+        }
+        let outputs = samples.into_iter().map(SampleState::into_completion).collect();
+        let usage =
+            Usage { prompt_tokens: self.prompt_tokens, completion_tokens, cached_tokens: self.cached_tokens };
+        RequestOutput { outputs, prompt_logprobs: self.prompt_logprobs, usage }
+    }
+}
+
+impl SampleState {
+    fn into_completion(self) -> Completion {
+        let (token_ids, finish_reason) = self.finished.unwrap_or((Vec::new(), FinishReason::Length));
+        Completion {
+            text: self.text.map(|text| text.shown),
+            token_ids,
+            finish_reason,
+            logprobs: self.logprobs,
+            score: None,
+        }
+    }
+}
+
+impl Text {
+    /// Adds a token, unless it is an end token, and at the end all that is held back. Returns what can be
+    /// shown, and whether a stop string is complete.
+    fn push(&mut self, token_id: Option<u32>, last: bool) -> (String, bool) {
+        let mut piece = token_id.map_or_else(String::new, |id| self.detokenizer.push(id));
+        if last {
+            piece.push_str(&self.detokenizer.finish());
+        }
+        let released = self.stop.push(&piece);
+        let mut text = released.text;
+        if last && !released.stopped {
+            text.push_str(&self.stop.finish());
+        }
+        self.shown.push_str(&text);
+        (text, released.stopped)
+    }
+}

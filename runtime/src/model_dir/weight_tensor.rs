@@ -1,0 +1,153 @@
+//! A weight in host memory: a piece of a mapped file, or memory of its own. Cheap to clone.
+
+use half::{bf16, f16, slice::HalfFloatSliceExt};
+use memmap2::Mmap;
+use pagewise_attention::{DType, HostTensor};
+use std::{ops::Range, sync::Arc};
+
+#[cfg(target_endian = "big")]
+compile_error!("safetensors files are little-endian and are used as they lie in the file");
+
+/// Elements of a weight, row-major, with their shape.
+#[derive(Clone, Debug)]
+pub struct WeightTensor {
+    shape: Arc<[usize]>,
+    data: Data,
+}
+
+#[derive(Clone, Debug)]
+enum Data {
+    /// `bytes` lies inside of `map`, is aligned for `dtype` and a multiple of its size: see
+    /// [`WeightTensor::from_map`].
+    Mapped {
+        map: Arc<Mmap>,
+        bytes: Range<usize>,
+        dtype: DType,
+    },
+    F32(Arc<[f32]>),
+    F16(Arc<[f16]>),
+    Bf16(Arc<[bf16]>),
+}
+
+impl WeightTensor {
+    /// Elements of a mapped file. Where their address is not a multiple of their size they are copied once.
+    /// `bytes` must be what `shape` and `dtype` ask for; a range outside of the map gives an empty tensor.
+    pub(super) fn from_map(map: Arc<Mmap>, bytes: Range<usize>, dtype: DType, shape: &[usize]) -> Self {
+        let stored = map.get(bytes.clone()).unwrap_or_default();
+        let aligned = stored.as_ptr().align_offset(dtype.size()) == 0;
+        let data = match dtype {
+            _ if aligned && stored.len() == bytes.len() => Data::Mapped { map, bytes, dtype },
+            DType::F16 => Data::F16(stored.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b)).collect()),
+            DType::Bf16 => Data::Bf16(stored.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b)).collect()),
+            _ => Data::F32(stored.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()),
+        };
+        Self { shape: shape.into(), data }
+    }
+
+    /// A weight that comes from no file.
+    pub fn from_f32(elements: Vec<f32>, shape: &[usize]) -> Self {
+        Self { shape: shape.into(), data: Data::F32(elements.into()) }
+    }
+
+    /// The elements.
+    pub fn host(&self) -> HostTensor<'_> {
+        match &self.data {
+            Data::Mapped { map, bytes, dtype } => {
+                let bytes = map.get(bytes.clone()).unwrap_or_default();
+                match dtype {
+                    DType::F32 => HostTensor::F32(bytemuck::cast_slice(bytes)),
+                    DType::F16 => HostTensor::F16(bytemuck::cast_slice(bytes)),
+                    DType::Bf16 => HostTensor::Bf16(bytemuck::cast_slice(bytes)),
+                    DType::F8E4M3 => HostTensor::F8E4M3(bytes),
+                    DType::F8E5M2 => HostTensor::F8E5M2(bytes),
+                }
+            }
+            Data::F32(elements) => HostTensor::F32(elements),
+            Data::F16(elements) => HostTensor::F16(elements),
+            Data::Bf16(elements) => HostTensor::Bf16(elements),
+        }
+    }
+
+    /// Type of the elements.
+    pub fn dtype(&self) -> DType {
+        self.host().dtype()
+    }
+
+    /// Extents, slowest first.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// The same numbers as f32, f16 or bf16, rounded to the nearest (ties to even). A tensor that already has the
+    /// type is handed back as it is; so is one when an fp8 type is asked for, which no weight has.
+    pub fn to_dtype(self, dtype: DType) -> Self {
+        if self.dtype() == dtype {
+            return self;
+        }
+        let data = match dtype {
+            DType::F32 => Data::F32(to_f32(self.host()).into()),
+            DType::F16 => {
+                let wide = to_f32(self.host());
+                let mut narrow = vec![f16::ZERO; wide.len()];
+                narrow.convert_from_f32_slice(&wide);
+                Data::F16(narrow.into())
+            }
+            DType::Bf16 => {
+                let wide = to_f32(self.host());
+                let mut narrow = vec![bf16::ZERO; wide.len()];
+                narrow.convert_from_f32_slice(&wide);
+                Data::Bf16(narrow.into())
+            }
+            DType::F8E4M3 | DType::F8E5M2 => return self,
+        };
+        Self { shape: self.shape, data }
+    }
+}
+
+/// The numbers in f32, which holds every f16 and bf16 exactly.
+fn to_f32(host: HostTensor<'_>) -> Vec<f32> {
+    match host {
+        HostTensor::F32(elements) => elements.to_vec(),
+        HostTensor::F16(elements) => {
+            let mut wide = vec![0.0; elements.len()];
+            elements.convert_to_f32_slice(&mut wide);
+            wide
+        }
+        HostTensor::Bf16(elements) => elements.iter().map(|x| x.to_f32()).collect(),
+        // No constructor makes one.
+        HostTensor::F8E4M3(_) | HostTensor::F8E5M2(_) => Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounds_to_the_nearest_even() {
+        // 1 + 2^-8 lies half way between two bf16 numbers, 1 + 3 * 2^-8 as well.
+        let ties = vec![1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0, f32::NAN, f32::INFINITY, -0.0];
+        let tensor = WeightTensor::from_f32(ties, &[5]).to_dtype(DType::Bf16);
+        let HostTensor::Bf16(x) = tensor.host() else { panic!("{:?}", tensor.dtype()) };
+        assert_eq!((x[0].to_f32(), x[1].to_f32()), (1.0, 1.0 + 4.0 / 256.0));
+        assert!(x[2].is_nan() && x[3] == bf16::INFINITY && x[4].to_bits() == 0x8000);
+
+        let ties = vec![1.0 + 1.0 / 2048.0, 1.0 + 3.0 / 2048.0, 65520.0];
+        let tensor = WeightTensor::from_f32(ties, &[3]).to_dtype(DType::F16);
+        let HostTensor::F16(x) = tensor.host() else { panic!("{:?}", tensor.dtype()) };
+        assert_eq!((x[0].to_f32(), x[1].to_f32()), (1.0, 1.0 + 4.0 / 2048.0));
+        assert_eq!(x[2], f16::INFINITY);
+    }
+
+    #[test]
+    fn narrow_types_widen_exactly() {
+        let numbers = vec![0.0, -1.5, 3.140_625, 6.1e-5, f32::INFINITY];
+        for dtype in [DType::F16, DType::Bf16] {
+            let narrow = WeightTensor::from_f32(numbers.clone(), &[5]).to_dtype(dtype);
+            let wide = narrow.clone().to_dtype(DType::F32);
+            let back = wide.clone().to_dtype(dtype);
+            assert_eq!(format!("{:?}", narrow.host()), format!("{:?}", back.host()));
+            assert_eq!(wide.shape(), [5]);
+        }
+    }
+}

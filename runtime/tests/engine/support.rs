@@ -1,0 +1,301 @@
+//! A model that is a hash of the whole context, computed from what the cache really holds: a wrong block
+//! table, copy, fork or preemption gives wrong tokens.
+
+use pagewise_kvcache::{
+    Admission, Allocation, BlockId, BlockOps, CacheConfig, CacheError, CacheManager, CacheStats,
+    KvCacheManager, KvGroup, NO_BLOCK, PoolUsage, Prompt, SequenceId,
+};
+use pagewise_runtime::engine::{Detokenize, DetokenizerFactory, Engine, EngineConfig};
+use pagewise_runtime::executor::{Executor, ExecutorError, StepOutput};
+use pagewise_runtime::plan::{LogitRows, StepPlan, TokenInput};
+use pagewise_runtime::sampling::Draw;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+pub(crate) const VOCAB: usize = 32;
+const POISON: u32 = u32::MAX;
+
+/// Numbers for test cases.
+pub(crate) struct Numbers {
+    seed: u64,
+    position: u64,
+}
+
+impl Numbers {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self { seed, position: 0 }
+    }
+
+    /// Below `n`.
+    pub(crate) fn below(&mut self, n: usize) -> usize {
+        self.position += 1;
+        (Draw { seed: self.seed, sample: 77, position: self.position }.uniform() * n as f64) as usize
+    }
+
+    pub(crate) fn from(&mut self, low: usize, high: usize) -> usize {
+        low + self.below(high - low + 1)
+    }
+
+    pub(crate) fn chance(&mut self, percent: usize) -> bool {
+        self.below(100) < percent
+    }
+
+    pub(crate) fn pick<T: Copy>(&mut self, of: &[T]) -> T {
+        of[self.below(of.len())]
+    }
+}
+
+/// The model: logits of the token after this context.
+pub(crate) fn hash_logits(context: &[u32]) -> Vec<f32> {
+    let mut hash = 0xcbf2_9ce4_8422_2325u64;
+    for &token in context {
+        hash = (hash ^ u64::from(token)).wrapping_mul(0x0000_0100_0000_01b3);
+        hash ^= hash >> 29;
+    }
+    (0..VOCAB as u32)
+        .map(|id| (Draw { seed: hash, sample: id, position: 0 }.uniform() * 8.0) as f32)
+        .collect()
+}
+
+/// What an executor was asked to do, for the test to look at.
+#[derive(Default)]
+pub(crate) struct Log {
+    pub(crate) plans: Vec<StepPlan>,
+    /// Fail the step of this many executions from now.
+    pub(crate) fail_in: Option<usize>,
+    /// Answer with NaN for contexts that end in this token.
+    pub(crate) nan_after: Option<u32>,
+}
+
+pub(crate) struct HashExecutor {
+    block_size: usize,
+    windows: Vec<Option<usize>>,
+    device: Vec<u32>,
+    host: Vec<u32>,
+    log: Arc<Mutex<Log>>,
+}
+
+impl HashExecutor {
+    pub(crate) fn new(config: &CacheConfig, log: Arc<Mutex<Log>>) -> Self {
+        Self {
+            block_size: config.block_size,
+            windows: config.groups.iter().map(|group| group.window).collect(),
+            device: vec![POISON; config.device_blocks * config.block_size],
+            host: vec![POISON; config.host_blocks * config.block_size],
+            log,
+        }
+    }
+
+    fn blocks(&self, block: BlockId) -> std::ops::Range<usize> {
+        let start = block as usize * self.block_size;
+        start..start + self.block_size
+    }
+}
+
+impl Executor for HashExecutor {
+    fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput, ExecutorError> {
+        let mut log = self.log.lock().unwrap();
+        log.plans.push(plan.clone());
+        if let Some(left) = &mut log.fail_in {
+            if *left == 0 {
+                log.fail_in = None;
+                self.device.fill(POISON);
+                return Err(ExecutorError::Plan { step: plan.id, problem: "injected".into() });
+            }
+            *left -= 1;
+        }
+        for op in &plan.block_ops.swap_out {
+            let (from, to) = (self.blocks(op.src), self.blocks(op.dst));
+            self.host[to].copy_from_slice(&self.device[from]);
+        }
+        for op in &plan.block_ops.swap_in {
+            let (from, to) = (self.blocks(op.src), self.blocks(op.dst));
+            self.device[to].copy_from_slice(&self.host[from]);
+        }
+        for op in &plan.block_ops.copy {
+            let (from, to) = (self.blocks(op.src), self.blocks(op.dst));
+            self.device.copy_within(from, to.start);
+        }
+        for chunk in &plan.chunks {
+            assert!(!chunk.tokens.is_empty() && chunk.block_tables.len() == self.windows.len());
+            for table in &chunk.block_tables {
+                for (offset, token) in chunk.tokens.iter().enumerate() {
+                    let TokenInput::Known(token) = *token else { panic!("placeholder") };
+                    let position = chunk.start + offset;
+                    let block = table[position / self.block_size];
+                    if block != NO_BLOCK {
+                        self.device[block as usize * self.block_size + position % self.block_size] = token;
+                    }
+                }
+            }
+        }
+        let mut logits = Vec::new();
+        for chunk in &plan.chunks {
+            let end = chunk.start + chunk.tokens.len();
+            let mut context = Vec::new();
+            for position in 0..end {
+                let mut seen: Vec<u32> = Vec::new();
+                for (table, window) in chunk.block_tables.iter().zip(&self.windows) {
+                    let visible = window.is_none_or(|window| position + window >= end);
+                    if visible {
+                        let block = table[position / self.block_size];
+                        seen.push(self.device[block as usize * self.block_size + position % self.block_size]);
+                    }
+                }
+                assert!(seen.windows(2).all(|pair| pair[0] == pair[1]), "groups disagree");
+                context.push(seen[0]);
+            }
+            assert!(!context.contains(&POISON), "a slot was read that nobody wrote");
+            let rows = match chunk.logits {
+                LogitRows::None => end..end,
+                LogitRows::Last => end - 1..end,
+                LogitRows::All => chunk.start..end,
+            };
+            for row in rows {
+                if log.nan_after == Some(context[row]) {
+                    logits.extend([f32::NAN; VOCAB]);
+                } else {
+                    logits.extend(hash_logits(&context[..=row]));
+                }
+            }
+        }
+        Ok(StepOutput { logits, vocab_size: VOCAB })
+    }
+}
+
+/// The real manager, with its books checked after every change.
+pub(crate) struct Audited(pub(crate) KvCacheManager);
+
+impl Audited {
+    fn audit<T>(&self, value: T) -> T {
+        self.0.audit().unwrap();
+        value
+    }
+}
+
+impl CacheManager for Audited {
+    fn config(&self) -> &CacheConfig {
+        self.0.config()
+    }
+    fn can_allocate(&self, prompts: &[Prompt<'_>]) -> Admission {
+        self.0.can_allocate(prompts)
+    }
+    fn allocate(&mut self, sequence: SequenceId, prompt: Prompt<'_>) -> Result<Allocation, CacheError> {
+        let value = self.0.allocate(sequence, prompt);
+        self.audit(value)
+    }
+    fn can_append(&self, sequence: SequenceId, tokens: usize) -> bool {
+        self.0.can_append(sequence, tokens)
+    }
+    fn append(&mut self, sequence: SequenceId, tokens: usize) -> Result<(), CacheError> {
+        let value = self.0.append(sequence, tokens);
+        self.audit(value)
+    }
+    fn mark_computed(&mut self, sequence: SequenceId, tokens: &[u32]) -> Result<(), CacheError> {
+        let value = self.0.mark_computed(sequence, tokens);
+        self.audit(value)
+    }
+    fn fork(&mut self, parent: SequenceId, child: SequenceId) -> Result<(), CacheError> {
+        let value = self.0.fork(parent, child);
+        self.audit(value)
+    }
+    fn truncate(&mut self, sequence: SequenceId, len: usize) -> Result<(), CacheError> {
+        self.0.truncate(sequence, len)
+    }
+    fn free(&mut self, sequence: SequenceId) -> Result<(), CacheError> {
+        let value = self.0.free(sequence);
+        self.audit(value)
+    }
+    fn swap_out(&mut self, group: &[SequenceId]) -> Result<(), CacheError> {
+        self.0.swap_out(group)
+    }
+    fn can_swap_in(&self, group: &[SequenceId]) -> Admission {
+        self.0.can_swap_in(group)
+    }
+    fn swap_in(&mut self, group: &[SequenceId]) -> Result<(), CacheError> {
+        self.0.swap_in(group)
+    }
+    fn take_block_ops(&mut self) -> BlockOps {
+        self.0.take_block_ops()
+    }
+    fn confirm_block_ops(&mut self) -> Result<(), CacheError> {
+        let value = self.0.confirm_block_ops();
+        self.audit(value)
+    }
+    fn block_table(&self, sequence: SequenceId, group: usize) -> Option<&[BlockId]> {
+        self.0.block_table(sequence, group)
+    }
+    fn len(&self, sequence: SequenceId) -> Option<usize> {
+        self.0.len(sequence)
+    }
+    fn computed(&self, sequence: SequenceId) -> Option<usize> {
+        self.0.computed(sequence)
+    }
+    fn device_usage(&self) -> PoolUsage {
+        self.0.device_usage()
+    }
+    fn host_usage(&self) -> PoolUsage {
+        self.0.host_usage()
+    }
+    fn stats(&self) -> CacheStats {
+        self.0.stats()
+    }
+}
+
+pub(crate) fn cache_config(block_size: usize, device_blocks: usize) -> CacheConfig {
+    CacheConfig {
+        block_size,
+        device_blocks,
+        host_blocks: 0,
+        groups: vec![KvGroup { window: None }],
+        watermark: 0.0,
+        prefix_cache: true,
+    }
+}
+
+pub(crate) fn engine_config() -> EngineConfig {
+    EngineConfig {
+        max_num_seqs: 64,
+        max_batch_tokens: 512,
+        max_model_len: 4096,
+        vocab_size: VOCAB,
+        eos_token_ids: vec![0],
+    }
+}
+
+pub(crate) fn engine(config: EngineConfig, cache: CacheConfig) -> (Engine, Arc<Mutex<Log>>) {
+    let log = Arc::new(Mutex::new(Log::default()));
+    let executor = HashExecutor::new(&cache, log.clone());
+    let manager = Audited(KvCacheManager::new(cache).unwrap());
+    (Engine::with_detokenizer(config, Box::new(manager), Box::new(executor), Some(letters())), log)
+}
+
+/// Token `i` is the letter `i` of an alphabet with some wide characters, and multiples of 8 come in halves:
+/// their text appears with the token after them.
+struct Letters(String);
+
+pub(crate) fn letter(token: u32) -> char {
+    "abcdefghijklmnopqrstuvwxyzäöüéß🙂".chars().nth(token as usize).unwrap()
+}
+
+pub(crate) fn letters() -> DetokenizerFactory {
+    Box::new(|| Box::new(Letters(String::new())))
+}
+
+impl Detokenize for Letters {
+    fn push(&mut self, token_id: u32) -> String {
+        self.0.push(letter(token_id));
+        if token_id % 8 == 0 { String::new() } else { std::mem::take(&mut self.0) }
+    }
+    fn finish(&mut self) -> String {
+        std::mem::take(&mut self.0)
+    }
+}
+
+/// The text of these tokens, all at once.
+pub(crate) fn text_of(tokens: &[u32]) -> String {
+    tokens.iter().map(|&token| letter(token)).collect()
+}
+
+/// Texts of events joined, by completion.
+pub(crate) type Streams = HashMap<(u64, usize), (Vec<u32>, String)>;
