@@ -3,7 +3,7 @@
 use crate::text::{StreamDecoder, Tokenizer};
 
 /// Turns the tokens of one completion into text, piece by piece.
-pub trait Detokenize: Send {
+pub trait Detokenize: Send + Sync {
     /// Adds a token and returns the text that has become certain: whole characters only.
     fn push(&mut self, token_id: u32) -> String;
 

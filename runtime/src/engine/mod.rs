@@ -16,13 +16,17 @@ pub use detokenize::{Detokenize, DetokenizerFactory};
 
 use crate::executor::{Executor, StepOutput};
 use crate::request::{Event, FinishReason, Request, RequestError, RequestId, RequestOutput};
-use crate::sampling::Sampler;
+use crate::sampling::{NoUsableLogit, Sampler};
 use crate::scheduler::{NewGroup, NextToken, Schedule, Scheduler};
 use crate::text::Tokenizer;
 use logits::LogitCursor;
 use pagewise_kvcache::{CacheError, CacheManager};
+use rayon::prelude::*;
 use rustc_hash::FxHashMap;
-use state::{RequestState, Step};
+use state::{Choice, RequestState, Step};
+
+/// From this many logits a step their tokens are chosen on several threads: about a tenth of a millisecond.
+const PARALLEL_LOGITS: usize = 1 << 17;
 
 /// Runs many requests at a time on one model.
 pub struct Engine {
@@ -31,7 +35,8 @@ pub struct Engine {
     cache: Box<dyn CacheManager + Send>,
     executor: Box<dyn Executor>,
     detokenizer: Option<DetokenizerFactory>,
-    sampler: Sampler,
+    /// One for each thread that chooses tokens.
+    samplers: Vec<Sampler>,
     requests: FxHashMap<RequestId, RequestState>,
     next_request: u64,
     stats: EngineStats,
@@ -71,7 +76,7 @@ impl Engine {
             cache: manager,
             executor,
             detokenizer,
-            sampler: Sampler::default(),
+            samplers: Vec::new(),
             requests: FxHashMap::default(),
             next_request: 0,
             stats: EngineStats::default(),
@@ -249,7 +254,7 @@ impl Engine {
         Ok(())
     }
 
-    /// Hands every logit row to whom it belongs: prompt log-probabilities, then the next token.
+    /// Hands every logit row to whom it belongs: prompt log-probabilities, then the next tokens.
     fn read_logits(
         &mut self,
         schedule: &Schedule,
@@ -257,6 +262,7 @@ impl Engine {
         events: &mut Vec<Event>,
     ) -> Result<(), CacheError> {
         let mut cursor = LogitCursor::new(output);
+        let mut wanted = Vec::with_capacity(schedule.chunks.len());
         for (chunk, of) in schedule.plan.chunks.iter().zip(&schedule.chunks) {
             let rows = cursor.take(chunk.logit_rows());
             let Some(state) = self.requests.get_mut(&of.request) else { continue };
@@ -267,27 +273,53 @@ impl Engine {
                 NextToken::Sample => of.sample..of.sample + 1,
                 NextToken::Group => 0..state.samples.len(),
             };
-            for index in samples {
-                self.next_token(of.request, index, row, events)?;
-            }
+            wanted.extend(samples.map(|index| (of.request, index, row)));
+        }
+        for ((id, index, _), choice) in wanted.iter().zip(self.choose(&wanted)) {
+            self.next_token(*id, *index, choice, events)?;
         }
         Ok(())
     }
 
-    /// Samples one token and does all that follows from it.
+    /// Chooses the next token of each of these completions, on several threads where that pays.
+    fn choose(
+        &mut self,
+        wanted: &[(RequestId, usize, &[f32])],
+    ) -> Vec<Result<Option<Choice>, NoUsableLogit>> {
+        let logits: usize = wanted.iter().map(|(_, _, row)| row.len()).sum();
+        let threads =
+            if logits < PARALLEL_LOGITS { 1 } else { rayon::current_num_threads().min(wanted.len()) };
+        if self.samplers.len() < threads {
+            self.samplers.resize_with(threads, Sampler::default);
+        }
+        let requests = &self.requests;
+        let choose = |sampler: &mut Sampler, &(id, index, row): &(RequestId, usize, &[f32])| {
+            requests.get(&id).map_or(Ok(None), |state| state.choose(index, row, sampler))
+        };
+        match self.samplers.as_mut_slice() {
+            [sampler, ..] if threads == 1 => wanted.iter().map(|wanted| choose(sampler, wanted)).collect(),
+            samplers => {
+                let share = wanted.len().div_ceil(threads.max(1)).max(1);
+                let choices = wanted.par_chunks(share).zip(samplers).flat_map_iter(|(wanted, sampler)| {
+                    wanted.iter().map(|wanted| choose(sampler, wanted)).collect::<Vec<_>>()
+                });
+                choices.collect()
+            }
+        }
+    }
+
+    /// Adds a chosen token to its completion, and does all that follows from it.
     fn next_token(
         &mut self,
         id: RequestId,
         index: usize,
-        row: &[f32],
+        choice: Result<Option<Choice>, NoUsableLogit>,
         events: &mut Vec<Event>,
     ) -> Result<(), CacheError> {
         // An earlier sample of the group may have failed the request.
         let Some(state) = self.requests.get_mut(&id) else { return Ok(()) };
-        let limit =
-            state.params.max_tokens.min(self.config.max_model_len.saturating_sub(state.prompt_tokens));
-        let step = match state.advance(index, row, limit, &self.config.eos_token_ids, &mut self.sampler) {
-            Ok(Some(step)) => step,
+        let choice = match choice {
+            Ok(Some(choice)) => choice,
             Ok(None) => return Ok(()),
             Err(error) => {
                 let message = format!("no token could be chosen after {} of them: {error}", state.len(index));
@@ -295,6 +327,11 @@ impl Engine {
                 self.fail(id, RequestError { param: None, message }, events);
                 return Ok(());
             }
+        };
+        let limit =
+            state.params.max_tokens.min(self.config.max_model_len.saturating_sub(state.prompt_tokens));
+        let Some(step) = state.advance(index, choice, limit, &self.config.eos_token_ids) else {
+            return Ok(());
         };
         let streams = state.streams();
         let Step { token_id, text, finish_reason } = step;

@@ -6,6 +6,7 @@ use super::stop::StopMatcher;
 use crate::plan::{Chunk, LogitRows};
 use crate::request::{Completion, FinishReason, PositionLogprobs, RequestOutput, SamplingParams, Usage};
 use crate::sampling::{Draw, LogSoftmax, NoUsableLogit, Sampler, TokenCounts};
+use rayon::prelude::*;
 use std::hash::{BuildHasher, RandomState};
 
 /// A request that is not finished.
@@ -18,7 +19,6 @@ pub(super) struct RequestState {
     prompt: Vec<u32>,
     pub(super) prompt_logprobs: Option<Vec<Option<PositionLogprobs>>>,
     pub(super) samples: Vec<SampleState>,
-    scratch: Vec<u64>,
 }
 
 /// One completion.
@@ -36,6 +36,13 @@ struct Text {
     detokenizer: Box<dyn Detokenize>,
     stop: StopMatcher,
     shown: String,
+}
+
+/// A token that was chosen, and not yet added.
+pub(super) struct Choice {
+    token_id: u32,
+    /// Where they are asked for, or needed to rank completions.
+    logprobs: Option<PositionLogprobs>,
 }
 
 /// What one more token means.
@@ -75,7 +82,6 @@ impl RequestState {
             cached_tokens: 0,
             prompt: kept,
             samples,
-            scratch: Vec::new(),
         }
     }
 
@@ -98,38 +104,51 @@ impl RequestState {
             return;
         }
         // The row of position p predicts position p + 1. After a preemption some are known already.
-        while let Some(&token) = self.prompt.get(entries.len()) {
-            let predicted_by = entries.len() - 1;
-            let Some(row) = predicted_by.checked_sub(chunk.start).and_then(|index| rows.get(index)) else {
-                break;
-            };
-            entries.push(Some(LogSoftmax::new(row).position(token, top, &mut self.scratch)));
-        }
+        let end = self.prompt.len().min(chunk.start + chunk.tokens.len() + 1);
+        let known = entries.len();
+        let new: Vec<_> = (known..end)
+            .into_par_iter()
+            .map_init(Vec::new, |scratch, position| {
+                let row = rows.get((position - 1).checked_sub(chunk.start)?)?;
+                let token = *self.prompt.get(position)?;
+                Some(LogSoftmax::new(row).position(token, top, scratch))
+            })
+            .collect();
+        entries.extend(new);
     }
 
     /// Chooses the next token of a completion from its logits. `None` if the completion has ended.
+    pub(super) fn choose(
+        &self,
+        index: usize,
+        row: &[f32],
+        sampler: &mut Sampler,
+    ) -> Result<Option<Choice>, NoUsableLogit> {
+        let Some(sample) = self.samples.get(index).filter(|sample| sample.finished.is_none()) else {
+            return Ok(None);
+        };
+        let draw = Draw { seed: self.seed, sample: index as u32, position: self.len(index) as u64 };
+        let token_id = sampler.sample(row, &self.params, &sample.counts, draw)?;
+        let logprobs = (self.params.logprobs.is_some() || !self.streams())
+            .then(|| sampler.logprobs(row, token_id, self.params.logprobs.unwrap_or(0)));
+        Ok(Some(Choice { token_id, logprobs }))
+    }
+
+    /// Adds a token to a completion. `limit` is the most tokens that it may have.
     pub(super) fn advance(
         &mut self,
         index: usize,
-        row: &[f32],
+        choice: Choice,
         limit: usize,
         eos_token_ids: &[u32],
-        sampler: &mut Sampler,
-    ) -> Result<Option<Step>, NoUsableLogit> {
-        let position = self.len(index) as u64;
-        let ranked = !self.streams();
+    ) -> Option<Step> {
         let params = &self.params;
-        let Some(sample) = self.samples.get_mut(index).filter(|sample| sample.finished.is_none()) else {
-            return Ok(None);
-        };
-        let draw = Draw { seed: self.seed, sample: index as u32, position };
-        let token_id = sampler.sample(row, params, &sample.counts, draw)?;
-
-        if params.logprobs.is_some() || ranked {
-            let distribution = LogSoftmax::new(row);
-            sample.logprob_sum += f64::from(distribution.logprob(token_id));
-            if let (Some(entries), Some(top)) = (&mut sample.logprobs, params.logprobs) {
-                entries.push(distribution.position(token_id, top, &mut self.scratch));
+        let sample = self.samples.get_mut(index)?;
+        let Choice { token_id, logprobs } = choice;
+        if let Some(entry) = logprobs {
+            sample.logprob_sum += f64::from(entry.token.logprob);
+            if let Some(entries) = &mut sample.logprobs {
+                entries.push(entry);
             }
         }
         sample.counts.push(token_id);
@@ -152,7 +171,7 @@ impl RequestState {
                 finish_reason = Some(FinishReason::Stop);
             }
         }
-        Ok(Some(Step { token_id, text, finish_reason }))
+        Some(Step { token_id, text, finish_reason })
     }
 
     /// Keeps a completion that has ended.

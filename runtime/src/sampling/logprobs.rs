@@ -1,6 +1,6 @@
 //! Log-probabilities of the model's own distribution.
 
-use super::candidates;
+use super::{candidates, sampler};
 use crate::request::{PositionLogprobs, TokenLogprob};
 
 /// `log softmax` of one row of logits, evaluated where asked.
@@ -18,7 +18,7 @@ pub struct LogSoftmax<'a> {
 impl<'a> LogSoftmax<'a> {
     /// Reads the row once for its maximum and once for its sum.
     pub fn new(row: &'a [f32]) -> Self {
-        let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let max = sampler::max(row);
         let sum: f64 = row
             .iter()
             .map(|&logit| match logit {

@@ -28,6 +28,8 @@ mod logprobs;
 mod penalties;
 pub mod random;
 mod sampler;
+#[cfg(test)]
+mod tests;
 mod validate;
 
 pub use logprobs::LogSoftmax;

@@ -1,8 +1,8 @@
 //! Chooses one token from one row of logits.
 
 use super::{candidates, penalties};
-use crate::request::SamplingParams;
-use crate::sampling::TokenCounts;
+use crate::request::{PositionLogprobs, SamplingParams};
+use crate::sampling::{LogSoftmax, TokenCounts};
 
 pub use super::random::Draw;
 
@@ -45,6 +45,11 @@ impl Sampler {
         };
         self.processed = processed;
         chosen
+    }
+
+    /// The log-probabilities of a row: the token's own and those of the `top` likeliest.
+    pub fn logprobs(&mut self, row: &[f32], token_id: u32, top: usize) -> PositionLogprobs {
+        LogSoftmax::new(row).position(token_id, top, &mut self.keys)
     }
 
     fn choose(&mut self, row: &[f32], params: &SamplingParams, draw: Draw) -> Result<u32, NoUsableLogit> {
@@ -117,10 +122,25 @@ impl Sampler {
 
 /// The largest logit above −∞ and the lowest id that has it.
 fn argmax(row: &[f32]) -> Option<(u32, f32)> {
-    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let max = max(row);
     if max == f32::NEG_INFINITY {
         return None;
     }
     let id = row.iter().position(|&logit| logit == max)?;
     Some((id as u32, max))
+}
+
+/// The largest logit that is a number, −∞ if there is none.
+pub(super) fn max(row: &[f32]) -> f32 {
+    // Several running maxima, so that the compiler can use vector instructions; false for NaN.
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut lanes = [f32::NEG_INFINITY; 32];
+    let chunks = row.chunks_exact(lanes.len());
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (lane, &logit) in lanes.iter_mut().zip(chunk) {
+            *lane = larger(*lane, logit);
+        }
+    }
+    lanes.into_iter().chain(rest.iter().copied()).fold(f32::NEG_INFINITY, larger)
 }

@@ -63,13 +63,13 @@ impl Scheduler {
         let prompt = self.prompt(leader.tokens.get(..length).unwrap_or_default(), use_prefix_cache);
 
         let alone = self.resident.is_empty();
+        // Samples that wait for their group's prompt have been promised their blocks.
+        let promised: usize =
+            self.resident.values().filter(|group| !group.forked).map(|group| growth(group, cache)).sum();
+        let crowded = |free: usize| (samples > 1 || promised > 0) && demand(head, cache) + promised > free;
         let admission = match cache.can_allocate(&[prompt]) {
             // Alone, it may use what the watermark or the growth of its samples would keep free.
-            Admission::Now
-                if !alone && samples > 1 && gang_demand(head, cache) > cache.device_usage().free =>
-            {
-                Admission::Later
-            }
+            Admission::Now if !alone && crowded(cache.device_usage().free) => Admission::Later,
             Admission::Later if alone && cache.device_usage().pending == 0 => Admission::Now,
             answer => answer,
         };
@@ -112,17 +112,22 @@ pub(super) enum Admitted {
     Refused,
 }
 
-/// Blocks of a group of several samples once each has room for one token more: the prompt's full blocks once,
-/// the rest for each.
-fn gang_demand(group: &Group, cache: &dyn CacheManager) -> usize {
+/// Blocks of a group once each of its sequences has room for one token more: the prompt's full blocks once, the
+/// rest for each. An upper bound where a sliding window or the prefix cache saves some.
+fn demand(group: &Group, cache: &dyn CacheManager) -> usize {
     let config = cache.config();
     let shared = group.prompt_len / config.block_size.max(1);
-    let own = group
-        .sequences
-        .iter()
-        .filter(|sequence| !sequence.finished)
-        .map(|sequence| (sequence.tokens.len() + 1).div_ceil(config.block_size.max(1)) - shared);
+    let unfinished = group.sequences.iter().filter(|sequence| !sequence.finished);
+    let own =
+        unfinished.map(|sequence| (sequence.tokens.len() + 1).div_ceil(config.block_size.max(1)) - shared);
     (shared + own.sum::<usize>()) * config.groups.len()
+}
+
+/// What a group of which only the leader is in the cache will take when the others join.
+fn growth(group: &Group, cache: &dyn CacheManager) -> usize {
+    let config = cache.config();
+    let held = group.prompt_len.div_ceil(config.block_size.max(1)) * config.groups.len();
+    demand(group, cache).saturating_sub(held)
 }
 
 fn cache_size(cache: &dyn CacheManager) -> String {

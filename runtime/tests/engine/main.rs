@@ -2,6 +2,6 @@
 //! schedules.
 
 mod behaviour;
-mod sampling;
+mod scheduling;
 mod simulation;
 mod support;

@@ -4,9 +4,10 @@
 //! A failing case names its number; run it alone with
 //! `PAGEWISE_CASE=<number> cargo test -p pagewise-runtime --test engine simulation`.
 
-use crate::support::{Numbers, Streams, VOCAB, cache_config, engine, engine_config};
+use crate::support::{Numbers, Streams, VOCAB, cache_config, engine, engine_config, text_of};
 use pagewise_kvcache::{CacheConfig, KvGroup};
 use pagewise_runtime::engine::EngineConfig;
+use pagewise_runtime::plan::LogitRows;
 use pagewise_runtime::request::{Event, Request, RequestId, RequestOutput, SamplingParams};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -21,7 +22,7 @@ fn random_request(numbers: &mut Numbers, shared: &[u32]) -> Request {
     let samples = if numbers.chance(70) { 1 } else { numbers.from(2, 4) };
     let n = if numbers.chance(70) { samples } else { numbers.from(1, samples) };
     let params = SamplingParams {
-        max_tokens: numbers.from(1, 40),
+        max_tokens: numbers.from(1, 50),
         temperature: numbers.pick(&[0.0, 1.0, 1.0, 3.0]),
         top_p: numbers.pick(&[1.0, 0.8]),
         top_k: numbers.pick(&[0, 0, 5]),
@@ -29,7 +30,7 @@ fn random_request(numbers: &mut Numbers, shared: &[u32]) -> Request {
         seed: Some(numbers.below(1000) as u64),
         n,
         best_of: (n != samples).then_some(samples),
-        ignore_eos: numbers.chance(50),
+        ignore_eos: numbers.chance(70),
         stop: if numbers.chance(20) { vec!["ab".into(), "q".into(), "xyz".into()] } else { vec![] },
         logprobs: numbers.pick(&[None, None, Some(2)]),
         prompt_logprobs: numbers.pick(&[None, None, None, Some(1)]),
@@ -60,7 +61,20 @@ fn blocks_at_most(request: &Request, output: &RequestOutput, cache: &CacheConfig
     (shared + samples * (own + 1)) * cache.groups.len()
 }
 
-fn run(case: u64) {
+/// How often the interesting things happened, so that the cases cannot quietly become tame.
+#[derive(Debug, Default)]
+struct Coverage {
+    finished: u64,
+    refused: u64,
+    cancelled: u64,
+    preemptions: u64,
+    copied_blocks: u64,
+    cached_tokens: u64,
+    chunked_prompts: u64,
+    stop_strings: u64,
+}
+
+fn run(case: u64, coverage: &mut Coverage) {
     let mut numbers = Numbers::new(case);
     let shared: Vec<u32> = (0..60).map(|_| numbers.below(VOCAB) as u32).collect();
     let windows = case % 5 == 4;
@@ -72,7 +86,7 @@ fn run(case: u64) {
         } else {
             vec![KvGroup { window: None }]
         },
-        ..cache_config(numbers.pick(&[1, 2, 4, 16]), numbers.from(1, 60))
+        ..cache_config(numbers.pick(&[1, 2, 4, 16]), numbers.from(1, 40))
     };
     let config = EngineConfig {
         max_num_seqs: numbers.from(1, 10),
@@ -80,7 +94,7 @@ fn run(case: u64) {
         ..engine_config()
     };
     let (mut engine, log) = engine(config.clone(), cache.clone());
-    let mut arrivals: Vec<(usize, Request)> = (0..numbers.from(1, 10))
+    let mut arrivals: Vec<(usize, Request)> = (0..numbers.from(1, 12))
         .map(|_| {
             (if numbers.chance(50) { 0 } else { numbers.below(60) }, random_request(&mut numbers, &shared))
         })
@@ -113,7 +127,7 @@ fn run(case: u64) {
                 }
             }
         }
-        if numbers.chance(5)
+        if numbers.chance(1)
             && let Some(&id) = requests.keys().nth(numbers.below(requests.len().max(1)))
             && !ended.contains(&id)
         {
@@ -134,6 +148,9 @@ fn run(case: u64) {
                     // What was cached depends on the others.
                     expected.usage.cached_tokens = output.usage.cached_tokens;
                     assert_eq!(output, expected, "request {request:?}: {asked:?}");
+                    let letters = text_of(&output.outputs[0].token_ids);
+                    coverage.stop_strings +=
+                        u64::from(asked.params.stop.iter().any(|stop| letters.contains(stop)));
                     if asked.params.samples() == asked.params.n {
                         for (index, completion) in output.outputs.iter().enumerate() {
                             let stream = &streams[&(request.0, index)];
@@ -160,12 +177,19 @@ fn run(case: u64) {
     assert_eq!((stats.device_blocks.used, stats.device_blocks.pending), (0, 0));
     assert_eq!(stats.scheduler.running_sequences, 0);
 
+    coverage.finished += stats.finished;
+    coverage.refused += stats.failed;
+    coverage.cancelled += stats.cancelled;
+    coverage.preemptions += stats.scheduler.preemptions;
+    coverage.copied_blocks += stats.cache.copied_blocks;
+    coverage.cached_tokens += stats.cached_tokens;
     let log = log.lock().unwrap();
     let mut first_seen: HashMap<u64, usize> = HashMap::new();
     for (at, plan) in log.plans.iter().enumerate() {
         assert!(plan.num_tokens() <= config.max_batch_tokens && plan.chunks.len() <= config.max_num_seqs);
         assert_eq!(plan.id, at as u64);
         for chunk in &plan.chunks {
+            coverage.chunked_prompts += u64::from(chunk.logits == LogitRows::None);
             let next = first_seen.len();
             first_seen.entry(chunk.sequence.0).or_insert(next);
         }
@@ -178,9 +202,18 @@ fn run(case: u64) {
 fn random_schedules_give_every_request_its_own_tokens() {
     let only = std::env::var("PAGEWISE_CASE").ok().map(|case| case.parse().unwrap());
     let cases = only.map_or(0..CASES, |case| case..case + 1);
+    let mut coverage = Coverage::default();
     for case in cases {
-        if catch_unwind(AssertUnwindSafe(|| run(case))).is_err() {
+        if catch_unwind(AssertUnwindSafe(|| run(case, &mut coverage))).is_err() {
             panic!("PAGEWISE_CASE={case} cargo test -p pagewise-runtime --test engine simulation");
         }
+    }
+    println!("{coverage:?}");
+    if only.is_none() {
+        let Coverage { finished, refused, cancelled, preemptions, .. } = coverage;
+        let Coverage { copied_blocks, cached_tokens, chunked_prompts, stop_strings, .. } = coverage;
+        let enough =
+            [finished, refused, cancelled, preemptions, copied_blocks, cached_tokens, chunked_prompts];
+        assert!(enough.iter().all(|&count| count > 500) && stop_strings > 200, "{coverage:?}");
     }
 }

@@ -1,0 +1,158 @@
+//! The scheduler's rules, step by step on the real cache manager, without a model.
+
+use crate::support::cache_config;
+use pagewise_kvcache::{CacheConfig, CacheManager, KvCacheManager};
+use pagewise_runtime::plan::LogitRows;
+use pagewise_runtime::request::RequestId;
+use pagewise_runtime::scheduler::{NewGroup, NextToken, Schedule, Scheduler, SchedulerConfig};
+
+struct Bench {
+    scheduler: Scheduler,
+    cache: KvCacheManager,
+    next_token: u32,
+}
+
+impl Bench {
+    fn new(max_num_seqs: usize, max_batch_tokens: usize, block_size: usize, blocks: usize) -> Self {
+        let config =
+            SchedulerConfig { max_num_seqs, max_batch_tokens, max_model_len: 1000, max_prompt_logit_rows: 3 };
+        let config_of_cache = CacheConfig { prefix_cache: false, ..cache_config(block_size, blocks) };
+        let cache = KvCacheManager::new(config_of_cache).unwrap();
+        Self { scheduler: Scheduler::new(config), cache, next_token: 0 }
+    }
+
+    fn add(&mut self, id: u64, length: usize, samples: usize) {
+        let prompt = vec![id as u32; length];
+        let new = NewGroup { id: RequestId(id), prompt, samples, prompt_logits: false };
+        self.scheduler.add(new, &self.cache).unwrap();
+    }
+
+    /// One step in which every row samples a new token. Returns (request, tokens) of each chunk.
+    fn step(&mut self) -> (Vec<(u64, usize)>, Schedule) {
+        let schedule = self.scheduler.schedule(&mut self.cache).unwrap();
+        self.cache.confirm_block_ops().unwrap();
+        self.scheduler.commit(&schedule, &mut self.cache).unwrap();
+        for (chunk, of) in schedule.plan.chunks.iter().zip(&schedule.chunks) {
+            assert_eq!(chunk.logits == LogitRows::None, of.next_token == NextToken::None);
+            if of.next_token == NextToken::Sample {
+                self.next_token += 1;
+                self.scheduler.push_token(of.request, of.sample, self.next_token);
+            }
+        }
+        let chunks = schedule.plan.chunks.iter().zip(&schedule.chunks);
+        (chunks.map(|(chunk, of)| (of.request.0, chunk.tokens.len())).collect(), schedule)
+    }
+
+    fn chunks(&mut self) -> Vec<(u64, usize)> {
+        self.step().0
+    }
+
+    fn finish(&mut self, id: u64) {
+        self.scheduler.finish_sample(RequestId(id), 0, &mut self.cache).unwrap().unwrap();
+    }
+}
+
+#[test]
+fn decodes_come_first_and_prompts_share_what_is_left_in_order() {
+    let mut bench = Bench::new(8, 10, 4, 100);
+    bench.add(0, 3, 1);
+    bench.add(1, 12, 1);
+    bench.add(2, 9, 1);
+    assert_eq!(bench.chunks(), [(0, 3), (1, 7)]);
+    assert_eq!(bench.chunks(), [(0, 1), (1, 5), (2, 4)]);
+    bench.add(3, 2, 1);
+    assert_eq!(bench.chunks(), [(0, 1), (1, 1), (2, 5), (3, 2)]);
+    assert_eq!(bench.chunks(), [(0, 1), (1, 1), (2, 1), (3, 1)]);
+}
+
+#[test]
+fn no_more_sequences_are_resident_than_the_budget_has_tokens() {
+    let mut bench = Bench::new(100, 3, 4, 100);
+    for id in 0..5 {
+        bench.add(id, 2, 1);
+    }
+    assert_eq!(bench.chunks(), [(0, 2), (1, 1)]);
+    assert_eq!(bench.chunks(), [(0, 1), (1, 1), (2, 1)]);
+    for _ in 0..5 {
+        assert_eq!(bench.chunks(), [(0, 1), (1, 1), (2, 1)]);
+    }
+    bench.finish(1);
+    assert_eq!(bench.chunks(), [(0, 1), (2, 1), (3, 1)]);
+}
+
+#[test]
+fn nobody_overtakes_a_head_that_must_wait() {
+    let mut bench = Bench::new(8, 100, 4, 10);
+    bench.add(0, 24, 1);
+    bench.add(1, 20, 1);
+    bench.add(2, 1, 1);
+    assert_eq!(bench.chunks(), [(0, 24)]);
+    assert_eq!(bench.chunks(), [(0, 1)], "2 would fit, but came after 1");
+    bench.finish(0);
+    assert_eq!(bench.chunks(), [(1, 20), (2, 1)]);
+}
+
+#[test]
+fn the_latest_goes_first_comes_back_first_and_nobody_new_before_it() {
+    // Three sequences of one block each and room for one more.
+    let mut bench = Bench::new(8, 100, 4, 4);
+    bench.add(0, 3, 1);
+    bench.add(1, 3, 1);
+    bench.add(2, 3, 1);
+    assert_eq!(bench.chunks(), [(0, 3), (1, 3), (2, 3)]);
+    bench.add(3, 1, 1);
+    // The fourth token of each fills its block.
+    assert_eq!(bench.chunks(), [(0, 1), (1, 1), (2, 1), (3, 1)]);
+    // The fifth needs a block for each: 3 goes for 0's, 2 for 1's.
+    assert_eq!(bench.chunks(), [(0, 1), (1, 1)]);
+    assert_eq!(bench.scheduler.stats().preemptions, 2);
+    assert_eq!(bench.scheduler.stats().waiting, 2);
+    bench.add(4, 1, 1);
+    for _ in 0..2 {
+        assert_eq!(bench.chunks(), [(0, 1), (1, 1)], "3 and 4 would fit, but 2 is not back");
+    }
+    bench.finish(0);
+    // Its tokens so far, 3 + 2, are its prompt now; two blocks are free, so 3 has to wait on.
+    assert_eq!(bench.chunks().last(), Some(&(2, 5)));
+    assert_eq!(bench.scheduler.stats().waiting, 2);
+}
+
+#[test]
+fn a_group_is_admitted_and_preempted_whole() {
+    let mut bench = Bench::new(4, 100, 4, 6);
+    bench.add(0, 4, 1);
+    bench.add(1, 6, 3);
+    bench.add(2, 1, 1);
+    // 1's prompt, and a block of its own for each of its samples: 1 + 3, besides 0's two.
+    assert_eq!(bench.chunks(), [(0, 4), (1, 6)], "2 would be a fifth sequence");
+    for sample in 0..3 {
+        bench.scheduler.push_token(RequestId(1), sample, 7 + sample as u32);
+    }
+    let (chunks, schedule) = bench.step();
+    assert_eq!(chunks, [(0, 1), (1, 1), (1, 1), (1, 1)]);
+    assert_eq!(schedule.plan.block_ops.copy.len(), 2, "the last owner writes in place");
+    assert_eq!(bench.chunks().len(), 4);
+    // Every sample has 8 tokens; the ninth needs a block, and there is none.
+    assert_eq!(bench.chunks(), [(0, 1)]);
+    assert_eq!(bench.scheduler.stats().running_sequences, 1);
+    bench.finish(0);
+    // Back: the shared prompt once, then each sample's own tokens. There are blocks for 2 at this moment, but
+    // the samples will need them.
+    assert_eq!(bench.chunks(), [(1, 6)]);
+    assert_eq!(bench.scheduler.stats().running_sequences, 3);
+}
+
+#[test]
+fn prompt_logits_stay_within_their_rows() {
+    let mut bench = Bench::new(8, 100, 4, 100);
+    let new = NewGroup { id: RequestId(0), prompt: vec![1; 8], samples: 1, prompt_logits: true };
+    bench.scheduler.add(new, &bench.cache).unwrap();
+    let mut rows = Vec::new();
+    for _ in 0..4 {
+        let schedule = bench.scheduler.schedule(&mut bench.cache).unwrap();
+        bench.cache.confirm_block_ops().unwrap();
+        bench.scheduler.commit(&schedule, &mut bench.cache).unwrap();
+        rows.extend(schedule.plan.chunks.iter().map(|chunk| (chunk.start, chunk.logits)));
+    }
+    assert_eq!(rows, [(0, LogitRows::All), (3, LogitRows::All), (6, LogitRows::All)]);
+}
