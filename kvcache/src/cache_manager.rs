@@ -66,23 +66,30 @@ pub trait CacheManager {
     fn free(&mut self, sequence: SequenceId) -> Result<(), CacheError>;
 
     /// Moves a group of sequences to the host, keeping the sharing inside the group; blocks shared with a
-    /// sequence outside of it stay on the device.
+    /// sequence outside of it stay on the device. The device blocks can be taken once the copies are
+    /// confirmed, so room made by swapping is there in the next step.
     ///
     /// # Errors
-    /// [`CacheError::UnknownSequence`], [`CacheError::OutOfHostBlocks`], [`CacheError::NotOnDevice`].
+    /// [`CacheError::UnknownSequence`], [`CacheError::OutOfHostBlocks`], [`CacheError::NotOnDevice`],
+    /// [`CacheError::NamedTwice`]; [`CacheError::Pending`] if a block to move is part of a copy that is not
+    /// confirmed (a step's swap-outs come before its copies).
     fn swap_out(&mut self, group: &[SequenceId]) -> Result<(), CacheError>;
 
-    /// Whether [`swap_in`](Self::swap_in) would succeed, now or ever.
+    /// Whether [`swap_in`](Self::swap_in) would succeed and leave the watermark free, now or ever. `Never` also
+    /// for what is not swapped out.
     fn can_swap_in(&self, group: &[SequenceId]) -> Admission;
 
-    /// Moves a swapped-out group back to the device.
+    /// Moves a swapped-out group back to the device. It can be appended to, computed and forked in the same
+    /// step.
     ///
     /// # Errors
-    /// [`CacheError::UnknownSequence`], [`CacheError::OutOfBlocks`], [`CacheError::NotOnHost`].
+    /// [`CacheError::UnknownSequence`], [`CacheError::OutOfBlocks`], [`CacheError::NotOnHost`],
+    /// [`CacheError::NamedTwice`]; [`CacheError::Pending`] until its swap-out is confirmed.
     fn swap_in(&mut self, group: &[SequenceId]) -> Result<(), CacheError>;
 
     /// The step's copies so far, in their fixed order; the manager starts a new list. Blocks that they touch
-    /// are pending until [`confirm_block_ops`](Self::confirm_block_ops).
+    /// are pending until [`confirm_block_ops`](Self::confirm_block_ops): one confirmation for each list taken,
+    /// also if it is empty.
     fn take_block_ops(&mut self) -> BlockOps;
 
     /// The device has finished the block ops taken longest ago and not yet confirmed.
@@ -93,6 +100,7 @@ pub trait CacheManager {
 
     /// The block table of a sequence in one KV group: entry `i` holds the tokens
     /// `i * block_size .. (i + 1) * block_size`. Entries behind a window are [`NO_BLOCK`](crate::NO_BLOCK).
+    /// `None` for an unknown sequence or group, and for a sequence that is swapped out.
     fn block_table(&self, sequence: SequenceId, group: usize) -> Option<&[BlockId]>;
 
     /// Tokens that the sequence has slots for.

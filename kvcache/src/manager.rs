@@ -243,6 +243,13 @@ mod tests {
     use super::*;
     use crate::KvGroup;
 
+    #[test]
+    fn the_manager_can_move_between_threads() {
+        fn check<T: Send + Sync>() {}
+        check::<KvCacheManager>();
+        check::<CacheError>();
+    }
+
     /// Without evictions, a hit is the longest common prefix with anything computed before under the same
     /// salt, in whole blocks and short of the last token. Also if every hash collides.
     #[test]

@@ -1,5 +1,7 @@
 //! `Now`, `Later` and `Never`, for one prompt and for prompts that come in together.
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails should fail the test that called it")]
+
 mod common;
 
 use common::*;

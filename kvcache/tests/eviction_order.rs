@@ -1,6 +1,8 @@
 //! The prefix cache against a naive model of it: contents written out in full, one list for the least
 //! recently used. Hits, free blocks and evictions must agree after every operation.
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails should fail the test that called it")]
+
 mod common;
 
 use std::collections::BTreeMap;

@@ -1,5 +1,7 @@
 //! Allocate, append, fork with copy-on-write, truncate, free, and the refusals of each.
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails should fail the test that called it")]
+
 mod common;
 
 use common::*;

@@ -1,5 +1,7 @@
 //! What the prefix cache finds, keeps apart, merges, evicts, pins and forgets.
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails should fail the test that called it")]
+
 mod common;
 
 use common::*;

@@ -1,5 +1,7 @@
 //! Groups that are dropped and rebuilt: what they give back, and that they come back no larger.
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails should fail the test that called it")]
+
 mod common;
 
 use std::collections::{BTreeMap, BTreeSet};

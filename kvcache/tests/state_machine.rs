@@ -5,6 +5,8 @@
 //! nothing (whole states are compared); and every visible token is where its block table says, in memory
 //! that is written and copied as a backend would.
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails should fail the test that called it")]
+
 mod machine;
 
 use machine::{CASE_VARIABLE, Coverage, Machine, Op, SETUP_BYTES, Setup};
@@ -82,6 +84,18 @@ fn one_case() {
         println!("{}", machine.describe());
     }
     machine.finish();
+}
+
+/// What the fuzzer has found worth keeping, in `fuzz/seeds`.
+#[test]
+fn the_seeds_of_the_fuzz_target_pass() {
+    let seeds = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/seeds/state_machine");
+    let mut replayed = 0;
+    for seed in std::fs::read_dir(seeds).unwrap() {
+        Machine::run(&std::fs::read(seed.unwrap().path()).unwrap());
+        replayed += 1;
+    }
+    assert!(replayed >= 20, "{replayed} seeds in {seeds}");
 }
 
 /// Bytes for cases that are the same in every run.

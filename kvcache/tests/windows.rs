@@ -1,5 +1,7 @@
 //! KV groups with sliding windows: what is freed behind them, what a hit needs, how far back one can go.
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails should fail the test that called it")]
+
 mod common;
 
 use common::*;

@@ -22,3 +22,8 @@ pub fn smollm2_f32() -> Option<PathBuf> {
     eprintln!("SKIPPED: {missing}");
     None
 }
+
+/// The README, so that its example is compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+pub struct Readme;

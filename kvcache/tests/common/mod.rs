@@ -1,7 +1,6 @@
 //! What the behaviour tests share: configurations, prompts, and calls that recount the cache after them.
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
-#![allow(clippy::unwrap_used, reason = "a helper that fails should fail the test that called it")]
 
 use pagewise_kvcache::{
     BlockId, CacheConfig, CacheManager, KvCacheManager, KvGroup, NO_BLOCK, Prompt, SequenceId,

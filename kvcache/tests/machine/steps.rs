@@ -147,7 +147,7 @@ impl Machine {
             Ok(allocation) => {
                 assert!(!self.known.contains_key(&sequence) && len > 0);
                 assert_eq!(allocation.cached_tokens, cached);
-                assert!(cached % self.cache.config().block_size == 0 && cached < len);
+                assert!(cached.is_multiple_of(self.cache.config().block_size) && cached < len);
                 assert!(cached == 0 || text.use_prefix_cache && self.cache.config().prefix_cache);
                 let known = Known {
                     tokens: text.tokens.clone(),

@@ -112,7 +112,8 @@ impl Object {
 
     /// What the field asks for is not supported.
     pub(crate) fn unsupported(&self, name: &str, hint: &str) -> ModelError {
-        let value = self.fields.get(name).map(|v| format!(" = {}", show(v))).unwrap_or_default();
+        let scalar = self.fields.get(name).filter(|value| !value.is_array() && !value.is_object());
+        let value = scalar.map(|value| format!(" = {}", show(value))).unwrap_or_default();
         ModelError::Unsupported {
             path: self.path.clone(),
             feature: format!("{}{value}", self.field(name)),
@@ -220,7 +221,8 @@ pub(crate) fn kind(value: &Value) -> &'static str {
 /// A value short enough for a message.
 fn show(value: &Value) -> String {
     match value {
-        Value::Array(_) | Value::Object(_) => kind(value).to_owned(),
+        Value::Array(list) => format!("a list of {}", list.len()),
+        Value::Object(_) => kind(value).to_owned(),
         Value::String(text) if text.chars().count() > 60 => "a long string".to_owned(),
         scalar => scalar.to_string(),
     }

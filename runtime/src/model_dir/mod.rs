@@ -4,10 +4,14 @@
 mod config;
 mod error;
 mod generation;
+mod hub;
+#[cfg(feature = "hub")]
+mod hub_fetch;
 mod index;
 pub(crate) mod json;
 mod parse_config;
 mod parse_rope;
+pub(crate) mod quiet;
 mod shard;
 mod weight_tensor;
 mod weights;
@@ -15,6 +19,7 @@ mod weights;
 pub use config::{Architecture, ModelConfig, RopeConfig, RopeScaling};
 pub use error::ModelError;
 pub use generation::GenerationConfig;
+pub use hub::{FetchProgress, resolve_model};
 pub use weight_tensor::WeightTensor;
 pub use weights::Weights;
 

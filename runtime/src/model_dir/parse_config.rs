@@ -73,9 +73,9 @@ const REFUSED: &[(&str, Neutral, &str)] = &[
     ("no_rope_layers", Neutral::Absent, "every layer has to use rotary embeddings"),
     ("no_rope_layer_interval", Neutral::Absent, "every layer has to use rotary embeddings"),
     ("alibi", Neutral::False, "positions have to be rotary"),
-    ("num_experts", Neutral::Zero, "mixtures of experts are not"),
-    ("num_local_experts", Neutral::Zero, "mixtures of experts are not"),
-    ("n_routed_experts", Neutral::Zero, "mixtures of experts are not"),
+    ("num_experts", Neutral::Zero, "only models without experts are"),
+    ("num_local_experts", Neutral::Zero, "only models without experts are"),
+    ("n_routed_experts", Neutral::Zero, "only models without experts are"),
     ("kv_lora_rank", Neutral::Absent, "use a model without latent attention"),
     ("v_head_dim", Neutral::Absent, "keys and values need the same head_dim"),
     ("logit_scale", Neutral::One, "logits have to be used as they are"),
@@ -302,7 +302,7 @@ fn layer_windows(
 fn layer_types(file: &Object, num_layers: usize) -> Result<Option<Vec<bool>>, ModelError> {
     let Some(names) = file.strings("layer_types")? else { return Ok(None) };
     if names.len() != num_layers {
-        let rule = format!("a list of 'num_hidden_layers' = {num_layers} entries instead of {}", names.len());
+        let rule = format!("a list of 'num_hidden_layers' = {num_layers} entries");
         return Err(file.invalid("layer_types", &rule));
     }
     let slides = |name: &&str| match *name {

@@ -1,6 +1,9 @@
 //! The rotary embedding's part of `config.json`: `rope_theta` with `rope_scaling`, or `rope_parameters`.
 
-use super::{ModelError, RopeConfig, RopeScaling, json::Object};
+use super::{
+    ModelError, RopeConfig, RopeScaling,
+    json::{Object, invalid},
+};
 use serde_json::Value;
 
 const DEFAULT_THETA: f64 = 10_000.0;
@@ -22,7 +25,8 @@ pub(super) fn parse_rope(file: &Object) -> Result<RopeConfig, ModelError> {
         let theta = inner_theta.or(outer_theta).or(found.map(|rope| rope.theta)).unwrap_or(DEFAULT_THETA);
         let rope = RopeConfig { theta, scaling: parse_scaling(&parameters)? };
         if found.is_some_and(|other| other != rope) {
-            return Err(file.invalid("rope_scaling", "the same as 'rope_parameters' where both are given"));
+            let problem = "'rope_parameters' and 'rope_scaling' are both given and do not agree".to_owned();
+            return Err(invalid(&file.path, problem));
         }
         found = Some(rope);
     }

@@ -95,9 +95,14 @@ fn read_header(path: &Path, file: &[u8]) -> Result<FxHashMap<String, Entry>, Mod
         let dtype = Dtype::deserialize(StrDeserializer::<serde::de::value::Error>::new(&tensor.dtype))
             .map_err(|_| wrong(format!("has the unknown dtype '{}'", shorten(&tensor.dtype))))?;
         let (begin, end) = tensor.data_offsets;
-        if begin > end || end > data.len() as u64 {
-            let problem = format!("lies at bytes {begin}..{end} of {} bytes of data", data.len());
-            return Err(wrong(problem));
+        if begin > end {
+            return Err(wrong(format!("ends at byte {end}, before it begins at byte {begin}")));
+        }
+        if end > data.len() as u64 {
+            let stored = data.len();
+            return Err(wrong(format!(
+                "ends at byte {end} of {stored} bytes of data: the file is truncated"
+            )));
         }
         if begin != end_of_last {
             let how =
@@ -129,7 +134,8 @@ fn read_header(path: &Path, file: &[u8]) -> Result<FxHashMap<String, Entry>, Mod
         tensors.insert(name, entry);
     }
     if end_of_last != data.len() as u64 {
-        let problem = format!("its tensors end at byte {end_of_last} of {} bytes of data", data.len());
+        let problem =
+            format!("its tensors end at byte {end_of_last} but {} bytes of data are stored", data.len());
         return Err(invalid(path, problem));
     }
     Ok(tensors)

@@ -1,9 +1,9 @@
 //! `tokenizer.json`, read by the `tokenizers` crate. That crate trusts its file more than we do: panics inside of
 //! it become errors here, and its padding and truncation are switched off.
 
-use super::quiet;
-use crate::model_dir::{ModelError, json};
+use crate::model_dir::{ModelError, json, quiet};
 use std::{path::Path, sync::Arc};
+use tokenizers::Model as _;
 
 /// The largest vocabularies come to 40 MB.
 const MAX_BYTES: u64 = 256 << 20;
@@ -69,6 +69,10 @@ impl Tokenizer {
     /// # Errors
     /// The tokenizer's own.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, TokenizerError> {
+        // Not every decoder of the crate can be given nothing.
+        if !ids.iter().any(|id| !skip_special_tokens || self.role(*id) != TokenRole::None) {
+            return Ok(String::new());
+        }
         quiet::catch(|| self.inner.decode(ids, skip_special_tokens).map_err(|error| error.to_string()))
             .and_then(|result| result)
             .map_err(|problem| TokenizerError { task: "decode the tokens", problem })
@@ -81,8 +85,10 @@ impl Tokenizer {
 
     /// What a token is to a stream of text.
     pub(super) fn role(&self, id: u32) -> TokenRole {
+        // The same look-up as in the tokenizer's own decoding.
         let added = self.inner.get_added_vocabulary();
-        let Some(token) = self.inner.id_to_token(id) else { return TokenRole::None };
+        let token = added.simple_id_to_token(id).or_else(|| self.inner.get_model().id_to_token(id));
+        let Some(token) = token else { return TokenRole::None };
         if added.is_special_token(&token) {
             TokenRole::None
         } else if self.byte_fallback && is_byte_token(&token) {

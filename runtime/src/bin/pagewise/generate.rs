@@ -39,7 +39,7 @@ pub(crate) struct GenerateArgs {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    sampling: SamplingOptions,
+    pub(crate) sampling: SamplingOptions,
     #[command(flatten)]
     model: ModelOptions,
 }

@@ -132,4 +132,27 @@ mod tests {
         assert_eq!(args.sampling().temperature, Some(1.0));
         assert_eq!(args.load_options().unwrap().model, "b");
     }
+
+    #[test]
+    fn stop_texts_add_up_and_negative_numbers_are_values() {
+        let args = [
+            "pagewise",
+            "generate",
+            "hi",
+            "--model",
+            "a",
+            "--stop",
+            "x",
+            "--stop",
+            "y",
+            "--presence-penalty",
+            "-1",
+        ];
+        let Command::Generate(args) = Cli::try_parse_from(args).unwrap().command else {
+            panic!("not generate")
+        };
+        let sampling = args.sampling;
+        assert_eq!(sampling.stop, Some(vec!["x".to_owned(), "y".to_owned()]));
+        assert_eq!((sampling.presence_penalty, sampling.ignore_eos), (Some(-1.0), None));
+    }
 }

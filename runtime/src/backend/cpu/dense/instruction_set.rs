@@ -11,7 +11,7 @@ pub struct InstructionSet(pub(super) Kind);
 /// The ways in which the kernels are compiled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// AVX-512 F and BW
+    /// AVX-512 F, BW, VL and DQ
     #[cfg(target_arch = "x86_64")]
     Avx512,
     /// AVX2, FMA and F16C
@@ -35,7 +35,12 @@ impl InstructionSet {
                 let avx2 = is_x86_feature_detected!("avx2")
                     && is_x86_feature_detected!("fma")
                     && is_x86_feature_detected!("f16c");
-                if avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
+                if avx2
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512dq")
+                {
                     sets.push(Self(Kind::Avx512));
                 }
                 if avx2 {
@@ -81,7 +86,7 @@ impl fmt::Display for InstructionSet {
 macro_rules! dispatch {
     ($set:expr, $kernel:ident :: <$($generic:ident : $bound:path),*> ($($argument:ident : $type:ty),* $(,)?)) => {{
         #[cfg(target_arch = "x86_64")]
-        #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
         unsafe fn avx512<$($generic: $bound),*>($($argument: $type),*) {
             // SAFETY: the caller's.
             unsafe { $kernel::<$crate::backend::cpu::dense::lanes::Avx512, $($generic),*>($($argument),*) }

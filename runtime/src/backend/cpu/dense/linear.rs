@@ -3,7 +3,7 @@
 use super::instruction_set::{InstructionSet, dispatch};
 use super::lanes::Weight;
 use super::share::share;
-use super::tile::{Tile, block};
+use super::tile::{Ahead, Tile, block};
 use super::{DenseError, check_len};
 use pagewise_attention::HostTensor;
 
@@ -249,8 +249,9 @@ fn run_typed<T: Weight>(
         // SAFETY: `place` is inside of the output.
         out: unsafe { layer.out.0.add(row * layer.features + feature) },
         out_stride: layer.features,
-        prefetch: 4096,
+        ahead: Ahead::NONE,
     };
+    let following = layer.features - feature - features;
     // SAFETY: the slices above and the checked lengths are the tile's contract.
-    unsafe { dispatch!(set, block::<T: Weight>(tile: Tile<'_, T>)) }
+    unsafe { dispatch!(set, block::<T: Weight>(tile: Tile<'_, T>, following: usize)) }
 }

@@ -4,8 +4,8 @@
 //!              weights (NR rows of K)           one step of k: 16 elements
 //!              w0  w1  w2  w3  w4  w5           NR loads + conversions, MR loads, MR · NR multiply-adds
 //!   x   r0   [ Σ   Σ   Σ   Σ   Σ   Σ ]
-//!  (MR  r1   [ Σ   Σ   Σ   Σ   Σ   Σ ]          each Σ is 16 lanes; where a register holds fewer, the
-//! rows) r2   [ Σ   Σ   Σ   Σ   Σ   Σ ]          tile is computed in passes over groups of lanes
+//!  (MR  r1   [ Σ   Σ   Σ   Σ   Σ   Σ ]          each Σ is 16 lanes: one, two or four registers, and
+//! rows) r2   [ Σ   Σ   Σ   Σ   Σ   Σ ]          MR and NR such that all of them stay in registers
 //!       r3   [ Σ   Σ   Σ   Σ   Σ   Σ ]
 //! ```
 //!
@@ -45,8 +45,33 @@ pub(super) struct Tile<'a, T> {
     pub(super) out: *mut f32,
     /// Elements from one output row to the next.
     pub(super) out_stride: usize,
-    /// How far ahead weights are asked for, in bytes; 0 is not at all.
-    pub(super) prefetch: usize,
+    /// Memory that is wanted next; it is asked for on the way.
+    pub(super) ahead: Ahead,
+}
+
+/// Cache lines to ask for while computing, so many bytes per step of sixteen elements. It need not be valid.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    start: *const u8,
+    end: *const u8,
+    per_step: usize,
+}
+
+impl Ahead {
+    /// Nothing.
+    pub(super) const NONE: Self = Self { start: std::ptr::null(), end: std::ptr::null(), per_step: 0 };
+
+    /// Part `i` of `n` equal parts of `bytes` from `start` on, spread over `steps`.
+    #[inline(always)]
+    fn part(start: *const u8, bytes: usize, i: usize, n: usize, steps: usize) -> Self {
+        let line = |i| bytes * i / n / LINE * LINE;
+        let (from, to) = (line(i), line(i + 1));
+        Self {
+            start: start.wrapping_add(from),
+            end: start.wrapping_add(to),
+            per_step: (to - from).div_ceil(steps.max(1)).next_multiple_of(LINE),
+        }
+    }
 }
 
 impl<T> Tile<'_, T> {
@@ -83,60 +108,65 @@ impl<T> Tile<'_, T> {
 
 /// Rows up to which weights are read once from memory and all rows meet them in the cache: their time is that
 /// of the memory or a small multiple of it. With more rows, a few rows of x stay in the nearest cache instead.
-const FEW_ROWS: usize = 32;
+const FEW_ROWS: usize = 48;
 
 /// Weights that all of a few rows meet before the next ones.
 const FEW_ROWS_FEATURES: usize = 24;
 
-/// Computes a block of any size.
+/// Computes a block of any size. The weights of the next `following` features stand behind its own.
 ///
 /// # Safety
 /// Those of [`Tile`] and [`Lanes`].
 #[inline(always)]
-pub(super) unsafe fn block<L: Lanes, T: Weight>(tile: Tile<'_, T>) {
-    let step = if tile.rows <= FEW_ROWS { FEW_ROWS_FEATURES } else { tile.features };
+pub(super) unsafe fn block<L: Lanes, T: Weight>(tile: Tile<'_, T>, following: usize) {
+    let few = tile.rows <= FEW_ROWS;
+    let step = if few { FEW_ROWS_FEATURES } else { tile.features };
+    let row_tiles = tile.rows.div_ceil(L::TILE_ROWS);
     let mut feature = 0;
     while feature < tile.features {
         let features = step.min(tile.features - feature);
-        let mut row = 0;
-        while row < tile.rows {
+        let next = if few { step.min(tile.features + following - feature - features) } else { 0 };
+        for row_tile in 0..row_tiles {
+            let row = row_tile * L::TILE_ROWS;
             let rows = L::TILE_ROWS.min(tile.rows - row);
             // SAFETY: inside of the tile.
             unsafe {
-                let mut part = tile.rows(row, rows).features(feature, features);
-                if row > 0 {
-                    part.prefetch = 0;
-                }
-                L::strip(part);
+                let part = tile.rows(row, rows).features(feature, features);
+                let ahead = part.weight.wrapping_add(features * tile.k).cast();
+                L::strip(part, Ahead::part(ahead, next * tile.k * size_of::<T>(), row_tile, row_tiles, 1));
             }
-            row += rows;
         }
         feature += features;
     }
 }
 
-/// Computes `MR` rows, `NR` features at a time with `SUB` registers of each dot product per pass.
+/// Computes `MR` rows, `NR` features at a time.
 ///
 /// # Safety
 /// Those of [`Tile`] and [`Lanes`]; `tile.rows = MR`.
 #[inline(always)]
-pub(super) unsafe fn strip<L: Lanes, T: Weight, const MR: usize, const NR: usize, const SUB: usize>(
+pub(super) unsafe fn strip<L: Lanes, T: Weight, const MR: usize, const NR: usize>(
     tile: Tile<'_, T>,
+    ahead: Ahead,
 ) {
     // SAFETY: the caller's.
     unsafe {
         if tile.features < NR {
             for feature in 0..tile.features {
-                dots::<L, T, MR, 1, SUB>(tile.features(feature, 1));
+                L::dots::<T, MR, 1>(&tile.features(feature, 1));
             }
             return;
         }
-        let mut feature = 0;
-        while feature < tile.features {
+        let groups = tile.features.div_ceil(NR);
+        for group in 0..groups {
             // The last ones overlap the ones before, which get the same bits again.
-            let start = feature.min(tile.features - NR);
-            dots::<L, T, MR, NR, SUB>(tile.features(start, NR));
-            feature += NR;
+            let start = (group * NR).min(tile.features - NR);
+            let mut part = tile.features(start, NR);
+            if ahead.per_step > 0 {
+                let bytes = ahead.end as usize - ahead.start as usize;
+                part.ahead = Ahead::part(ahead.start, bytes, group, groups, tile.k.div_ceil(LANES));
+            }
+            L::dots::<T, MR, NR>(&part);
         }
     }
 }
@@ -146,68 +176,31 @@ pub(super) unsafe fn strip<L: Lanes, T: Weight, const MR: usize, const NR: usize
 /// # Safety
 /// Those of [`Tile`] and [`Lanes`]; `tile.rows = MR`, `tile.features = NR`.
 #[inline(always)]
-unsafe fn dots<L: Lanes, T: Weight, const MR: usize, const NR: usize, const SUB: usize>(tile: Tile<'_, T>) {
-    const { assert!(MR * NR <= MAX_SUMS && L::PARTS % SUB == 0) };
-    let Tile { x, weight, k, .. } = tile;
-    let whole = k - k % LANES;
+pub(super) unsafe fn dots<L: Lanes, T: Weight, const MR: usize, const NR: usize>(tile: &Tile<'_, T>) {
+    const { assert!(MR * NR <= MAX_SUMS) };
+    let k = tile.k;
+    let rest = k % LANES;
     // SAFETY: the caller's; all offsets are below MR · k and NR · k.
     unsafe {
+        // Made before there are sums in registers, which would have to be put away around the copying.
+        let (mut last_x, mut last_weight) = ([[0.0; LANES]; MR], [[T::ZERO; LANES]; NR]);
+        if rest > 0 {
+            fill(&mut last_x, tile.x.add(k - rest), k, rest);
+            fill(&mut last_weight, tile.weight.add(k - rest), k, rest);
+        }
+        let mut acc = [[L::zeros(); NR]; MR];
+        let (x, weight) = (Rows { start: tile.x, stride: k }, Rows { start: tile.weight, stride: k });
+        steps::<L, T, MR, NR>(&mut acc, x, weight, k / LANES, tile.ahead);
+        if rest > 0 {
+            let x = Rows { start: last_x.as_ptr().cast(), stride: LANES };
+            let weight = Rows { start: last_weight.as_ptr().cast(), stride: LANES };
+            steps::<L, T, MR, NR>(&mut acc, x, weight, 1, Ahead::NONE);
+        }
         let mut sums = [L::zeros(); MAX_SUMS];
-        let mut part = 0;
-        while part < L::PARTS {
-            let mut acc = [[[L::zero(); SUB]; NR]; MR];
-            let mut at = 0;
-            while at < whole {
-                if tile.prefetch != 0 && part == 0 && at % (LINE / size_of::<T>()) == 0 {
-                    for n in 0..NR {
-                        L::prefetch(weight.add(n * k + at).cast::<u8>().wrapping_add(tile.prefetch));
-                    }
-                }
-                for s in 0..SUB {
-                    let offset = at + (part + s) * L::WIDTH;
-                    let mut w = [L::zero(); NR];
-                    for n in 0..NR {
-                        w[n] = T::load::<L>(weight.add(n * k + offset));
-                    }
-                    for m in 0..MR {
-                        let x = L::load(x.add(m * k + offset));
-                        for n in 0..NR {
-                            acc[m][n][s] = L::multiply_add(x, w[n], acc[m][n][s]);
-                        }
-                    }
-                }
-                at += LANES;
+        for m in 0..MR {
+            for n in 0..NR {
+                sums[m * NR + n] = acc[m][n];
             }
-            if whole < k {
-                let mut w = [[0.0f32; LANES]; NR];
-                for n in 0..NR {
-                    for l in 0..k - whole {
-                        w[n][l] = (*weight.add(n * k + whole + l)).widen();
-                    }
-                }
-                for m in 0..MR {
-                    let mut row = [0.0f32; LANES];
-                    std::ptr::copy_nonoverlapping(x.add(m * k + whole), row.as_mut_ptr(), k - whole);
-                    for n in 0..NR {
-                        for s in 0..SUB {
-                            let lanes = (part + s) * L::WIDTH;
-                            acc[m][n][s] = L::multiply_add(
-                                L::load(row.as_ptr().add(lanes)),
-                                L::load(w[n].as_ptr().add(lanes)),
-                                acc[m][n][s],
-                            );
-                        }
-                    }
-                }
-            }
-            for m in 0..MR {
-                for n in 0..NR {
-                    for s in 0..SUB {
-                        sums[m * NR + n][part + s] = acc[m][n][s];
-                    }
-                }
-            }
-            part += SUB;
         }
         let mut totals = [0.0f32; MAX_SUMS];
         for i in 0..(MR * NR).div_ceil(4) {
@@ -223,6 +216,65 @@ unsafe fn dots<L: Lanes, T: Weight, const MR: usize, const NR: usize, const SUB:
                 }
             }
         }
+    }
+}
+
+/// Rows of a matrix.
+#[derive(Clone, Copy)]
+struct Rows<T> {
+    start: *const T,
+    stride: usize,
+}
+
+/// Adds `count` steps of sixteen elements to the sums.
+///
+/// # Safety
+/// That of [`Lanes`]; `x` has `MR` rows and `weight` has `NR` rows of `count` such steps.
+#[inline(always)]
+unsafe fn steps<L: Lanes, T: Weight, const MR: usize, const NR: usize>(
+    acc: &mut [[L::All; NR]; MR],
+    x: Rows<f32>,
+    weight: Rows<T>,
+    count: usize,
+    ahead: Ahead,
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        let Ahead { start: mut next, end: ahead_end, per_step } = ahead;
+        for step in 0..count {
+            if next < ahead_end {
+                let end = next.wrapping_add(per_step);
+                while next < end {
+                    L::prefetch(next);
+                    next = next.wrapping_add(LINE);
+                }
+            }
+            for part in 0..L::PARTS {
+                let at = step * LANES + part * L::WIDTH;
+                let mut w = [L::zero(); NR];
+                for n in 0..NR {
+                    w[n] = T::load::<L>(weight.start.add(n * weight.stride + at));
+                }
+                for m in 0..MR {
+                    let x = L::load(x.start.add(m * x.stride + at));
+                    for n in 0..NR {
+                        acc[m][n][part] = L::multiply_add(x, w[n], acc[m][n][part]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Copies the last `rest` elements of rows, leaving what fills them up to a whole step.
+///
+/// # Safety
+/// `start` is valid for reads of `rest ≤ 16` elements at each of `rows.len()` rows `stride` apart.
+#[inline(never)]
+unsafe fn fill<T: Weight>(rows: &mut [[T; LANES]], start: *const T, stride: usize, rest: usize) {
+    for (n, row) in rows.iter_mut().enumerate() {
+        // SAFETY: the caller's.
+        unsafe { std::ptr::copy_nonoverlapping(start.add(n * stride), row.as_mut_ptr(), rest) };
     }
 }
 
@@ -263,9 +315,9 @@ pub(super) unsafe fn sum_of_squares<L: Lanes>(x: &[f32]) -> f32 {
         bias_start: 0,
         out: &raw mut sum,
         out_stride: 1,
-        prefetch: 0,
+        ahead: Ahead::NONE,
     };
     // SAFETY: x is one row of activations and of weights, the sum one element of output.
-    unsafe { L::strip(tile) };
+    unsafe { L::strip(tile, Ahead::NONE) };
     sum
 }

@@ -1,11 +1,11 @@
 //! AVX2 with FMA and F16C: two registers hold the sixteen lanes.
 
-use super::super::tile::{Tile, strip};
+use super::super::tile::{Ahead, Tile, dots, strip};
 use super::{Lanes, Weight};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
-/// 16 registers: 4 rows × 3 weights, half of the lanes at a time, 12 sums.
+/// 16 registers: 3 rows × 2 weights, 12 registers of sums.
 #[derive(Clone, Copy)]
 pub(in super::super) struct Avx2;
 
@@ -13,7 +13,7 @@ impl Lanes for Avx2 {
     type Register = __m256;
     type All = [__m256; 2];
     const WIDTH: usize = 8;
-    const TILE_ROWS: usize = 4;
+    const TILE_ROWS: usize = 3;
 
     #[inline(always)]
     unsafe fn zero() -> __m256 {
@@ -83,19 +83,24 @@ impl Lanes for Avx2 {
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
         // SAFETY: a prefetch of any address is allowed.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
 
     #[inline(always)]
-    unsafe fn strip<T: Weight>(tile: Tile<'_, T>) {
+    unsafe fn strip<T: Weight>(tile: Tile<'_, T>, ahead: Ahead) {
         // SAFETY: the caller's.
         unsafe {
             match tile.rows {
-                1 => strip::<Self, T, 1, 4, 2>(tile),
-                2 => strip::<Self, T, 2, 3, 2>(tile),
-                3 => strip::<Self, T, 3, 4, 1>(tile),
-                _ => strip::<Self, T, 4, 3, 1>(tile),
+                1 => strip::<Self, T, 1, 4>(tile, ahead),
+                2 => strip::<Self, T, 2, 3>(tile, ahead),
+                _ => strip::<Self, T, 3, 2>(tile, ahead),
             }
         }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn dots<T: Weight, const MR: usize, const NR: usize>(tile: &Tile<'_, T>) {
+        // SAFETY: the caller's.
+        unsafe { dots::<Self, T, MR, NR>(tile) }
     }
 }

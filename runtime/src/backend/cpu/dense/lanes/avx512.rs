@@ -1,11 +1,11 @@
-//! AVX-512 F and BW: one register holds all sixteen lanes.
+//! AVX-512 F, BW, VL and DQ: one register holds all sixteen lanes.
 
-use super::super::tile::{Tile, strip};
+use super::super::tile::{Ahead, Tile, dots, strip};
 use super::{Lanes, Weight};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
-/// 32 registers: 4 rows × 6 weights, 24 sums.
+/// 32 registers: 4 rows × 6 weights, 24 registers of sums.
 #[derive(Clone, Copy)]
 pub(in super::super) struct Avx512;
 
@@ -83,19 +83,25 @@ impl Lanes for Avx512 {
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
         // SAFETY: a prefetch of any address is allowed.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
 
     #[inline(always)]
-    unsafe fn strip<T: Weight>(tile: Tile<'_, T>) {
+    unsafe fn strip<T: Weight>(tile: Tile<'_, T>, ahead: Ahead) {
         // SAFETY: the caller's.
         unsafe {
             match tile.rows {
-                1 => strip::<Self, T, 1, 8, 1>(tile),
-                2 => strip::<Self, T, 2, 8, 1>(tile),
-                3 => strip::<Self, T, 3, 6, 1>(tile),
-                _ => strip::<Self, T, 4, 6, 1>(tile),
+                1 => strip::<Self, T, 1, 8>(tile, ahead),
+                2 => strip::<Self, T, 2, 8>(tile, ahead),
+                3 => strip::<Self, T, 3, 6>(tile, ahead),
+                _ => strip::<Self, T, 4, 6>(tile, ahead),
             }
         }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+    unsafe fn dots<T: Weight, const MR: usize, const NR: usize>(tile: &Tile<'_, T>) {
+        // SAFETY: the caller's.
+        unsafe { dots::<Self, T, MR, NR>(tile) }
     }
 }

@@ -19,7 +19,7 @@ pub(super) use avx512::Avx512;
 pub(super) use neon::Neon;
 pub(super) use portable::Portable;
 
-use super::tile::Tile;
+use super::tile::{Ahead, Tile};
 use half::{bf16, f16};
 use std::ops::IndexMut;
 
@@ -65,11 +65,19 @@ pub(super) trait Lanes: Copy + 'static {
     ///
     /// # Safety
     /// Also that of [`Tile`].
-    unsafe fn strip<T: Weight>(tile: Tile<'_, T>);
+    unsafe fn strip<T: Weight>(tile: Tile<'_, T>, ahead: Ahead);
+    /// [`tile::dots`](super::tile::dots) as a function of its own, compiled for the instruction set: registers
+    /// are few, and loops around it would take some.
+    ///
+    /// # Safety
+    /// Also that of `tile::dots`.
+    unsafe fn dots<T: Weight, const MR: usize, const NR: usize>(tile: &Tile<'_, T>);
 }
 
 /// How weights are stored.
 pub(super) trait Weight: Copy + Send + Sync + 'static {
+    /// The number 0.
+    const ZERO: Self;
     /// One register of weights.
     ///
     /// # Safety
@@ -80,6 +88,7 @@ pub(super) trait Weight: Copy + Send + Sync + 'static {
 }
 
 impl Weight for f32 {
+    const ZERO: Self = 0.0;
     #[inline(always)]
     unsafe fn load<L: Lanes>(p: *const Self) -> L::Register {
         // SAFETY: the caller's.
@@ -92,6 +101,7 @@ impl Weight for f32 {
 }
 
 impl Weight for f16 {
+    const ZERO: Self = Self::from_bits(0);
     #[inline(always)]
     unsafe fn load<L: Lanes>(p: *const Self) -> L::Register {
         // SAFETY: the caller's.
@@ -104,6 +114,7 @@ impl Weight for f16 {
 }
 
 impl Weight for bf16 {
+    const ZERO: Self = Self::from_bits(0);
     #[inline(always)]
     unsafe fn load<L: Lanes>(p: *const Self) -> L::Register {
         // SAFETY: the caller's.

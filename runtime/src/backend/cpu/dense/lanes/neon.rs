@@ -1,12 +1,12 @@
 //! NEON: four registers hold the sixteen lanes.
 
-use super::super::tile::{Tile, strip};
+use super::super::tile::{Ahead, Tile, dots, strip};
 use super::{Lanes, Weight};
 use half::{bf16, f16};
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-/// 32 registers: 4 rows × 6 weights, a quarter of the lanes at a time, 24 sums.
+/// 32 registers: 2 rows × 3 weights, 24 registers of sums.
 #[derive(Clone, Copy)]
 pub(in super::super) struct Neon;
 
@@ -14,7 +14,7 @@ impl Lanes for Neon {
     type Register = float32x4_t;
     type All = [float32x4_t; 4];
     const WIDTH: usize = 4;
-    const TILE_ROWS: usize = 4;
+    const TILE_ROWS: usize = 2;
 
     #[inline(always)]
     unsafe fn zero() -> float32x4_t {
@@ -78,19 +78,23 @@ impl Lanes for Neon {
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
         // SAFETY: a prefetch of any address is allowed.
-        unsafe { asm!("prfm pldl1keep, [{p}]", p = in(reg) p, options(nostack, preserves_flags, readonly)) }
+        unsafe { asm!("prfm pldl2keep, [{p}]", p = in(reg) p, options(nostack, preserves_flags, readonly)) }
     }
 
     #[inline(always)]
-    unsafe fn strip<T: Weight>(tile: Tile<'_, T>) {
+    unsafe fn strip<T: Weight>(tile: Tile<'_, T>, ahead: Ahead) {
         // SAFETY: the caller's.
         unsafe {
             match tile.rows {
-                1 => strip::<Self, T, 1, 4, 4>(tile),
-                2 => strip::<Self, T, 2, 3, 4>(tile),
-                3 => strip::<Self, T, 3, 4, 2>(tile),
-                _ => strip::<Self, T, 4, 6, 1>(tile),
+                1 => strip::<Self, T, 1, 4>(tile, ahead),
+                _ => strip::<Self, T, 2, 3>(tile, ahead),
             }
         }
+    }
+
+    #[inline(never)]
+    unsafe fn dots<T: Weight, const MR: usize, const NR: usize>(tile: &Tile<'_, T>) {
+        // SAFETY: the caller's.
+        unsafe { dots::<Self, T, MR, NR>(tile) }
     }
 }

@@ -1,7 +1,7 @@
 //! Plain Rust, for the compiler to vectorise as the target allows. Products are rounded before they are
 //! added, because a fused multiply-add without hardware is a slow library call.
 
-use super::super::tile::{Tile, strip};
+use super::super::tile::{Ahead, Tile, dots, strip};
 use super::{LANES, Lanes, Weight};
 use half::{bf16, f16};
 
@@ -72,13 +72,19 @@ impl Lanes for Portable {
     unsafe fn prefetch(_: *const u8) {}
 
     #[inline(always)]
-    unsafe fn strip<T: Weight>(tile: Tile<'_, T>) {
+    unsafe fn strip<T: Weight>(tile: Tile<'_, T>, ahead: Ahead) {
         // SAFETY: the caller's.
         unsafe {
             match tile.rows {
-                1 => strip::<Self, T, 1, 2, 1>(tile),
-                _ => strip::<Self, T, 2, 1, 1>(tile),
+                1 => strip::<Self, T, 1, 2>(tile, ahead),
+                _ => strip::<Self, T, 2, 1>(tile, ahead),
             }
         }
+    }
+
+    #[inline(never)]
+    unsafe fn dots<T: Weight, const MR: usize, const NR: usize>(tile: &Tile<'_, T>) {
+        // SAFETY: the caller's.
+        unsafe { dots::<Self, T, MR, NR>(tile) }
     }
 }

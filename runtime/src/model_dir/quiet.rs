@@ -13,7 +13,7 @@ thread_local! {
 /// Runs `call`; a panic inside of it becomes `Err` with the panic's message. Panics of other threads are reported
 /// as ever: the hook that is put in front of the present one steps aside for them. `call` must not leave shared
 /// state half changed when it panics.
-pub(super) fn catch<T>(call: impl FnOnce() -> T) -> Result<T, String> {
+pub(crate) fn catch<T>(call: impl FnOnce() -> T) -> Result<T, String> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
         let previous = std::panic::take_hook();
