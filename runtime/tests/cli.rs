@@ -281,7 +281,8 @@ fn a_chat_goes_through_the_template() {
     let talk = pagewise(&[&["chat", "--system", "S"], &greedy[..]].concat(), input);
     assert_eq!(talk.code, Some(0), "{}", talk.stderr);
     let answer = one_turn.stdout.trim_end_matches('\n');
-    let second = json!({"prompt": format!("system:S;user:Hi;assistant:{answer};user:More;assistant:")}).to_string();
+    let second =
+        json!({"prompt": format!("system:S;user:Hi;assistant:{answer};user:More;assistant:")}).to_string();
     let (_, second) = batch(dir.path(), &[second], &greedy[2..]);
     let second = second[0]["outputs"][0]["text"].as_str().unwrap();
     assert_eq!(talk.stdout, format!("{answer}\n{second}\n{answer}\n"));

@@ -10,7 +10,7 @@ use crate::model_dir::{
 use minijinja::{Environment, Error, ErrorKind, Value, context, escape_formatter, syntax::SyntaxConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
-use std::{fmt, path::Path, sync::Arc};
+use std::{collections::BTreeMap, fmt, path::Path, sync::Arc};
 
 const NAME: &str = "chat template";
 /// One unit pays for an instruction or for 64 bytes of data: enough for conversations of many megabytes, and
@@ -83,18 +83,15 @@ impl ChatTemplate {
         messages: &[ChatMessage],
         add_generation_prompt: bool,
     ) -> Result<String, TemplateError> {
-        let messages: Vec<Value> = messages
-            .iter()
-            .map(|m| [("role", Value::from(m.role.as_str())), ("content", Value::from(m.content.as_str()))])
-            .map(Value::from_iter)
-            .collect();
+        let message = |m: &ChatMessage| context! { role => m.role.as_str(), content => m.content.as_str() };
+        let messages: Vec<Value> = messages.iter().map(message).collect();
         let tokens = self.special_tokens.iter().map(|(name, token)| (*name, Value::from(token.as_str())));
         let input = context! {
             messages,
             add_generation_prompt,
             tools => Value::from(()),
             documents => Value::from(()),
-            ..Value::from_iter(tokens)
+            ..Value::from(tokens.collect::<BTreeMap<_, _>>())
         };
         let call = || self.environment.get_template(NAME).and_then(|template| template.render(input));
         match quiet::catch(call) {

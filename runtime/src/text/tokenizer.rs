@@ -69,6 +69,10 @@ impl Tokenizer {
     /// # Errors
     /// The tokenizer's own.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, TokenizerError> {
+        // Not every decoder of the crate can be given nothing.
+        if !ids.iter().any(|id| !skip_special_tokens || self.role(*id) != TokenRole::None) {
+            return Ok(String::new());
+        }
         quiet::catch(|| self.inner.decode(ids, skip_special_tokens).map_err(|error| error.to_string()))
             .and_then(|result| result)
             .map_err(|problem| TokenizerError { task: "decode the tokens", problem })

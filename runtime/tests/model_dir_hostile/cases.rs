@@ -25,7 +25,7 @@ pub(crate) fn cases() -> Vec<(&'static str, Spoil, &'static str)> {
             all(vec![remove("config.json"), Box::new(|d| fs::create_dir(d.join("config.json")).unwrap())]),
             "DIR/config.json: it is not a regular file",
         ),
-        ("empty config.json", file("config.json", "DIR/config.json: it is empty"), ""),
+        ("empty config.json", file("config.json", ""), "DIR/config.json: it is empty"),
         (
             "a list as config.json",
             file("config.json", "[]"),
@@ -277,7 +277,7 @@ pub(crate) fn cases() -> Vec<(&'static str, Spoil, &'static str)> {
             r#"DIR/generation_config.json: 'top_p' must be a number above 0 and at most 1; found "0.9""#,
         ),
         // Weights
-        ("empty weights", file("model.safetensors", "DIR/model.safetensors: it is empty"), ""),
+        ("empty weights", file("model.safetensors", ""), "DIR/model.safetensors: it is empty"),
         (
             "weights of three bytes",
             file("model.safetensors", "abc"),
@@ -400,8 +400,8 @@ pub(crate) fn cases() -> Vec<(&'static str, Spoil, &'static str)> {
         ),
         (
             "shard without a name",
-            index("DIR/model.safetensors.index.json: shard '' is not a plain file name"),
-            "",
+            index(""),
+            "DIR/model.safetensors.index.json: shard '' is not a plain file name",
         ),
         (
             "shard with a zero byte",
@@ -479,7 +479,7 @@ pub(crate) fn cases() -> Vec<(&'static str, Spoil, &'static str)> {
             "DIR/model.safetensors: it is not a regular file",
         ),
         // Tokenizer and template
-        ("empty tokenizer", file("tokenizer.json", "DIR/tokenizer.json: it is empty"), ""),
+        ("empty tokenizer", file("tokenizer.json", ""), "DIR/tokenizer.json: it is empty"),
         (
             "tokenizer not JSON",
             file("tokenizer.json", "tokens"),

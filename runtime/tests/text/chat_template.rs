@@ -107,7 +107,10 @@ fn refusals_and_failures_say_why() {
         "the model's chat template does not accept these messages: roles must alternate"
     );
     let failed = render("{{ messages[0].nothing.more }}").unwrap_err();
-    assert_eq!(failed.to_string(), "the model's chat template failed: undefined value (line 1)");
+    assert_eq!(
+        failed.to_string(),
+        "the model's chat template failed: undefined value: `messages[0].nothing` is undefined (line 1)"
+    );
     let failed = render("\n{{ strftime_now('%') }}").unwrap_err().to_string();
     assert!(failed.starts_with("the model's chat template failed: invalid operation: "), "{failed}");
 }

@@ -3,9 +3,6 @@
 use pagewise_runtime::text::Tokenizer;
 use serde_json::{Value, json};
 
-/// Special token of all of them.
-pub(crate) const END: u32 = 1000;
-
 pub(crate) fn open(file: &Value) -> Tokenizer {
     let directory = tempfile::tempdir().unwrap();
     std::fs::write(directory.path().join("tokenizer.json"), file.to_string()).unwrap();
@@ -15,13 +12,14 @@ pub(crate) fn open(file: &Value) -> Tokenizer {
 /// A `tokenizer.json` around a model and a decoder, with `<|end|>` as a special token and `<tool>` as one that is
 /// added but not special.
 fn file(model: Value, pre_tokenizer: Value, decoder: Value) -> Value {
-    let added = |id: u32, content: &str, special: bool| {
-        json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+    let words = model["vocab"].as_object().unwrap().len();
+    let added = |id: usize, content: &str, special: bool| {
+        json!({"id": words + id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
                "normalized": false, "special": special})
     };
     json!({
         "version": "1.0", "truncation": null, "padding": null,
-        "added_tokens": [added(END, "<|end|>", true), added(END + 1, "<tool>", false)],
+        "added_tokens": [added(0, "<|end|>", true), added(1, "<tool>", false)],
         "normalizer": null, "pre_tokenizer": pre_tokenizer, "post_processor": null, "decoder": decoder, "model": model
     })
 }

@@ -23,7 +23,7 @@ fn smollm2_texts_have_the_tokens_of_the_reference() {
 fn special_tokens_are_recognised_and_left_out_on_request() {
     let tokenizer = tiny::byte_level();
     let ids = tokenizer.encode("ab<|end|>c", false).unwrap();
-    assert!(ids.contains(&tiny::END));
+    assert_eq!(ids.len(), 4);
     assert_eq!(tokenizer.decode(&ids, true).unwrap(), "abc");
     assert_eq!(tokenizer.decode(&ids, false).unwrap(), "ab<|end|>c");
     // Ids outside of the vocabulary have no text.

@@ -2,8 +2,9 @@
 
 use pagewise_runtime::load::LoadedModel;
 use pagewise_runtime::request::{Request, RequestError, RequestId, SamplingParams};
+use pagewise_runtime::text::ChatMessage;
 
-use crate::jsonl::{LineError, Prompt};
+use crate::jsonl::{LineError, Message, Prompt};
 use crate::options::SamplingOptions;
 
 /// Makes the request. `sampling` falls back to the model's own defaults.
@@ -59,8 +60,18 @@ fn token_ids(model: &LoadedModel, prompt: &Prompt) -> Result<Vec<u32>, LineError
         Prompt::TokenIds(ids) => Ok(ids.clone()),
         Prompt::Text(text) => tokenizer()?.encode(text, true).map_err(|error| refuse(error.to_string())),
         Prompt::Messages(messages) => {
-            let _ = (tokenizer()?, messages);
-            Err(refuse("the model has no chat template; give a prompt instead of messages".to_owned()))
+            let tokenizer = tokenizer()?;
+            let template = model.chat_template.as_ref().ok_or_else(|| {
+                refuse("the model has no chat template; give a prompt instead of messages".to_owned())
+            })?;
+            let message = |message: &Message| ChatMessage {
+                role: message.role.clone(),
+                content: message.content.clone(),
+            };
+            let messages: Vec<ChatMessage> = messages.iter().map(message).collect();
+            let text = template.render(&messages, true).map_err(|error| refuse(error.to_string()))?;
+            // The template writes the special tokens itself.
+            tokenizer.encode(&text, false).map_err(|error| refuse(error.to_string()))
         }
     }
 }
