@@ -20,7 +20,7 @@ use tracing_subscriber::EnvFilter;
 
 /// Language models on PagedAttention.
 #[derive(Debug, Parser)]
-#[command(name = "pagewise", version, about, max_term_width = 110)]
+#[command(name = "pagewise", version, about, max_term_width = 100)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
