@@ -219,6 +219,30 @@ fn several_projections_have_the_bits_of_each_alone() {
     }
 }
 
+/// Rows longer than a panel of weights, no features at all, one thread and more threads than features.
+#[test]
+fn shapes_at_the_edges_agree_with_the_definition() {
+    let mut r = Random(10);
+    for (rows, k, features) in [(1, 150_001, 2), (3, 140_000, 1), (2, 64, 0), (1, 1, 1), (200, 1, 3)] {
+        let (x, w) = (r.floats(rows * k), Stored::new(2, r.floats(features * k)));
+        let case = Case { seed: 10, rows, k, features, dtype: 2, bias: None };
+        for threads in [1, 5] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            for set in InstructionSet::available().iter().filter(|s| s.fused()) {
+                let out = pool.install(|| case.run(*set, &x, &w, None));
+                let element = |i: usize| {
+                    fused(&x[i / features * k..][..k], |j| w.get(i % features * k + j) as f32).to_bits()
+                };
+                assert_eq!(
+                    bits(&out),
+                    (0..rows * features).map(element).collect::<Vec<_>>(),
+                    "{case:?} {set}"
+                );
+            }
+        }
+    }
+}
+
 /// Rounding: K/16 sums of squares in a lane, a square root, a division, two products: all in all at most
 /// K/16 + 12 units of 2⁻²⁴ (half of those of the sum, which stands under a root; the portable path rounds twice).
 #[test]
