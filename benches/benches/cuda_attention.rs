@@ -5,13 +5,15 @@
 //! in random order through a table, merge included), each at its best choice of grid; then `write_kv` against a
 //! device copy; then the shapes of `peers/h100_decode.tsv`, each checked against plain code before it is timed.
 //! Times are of CUDA graph replays over as many caches as keep the L2 from serving them.
-//! `PAGEWISE_BENCH_JSON` names a file for the figures.
+//! `PAGEWISE_BENCH_JSON` names a file for the figures. `PAGEWISE_SWEEP=1` tunes instead: see `sweep.rs`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub, reason = "a bench")]
 
 #[path = "cuda/decode.rs"]
 mod decode;
 #[path = "cuda/gpu.rs"]
 mod gpu;
+#[path = "cuda/sweep.rs"]
+mod sweep;
 #[path = "cuda/yardsticks.rs"]
 mod yardsticks;
 
@@ -29,6 +31,13 @@ fn main() {
     let gpu = Gpu::new(&context);
     let wanted = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word.as_str()));
 
+    if std::env::var_os("PAGEWISE_SWEEP").is_some() {
+        let lines: Vec<String> = sweep::run(&gpu).iter().map(|line| format!("{line}\n")).collect();
+        if let Some(path) = std::env::var_os("PAGEWISE_BENCH_JSON") {
+            std::fs::write(path, lines.concat()).unwrap();
+        }
+        return;
+    }
     let yardsticks = yardsticks::measure(&gpu);
     let write = if wanted("write_kv") { Some(decode::write_kv(&gpu, &yardsticks)) } else { None };
     let shapes = decode::all_shapes(&gpu, &yardsticks, wanted);

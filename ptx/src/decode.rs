@@ -11,23 +11,99 @@ use crate::{DType, Error, template};
 /// Family and template name.
 const FAMILY: &str = "decode";
 
-/// Warps of a thread block, which share an item's keys.
-const WARPS: u32 = 4;
-
 /// Keys that a warp takes at a time. Items end at multiples of it, or at the end of a sequence.
 pub const TILE_KEYS: u32 = 16;
 
-/// Keys that one round of a thread block's warps takes: shorter items leave warps idle.
-pub const ROUND_KEYS: u32 = WARPS * TILE_KEYS;
-
-/// The most keys of an item: each lane of a warp remembers the block of one tile.
-pub const MAX_ITEM_KEYS: u32 = 32 * ROUND_KEYS;
+/// The most keys of an item of any variant.
+pub const MAX_ITEM_KEYS: u32 = 32 * MAX_WARPS * TILE_KEYS;
 
 /// Query heads of a thread block.
 pub const TILE_QUERIES: u32 = 8;
 
-/// Thread blocks that fit a multiprocessor at once.
-pub const BLOCKS_PER_MULTIPROCESSOR: u32 = 3;
+/// The most warps of a thread block: more do not fit their results into 48 KiB of shared memory.
+const MAX_WARPS: u32 = 8;
+
+/// Splits whose partial results a warp has on their way at a time while it merges.
+const MERGE_FLIGHT: u32 = 16;
+
+/// What moves the clock but not the result, fixed when the text is rendered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct DecodeTuning {
+    /// Warps of a thread block, which share an item's keys: 1 to 8.
+    pub warps: u32,
+    /// Thread blocks that fit a multiprocessor at once; bounds the registers.
+    pub blocks_per_multiprocessor: u32,
+    /// Splits of a sequence that are merged together before the others: a power of two, at least 2.
+    pub merge_group: u32,
+    /// How K and V are loaded.
+    pub load: LoadHint,
+}
+
+/// What a load of K or V asks of the caches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LoadHint {
+    /// Nothing.
+    Plain,
+    /// No place in the L1: every byte is used once.
+    Stream,
+    /// The same, and the L2 may fetch the 128 bytes around.
+    Stream128,
+    /// The same with 256 bytes.
+    Stream256,
+}
+
+impl LoadHint {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Plain, Self::Stream, Self::Stream128, Self::Stream256];
+
+    /// As PTX spells it, after `ld.global.nc`.
+    const fn ptx(self) -> &'static str {
+        match self {
+            Self::Plain => "",
+            Self::Stream => ".L1::no_allocate",
+            Self::Stream128 => ".L1::no_allocate.L2::128B",
+            Self::Stream256 => ".L1::no_allocate.L2::256B",
+        }
+    }
+
+    /// Short name, part of an entry point's.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "plain",
+            Self::Stream => "stream",
+            Self::Stream128 => "stream128",
+            Self::Stream256 => "stream256",
+        }
+    }
+}
+
+impl DecodeTuning {
+    /// Keys that one round of a thread block's warps takes: shorter items leave warps idle.
+    pub const fn round_keys(self) -> u32 {
+        self.warps * TILE_KEYS
+    }
+
+    /// The most keys of an item: each lane of a warp remembers the block of one tile.
+    pub const fn max_item_keys(self) -> u32 {
+        32 * self.round_keys()
+    }
+
+    /// Whether a kernel can be made of it.
+    pub const fn is_valid(self) -> bool {
+        1 <= self.warps
+            && self.warps <= MAX_WARPS
+            && 1 <= self.blocks_per_multiprocessor
+            && self.blocks_per_multiprocessor <= 32
+            && self.merge_group >= 2
+            && self.merge_group.is_power_of_two()
+    }
+}
+
+impl Default for DecodeTuning {
+    fn default() -> Self {
+        Self { warps: 4, blocks_per_multiprocessor: 3, merge_group: 16, load: LoadHint::Stream }
+    }
+}
 
 /// Which variant: fixed when the text is rendered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -36,37 +112,46 @@ pub struct DecodeSpec {
     pub dtype: DType,
     /// Elements of a head, of K and of V: 64 or 128.
     pub head_dim: u32,
+    /// What it is tuned for.
+    pub tuning: DecodeTuning,
 }
 
 impl DecodeSpec {
-    /// Every variant that exists.
+    /// Every variant, tuned as it is when nothing else is asked for.
     pub fn all() -> impl Iterator<Item = Self> {
+        let tuning = DecodeTuning::default();
         [DType::Bf16, DType::F16]
             .into_iter()
-            .flat_map(|dtype| [64, 128].into_iter().map(move |head_dim| Self { dtype, head_dim }))
+            .flat_map(move |dtype| [64, 128].into_iter().map(move |head_dim| Self { dtype, head_dim, tuning }))
     }
 
     /// Whether there is such a variant.
     pub fn exists(self) -> bool {
-        matches!(self.dtype, DType::Bf16 | DType::F16) && matches!(self.head_dim, 64 | 128)
+        matches!(self.dtype, DType::Bf16 | DType::F16) && matches!(self.head_dim, 64 | 128) && self.tuning.is_valid()
     }
 
-    /// The entry point: `decode_bf16_d128`.
+    /// The entry point: `decode_bf16_d128`, and what is tuned otherwise than by default.
     pub fn entry(self) -> String {
-        format!("{FAMILY}_{}_d{}", self.dtype, self.head_dim)
+        let Self { dtype, head_dim, tuning } = self;
+        let DecodeTuning { warps, blocks_per_multiprocessor, merge_group, load } = tuning;
+        let plain = format!("{FAMILY}_{dtype}_d{head_dim}");
+        if tuning == DecodeTuning::default() {
+            return plain;
+        }
+        format!("{plain}_w{warps}x{blocks_per_multiprocessor}_m{merge_group}_{}", load.name())
     }
 }
 
 /// One unit of work: the keys `begin..end` of a sequence, for each KV head. Eight u32 in device memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct WorkItem {
-    /// Which sequence: its row of the block tables and its ticket.
+    /// Which sequence: its row of the block tables.
     pub sequence: u32,
     /// Its row of the queries and of the output.
     pub row: u32,
     /// First key.
     pub begin: u32,
-    /// One past the last key; at most [`MAX_ITEM_KEYS`] past `begin` rounded down to a tile.
+    /// One past the last key; at most [`DecodeTuning::max_item_keys`] past `begin` rounded down to a tile.
     pub end: u32,
     /// Which split of the sequence this is.
     pub split: u32,
@@ -252,7 +337,7 @@ impl Decode {
     /// # Errors
     /// [`Error::UnsupportedDecode`] for a type or head dimension without a variant.
     pub fn new(spec: DecodeSpec) -> Result<Self, Error> {
-        let DecodeSpec { dtype, head_dim } = spec;
+        let DecodeSpec { dtype, head_dim, tuning } = spec;
         if !spec.exists() {
             return Err(Error::UnsupportedDecode { dtype, head_dim });
         }
@@ -260,7 +345,7 @@ impl Decode {
         let target = Target { sm: 80, ptx: (7, 8) };
         // Four floats more than a row, so that the rows of neighbouring lanes begin in other banks.
         let row_pitch = head_dim + 4;
-        let threads = WARPS * 32;
+        let threads = tuning.warps * 32;
         let text = template::render(
             FAMILY,
             include_str!("../kernels/decode.ptx"),
@@ -270,9 +355,14 @@ impl Decode {
                 ptx_version => format!("{}.{}", target.ptx.0, target.ptx.1),
                 dtype => dtype.name(),
                 head_dim,
-                warps => WARPS,
+                warps => tuning.warps,
                 row_pitch,
-                blocks_per_sm => BLOCKS_PER_MULTIPROCESSOR,
+                blocks_per_sm => tuning.blocks_per_multiprocessor,
+                merge_group => tuning.merge_group,
+                merge_mask => format!("{:#010x}", !(tuning.merge_group - 1)),
+                merge_shift => tuning.merge_group.trailing_zeros(),
+                merge_flight => MERGE_FLIGHT,
+                load_hint => tuning.load.ptx(),
             },
         )?;
         Ok(Self {
@@ -284,7 +374,7 @@ impl Decode {
                 target,
                 params: PARAMS.to_vec(),
                 max_threads: threads,
-                static_shared: WARPS * TILE_QUERIES * (row_pitch * 4 + 8) + 4,
+                static_shared: tuning.warps * TILE_QUERIES * (row_pitch * 4 + 8) + 4,
             },
         })
     }
@@ -325,14 +415,14 @@ impl Decode {
         Ok(Launch { grid: [kv_heads, items, shape.query_tiles()], block: [threads, 1, 1], dynamic_shared: 0 })
     }
 
-    /// Bytes of workspace for so many partial results and sequences.
-    pub fn workspace(&self, partials: u32, sequences: u32, shape: DecodeShape) -> WorkspaceSizes {
+    /// Bytes of workspace for so many partial results.
+    pub fn workspace(&self, partials: u32, shape: DecodeShape) -> WorkspaceSizes {
         let heads = u64::from(shape.kv_heads) * u64::from(shape.query_tiles());
         let rows = u64::from(partials) * heads * u64::from(TILE_QUERIES);
         WorkspaceSizes {
             partial_out: rows * u64::from(self.spec.head_dim) * 4,
             partial_max: rows * 8,
-            tickets: u64::from(sequences) * heads * 4,
+            tickets: u64::from(partials.max(1)) * heads * 4,
         }
     }
 }

@@ -27,11 +27,11 @@ pub struct PageReadArgs {
     pub data: u64,
     /// Device address of the page numbers, u32 `[count]`.
     pub table: u64,
-    /// Device address of [`PageRead::launch`]'s grid × [`PAGE_BYTES`] / 4 bytes, for the merging variant.
+    /// Device address of one u32 for each thread block of [`PageRead::launch`], for the merging variant.
     pub partial: u64,
     /// Device address of a u32 that is zero before the first launch and zero again after each.
     pub ticket: u64,
-    /// Device address of the result, u32 `[256]`.
+    /// Device address of the result, one u32: the exclusive or of all words.
     pub out: u64,
     /// Pages.
     pub count: u32,
@@ -105,7 +105,7 @@ impl PageRead {
                 target,
                 params: PARAMS.to_vec(),
                 max_threads: THREADS,
-                static_shared: if merges { 4 } else { 0 },
+                static_shared: if merges { 4 + THREADS / 8 } else { 0 },
             },
         })
     }

@@ -10,7 +10,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::{Ptxas, Resources};
-use pagewise_ptx::{Kernel, all_kernels};
+use pagewise_ptx::decode::{Decode, DecodeSpec, DecodeTuning, LoadHint};
+use pagewise_ptx::{DType, Kernel, all_kernels};
 
 /// Ampere (A100, consumer), Ada, Hopper with its own instructions, consumer Blackwell.
 const ARCHS: [(&str, u32); 5] =
@@ -92,4 +93,27 @@ fn every_variant_assembles_in_the_committed_resources() {
         changed.join("\n")
     );
     eprintln!("{} assemblies, no spills", jobs.len());
+}
+
+/// What the bench's sweep may try.
+#[test]
+fn other_tunings_of_decode_assemble_without_spills() {
+    let Some(ptxas) = Ptxas::find() else { return };
+    let tuned = |tuning| {
+        Decode::new(DecodeSpec { dtype: DType::Bf16, head_dim: 128, tuning }).unwrap().into_kernel()
+    };
+    let warps = [(4, 3), (2, 6), (6, 2), (8, 1), (1, 12)];
+    let shapes = warps.map(|(warps, blocks_per_multiprocessor)| DecodeTuning {
+        warps,
+        blocks_per_multiprocessor,
+        ..DecodeTuning::default()
+    });
+    let loads = LoadHint::ALL.map(|load| DecodeTuning { load, ..DecodeTuning::default() });
+    let merges = [2, 1 << 20].map(|merge_group| DecodeTuning { merge_group, ..DecodeTuning::default() });
+    let kernels: Vec<Kernel> = shapes.into_iter().chain(loads).chain(merges).map(tuned).collect();
+    let jobs: Vec<(&Kernel, &str)> = kernels.iter().map(|kernel| (kernel, "sm_90a")).collect();
+    for (kernel, result) in kernels.iter().zip(assemble_all(&ptxas, &jobs)) {
+        let Resources { shared, spills, .. } = result.unwrap();
+        assert_eq!((spills, shared), (0, kernel.static_shared()), "{}", kernel.entry());
+    }
 }

@@ -25,7 +25,8 @@ use pagewise_attention::conformance::{
     quick, run_case,
 };
 use pagewise_attention::cuda::ptx::all_kernels;
-use pagewise_attention::cuda::{DecodeCall, DecodePlan, PlanOptions, cudarc};
+use pagewise_attention::cuda::ptx::decode::{DecodeTuning, LoadHint};
+use pagewise_attention::cuda::{DecodeCall, DecodePlan, PlanOptions, Shrink, cudarc};
 use pagewise_attention::{BlockTables, DType, HostTensorMut};
 use random::{Random, run_cases, run_seed};
 
@@ -70,8 +71,20 @@ fn decode_case(random: &mut Random) -> Case {
 }
 
 fn random_options(random: &mut Random) -> PlanOptions {
-    let item_keys = random.one_in(2).then(|| 16 * (1 + random.below(128)) as u32);
-    PlanOptions { item_keys }
+    let tuning = DecodeTuning {
+        warps: random.pick(&[1, 2, 4, 6]),
+        blocks_per_multiprocessor: 2,
+        merge_group: random.pick(&[2, 4, 16, 1 << 20]),
+        load: random.pick(&LoadHint::ALL),
+    };
+    // Mostly as it is by default, so that the receipts are about that.
+    let tuning = if random.one_in(4) { tuning } else { DecodeTuning::default() };
+    let tiles = random.pick(&[1, 2, 8, 64, tuning.max_item_keys() / 16]);
+    let item_keys = random.one_in(2).then(|| 16 * (1 + random.next() as u32 % tiles));
+    let shares = 1 + random.below(4) as u32;
+    let smallest = random.pick(&[1, 64, 256]);
+    let shrink = random.one_in(2).then_some(Shrink { shares, smallest });
+    PlanOptions { item_keys, shrink, tuning: Some(tuning) }
 }
 
 #[test]
@@ -141,7 +154,7 @@ fn long_sequences_and_many_splits_agree_with_the_oracle() {
         ("attention q=f16 kv=f16 heads=32/8 dim=128 block=16 mask=causal sequences=20*1:300,3*1:2000", None),
         ("attention q=bf16 kv=bf16 heads=8/8 dim=64 block=256 mask=causal sequences=1:9000,1:1", Some(2048)),
     ] {
-        subject.options = PlanOptions { item_keys };
+        subject.options = PlanOptions { item_keys, ..PlanOptions::default() };
         let case = Case { seed: run_seed() % 1_000_000_000, ..line.parse().unwrap() };
         let outcome = run_case(&mut subject, &case).outcome;
         assert!(
@@ -161,7 +174,7 @@ fn run(subject: &mut Cuda<'_>, data: &AttentionData) -> Result<Buffer, Refusal> 
 fn with_a_fixed_split_a_row_does_not_depend_on_its_batch() {
     let Some(context) = cuda::context() else { return };
     let mut subject = Cuda::new(&context);
-    subject.options = PlanOptions { item_keys: Some(128) };
+    subject.options = PlanOptions { item_keys: Some(128), ..PlanOptions::default() };
     let batch: Case =
         "attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal sequences=1:700,1:90,1:1500"
             .parse()

@@ -29,5 +29,5 @@ pub use device::{
 pub use error::CudaError;
 pub use launch::RawStream;
 pub use pagewise_ptx as ptx;
-pub use plan::{DecodePlan, PlanOptions};
+pub use plan::{DecodePlan, PlanOptions, Shrink};
 pub use write_kv::{Element, KvScales, WriteKvCall, WriteKvSlices, WriteKvVariant};

@@ -4,8 +4,7 @@
 //! [`pagewise_ptx::decode`]'s.
 
 use pagewise_ptx::decode::{
-    BLOCKS_PER_MULTIPROCESSOR, Decode, DecodeShape, DecodeSpec, MAX_ITEM_KEYS, ROUND_KEYS, TILE_KEYS,
-    WorkItem, WorkspaceSizes,
+    Decode, DecodeShape, DecodeSpec, DecodeTuning, MAX_ITEM_KEYS, TILE_KEYS, WorkItem, WorkspaceSizes,
 };
 
 use super::decode::ptx_type;
@@ -15,9 +14,29 @@ use crate::{AttentionConfig, BlockTables, CacheLayout, Mask, Problem, RowStrides
 /// How a plan is made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PlanOptions {
-    /// Keys of a work item, if fixed: a multiple of 16 from 16 to 2048. Then the split of a sequence, and so the
-    /// bits of its output, depend on its length alone and not on the rest of the batch.
+    /// Keys of a work item, if fixed: a multiple of 16, from 16 to 2048 as the kernel is tuned by default. Then
+    /// the split of a sequence, and so the bits of its output, depend on its length alone and not on the rest of
+    /// the batch.
     pub item_keys: Option<u32>,
+    /// How work items shrink where their size is not fixed.
+    pub shrink: Option<Shrink>,
+    /// How the kernel is tuned, if otherwise than by default.
+    pub tuning: Option<DecodeTuning>,
+}
+
+/// Work items that shrink as less is left to do, so that the last thread blocks finish together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shrink {
+    /// An item is one of so many shares of what is left for each thread block that fits the GPU.
+    pub shares: u32,
+    /// Keys of the smallest item.
+    pub smallest: u32,
+}
+
+impl Default for Shrink {
+    fn default() -> Self {
+        Self { shares: 2, smallest: 256 }
+    }
 }
 
 /// The work of one decode step, the same for all layers of a model that share heads and layout.
@@ -32,7 +51,6 @@ pub struct DecodePlan {
     pub(super) table_stride: u32,
     items: Vec<WorkItem>,
     partials: u32,
-    sequences: u32,
 }
 
 impl DecodePlan {
@@ -43,15 +61,16 @@ impl DecodePlan {
     /// 32-bit sizes.
     pub fn new(problem: &Problem<'_>, device: &Device, options: PlanOptions) -> Result<Self, CudaError> {
         let (config, layout) = (problem.config(), *problem.layout());
-        let spec = supported(config, &layout)?;
+        let tuning = options.tuning.unwrap_or_default();
+        let spec = supported(config, &layout, tuning)?;
         let BlockTables::Padded { max_blocks, .. } = problem.batch().block_tables else {
             return Err(unsupported("CSR block tables", "pass padded ones"));
         };
         if let Some(keys) = options.item_keys
-            && (keys == 0 || keys > MAX_ITEM_KEYS || keys % TILE_KEYS != 0)
+            && (keys == 0 || keys > tuning.max_item_keys() || keys % TILE_KEYS != 0)
         {
             let what = format!("item_keys = {keys}");
-            return Err(unsupported(&what, "it must be a multiple of 16 from 16 to 2048"));
+            return Err(unsupported(&what, "it must be a multiple of 16 from 16 to 2048 (512 for each warp)"));
         }
         let mut sequences = Vec::with_capacity(problem.num_sequences());
         for index in 0..problem.num_sequences() {
@@ -75,11 +94,15 @@ impl DecodePlan {
             group: small("the group", config.group())?,
         };
         let blocks_per_item = u64::from(shape.kv_heads) * u64::from(shape.query_tiles());
-        let item_keys = options.item_keys.unwrap_or_else(|| {
-            let slots = u64::from(device.multiprocessors.max(1)) * u64::from(BLOCKS_PER_MULTIPROCESSOR);
-            choose_item_keys(&sequences, blocks_per_item, slots)
-        });
-        let (items, partials) = split(&sequences, item_keys)?;
+        let cut = match options.item_keys {
+            Some(keys) => Cut::Equal(keys),
+            None => {
+                let blocks = u64::from(tuning.blocks_per_multiprocessor);
+                let slots = u64::from(device.multiprocessors.max(1)) * blocks;
+                choose_cut(&sequences, Filling { blocks_per_item, slots }, options.shrink, tuning)
+            }
+        };
+        let (items, partials) = split(&sequences, cut)?;
         Ok(Self {
             config: config.clone(),
             layout,
@@ -90,7 +113,6 @@ impl DecodePlan {
             table_stride: small("max_blocks", max_blocks)?,
             items,
             partials,
-            sequences: small("the number of sequences", problem.num_sequences())?,
         })
     }
 
@@ -114,7 +136,7 @@ impl DecodePlan {
     /// # Errors
     /// As rendering the kernel, which cannot fail for a plan that exists.
     pub fn workspace(&self) -> Result<WorkspaceSizes, CudaError> {
-        Ok(Decode::new(self.spec)?.workspace(self.partials, self.sequences, self.shape))
+        Ok(Decode::new(self.spec)?.workspace(self.partials, self.shape))
     }
 }
 
@@ -134,53 +156,110 @@ impl Keys {
     }
 }
 
-/// Keys of an item such that the thread blocks fill the GPU once when there is little to do, and about eight
-/// times when there is much, so that the last ones to finish leave it idle for a short time only.
-fn choose_item_keys(sequences: &[Keys], blocks_per_item: u64, slots: u64) -> u32 {
-    let total: u64 = sequences.iter().map(|keys| u64::from(keys.span())).sum::<u64>() * blocks_per_item;
-    let per_slot = total.div_ceil(slots);
-    let keys = if per_slot <= 512 { per_slot } else { (per_slot / 8).max(512) };
-    // A sequence's partial results are merged by one thread block, so there should not be too many.
-    let longest = sequences.iter().map(Keys::span).max().unwrap_or(0);
-    let keys = keys.max(u64::from(longest) / 128).clamp(u64::from(ROUND_KEYS), u64::from(MAX_ITEM_KEYS));
-    (keys as u32).next_multiple_of(ROUND_KEYS).min(MAX_ITEM_KEYS)
+/// What fills the GPU.
+#[derive(Clone, Copy, Debug)]
+struct Filling {
+    /// Thread blocks of a work item.
+    blocks_per_item: u64,
+    /// Thread blocks that fit the GPU at once.
+    slots: u64,
 }
 
-/// Cuts every sequence into pieces of at most `item_keys`, as equal as tiles allow; the largest come first.
-/// Gives the items and the number of partial results.
-fn split(sequences: &[Keys], item_keys: u32) -> Result<(Vec<WorkItem>, u32), CudaError> {
+/// How sequences are cut.
+#[derive(Clone, Copy, Debug)]
+enum Cut {
+    /// Into pieces of at most so many keys, as equal as tiles allow.
+    Equal(u32),
+    /// Into pieces that shrink with the work that is left.
+    Shrinking { shrink: Shrink, filling: Filling, tuning: DecodeTuning },
+}
+
+/// Keys of a slot up to which the thread blocks fill the GPU only once.
+const ONE_WAVE_KEYS: u64 = 512;
+
+/// Equal items that fill the GPU once when there is little to do; shrinking ones when there is much, so that
+/// the last ones to finish leave it idle for a short time only.
+fn choose_cut(sequences: &[Keys], filling: Filling, shrink: Option<Shrink>, tuning: DecodeTuning) -> Cut {
+    let total: u64 = sequences.iter().map(|keys| u64::from(keys.span())).sum::<u64>() * filling.blocks_per_item;
+    let per_slot = total.div_ceil(filling.slots);
+    if shrink.is_none() && per_slot <= ONE_WAVE_KEYS {
+        let round = tuning.round_keys();
+        let keys = (per_slot as u32).max(round).next_multiple_of(round);
+        return Cut::Equal(keys.min(tuning.max_item_keys()));
+    }
+    Cut::Shrinking { shrink: shrink.unwrap_or_default(), filling, tuning }
+}
+
+/// Cuts every sequence into pieces; the largest come first. Gives the items and the number of partial results.
+fn split(sequences: &[Keys], cut: Cut) -> Result<(Vec<WorkItem>, u32), CudaError> {
     let mut items = Vec::with_capacity(sequences.len());
     let mut partials = 0u32;
+    let mut left: u64 = sequences.iter().map(|keys| u64::from(keys.span())).sum();
     for keys in sequences {
-        let splits = keys.span().div_ceil(item_keys).max(1);
-        let each = keys.span().div_ceil(splits).next_multiple_of(TILE_KEYS).max(TILE_KEYS);
-        // Rounding to tiles may leave fewer pieces than planned.
-        let splits = keys.span().div_ceil(each).max(1);
+        let first_item = items.len();
         let first_tile = keys.begin - keys.begin % TILE_KEYS;
-        let first_partial = partials;
+        let span = keys.span();
+        let equal = match cut {
+            Cut::Equal(most) => {
+                span.div_ceil(span.div_ceil(most).max(1)).next_multiple_of(TILE_KEYS).max(TILE_KEYS)
+            }
+            Cut::Shrinking { .. } => 0,
+        };
+        let mut done = 0;
+        loop {
+            let size = match cut {
+                Cut::Equal(_) => equal,
+                Cut::Shrinking { shrink, filling, tuning } => {
+                    let pieces = filling.slots * u64::from(shrink.shares.max(1));
+                    let share = (left * filling.blocks_per_item).div_ceil(pieces.max(1));
+                    let most = tuning.max_item_keys();
+                    let share = share.max(u64::from(shrink.smallest)).min(u64::from(most)) as u32;
+                    let size = share.next_multiple_of(tuning.round_keys()).min(most);
+                    // No crumb at the end of a sequence: rather a piece half as large again, or two equal ones.
+                    match span - done {
+                        rest if rest <= (size + size / 2).min(most) => most,
+                        rest if rest < 2 * size => rest.div_ceil(2).next_multiple_of(TILE_KEYS),
+                        _ => size,
+                    }
+                }
+            };
+            let end = done.saturating_add(size).min(span);
+            items.push(WorkItem {
+                sequence: keys.sequence,
+                row: keys.row,
+                begin: keys.begin.max(first_tile + done),
+                end: keys.end.min(first_tile.saturating_add(end)),
+                split: (items.len() - first_item) as u32,
+                splits: 1,
+                first_partial: partials,
+            });
+            left -= u64::from(end - done);
+            done = end;
+            if done >= span {
+                break;
+            }
+        }
+        let mine = items.get_mut(first_item..).unwrap_or_default();
+        let splits = mine.len() as u32;
         if splits > 1 {
+            mine.iter_mut().for_each(|item| item.splits = splits);
             partials = partials.checked_add(splits).ok_or(CudaError::TooLarge {
                 what: "the number of splits",
                 value: u64::from(partials) + u64::from(splits),
                 max: u64::from(u32::MAX),
             })?;
         }
-        items.extend((0..splits).map(|split| WorkItem {
-            sequence: keys.sequence,
-            row: keys.row,
-            begin: keys.begin.max(first_tile + split * each),
-            end: keys.end.min(first_tile.saturating_add((split + 1).saturating_mul(each))),
-            split,
-            splits,
-            first_partial,
-        }));
     }
     items.sort_by_key(|item| std::cmp::Reverse(item.end.saturating_sub(item.begin)));
     Ok((items, partials))
 }
 
 /// The variant for a configuration, or why there is none.
-fn supported(config: &AttentionConfig, layout: &CacheLayout) -> Result<DecodeSpec, CudaError> {
+fn supported(
+    config: &AttentionConfig,
+    layout: &CacheLayout,
+    tuning: DecodeTuning,
+) -> Result<DecodeSpec, CudaError> {
     let AttentionConfig { head_dim_qk, head_dim_v, q_dtype, kv_dtype, mask, .. } = *config;
     if q_dtype != kv_dtype {
         return Err(unsupported(
@@ -204,7 +283,10 @@ fn supported(config: &AttentionConfig, layout: &CacheLayout) -> Result<DecodeSpe
             return Err(unsupported(what, "use another backend"));
         }
     }
-    let spec = DecodeSpec { dtype: ptx_type(q_dtype), head_dim: small("head_dim", head_dim_qk)? };
+    let spec = DecodeSpec { dtype: ptx_type(q_dtype), head_dim: small("head_dim", head_dim_qk)?, tuning };
+    if !tuning.is_valid() {
+        return Err(unsupported("this tuning", "see DecodeTuning for its bounds"));
+    }
     if !spec.exists() {
         let what = format!("{q_dtype} with head_dim {head_dim_qk}");
         return Err(unsupported(&what, "it takes bf16 and f16 with 64 or 128"));
@@ -251,13 +333,25 @@ mod tests {
             fixed in prop::option::of(1..=128u32),
             blocks in 1..64u64,
             slots in 1..1000u64,
+            shrink in prop::option::of((1..8u32, 1..3000u32)),
+            warps in 1..=8u32,
         ) {
-            let item_keys = match fixed {
-                Some(tiles) => tiles * TILE_KEYS,
-                None => choose_item_keys(&sequences, blocks, slots),
+            let tuning = DecodeTuning { warps, ..DecodeTuning::default() };
+            let filling = Filling { blocks_per_item: blocks, slots };
+            let cut = match fixed {
+                Some(tiles) => Cut::Equal(tiles.min(32 * warps) * TILE_KEYS),
+                None => {
+                    let shrink = shrink.map(|(shares, smallest)| Shrink { shares, smallest });
+                    choose_cut(&sequences, filling, shrink, tuning)
+                }
             };
-            prop_assert!(item_keys % TILE_KEYS == 0 && (TILE_KEYS..=MAX_ITEM_KEYS).contains(&item_keys));
-            let (items, partials) = split(&sequences, item_keys).unwrap();
+            let item_keys = match cut {
+                Cut::Equal(keys) => keys,
+                Cut::Shrinking { .. } => tuning.max_item_keys(),
+            };
+            prop_assert!(item_keys % TILE_KEYS == 0);
+            prop_assert!((TILE_KEYS..=tuning.max_item_keys()).contains(&item_keys));
+            let (items, partials) = split(&sequences, cut).unwrap();
             let mut seen_partials = vec![false; partials as usize];
             for keys in &sequences {
                 let mut mine: Vec<&WorkItem> =
@@ -286,9 +380,9 @@ mod tests {
             sequences in keys(),
             tiles in 1..=128u32,
         ) {
-            let (together, _) = split(&sequences, tiles * TILE_KEYS).unwrap();
+            let (together, _) = split(&sequences, Cut::Equal(tiles * TILE_KEYS)).unwrap();
             for keys in &sequences {
-                let (alone, _) = split(&[*keys], tiles * TILE_KEYS).unwrap();
+                let (alone, _) = split(&[*keys], Cut::Equal(tiles * TILE_KEYS)).unwrap();
                 let ranges = |items: &[WorkItem]| -> Vec<(u32, u32)> {
                     let mut ranges: Vec<(u32, u32)> = items
                         .iter()

@@ -2,6 +2,8 @@
 
 use pagewise_attention::cuda::{DecodeCall, DecodePlan, PlanOptions, WriteKvCall};
 use pagewise_attention::{AttentionConfig, CacheLayout, DType, PagedBatch, Problem, RowStrides};
+use cudarc::driver::CudaSlice;
+use pagewise_attention::cuda::cudarc;
 use serde_json::{Value, json};
 
 use crate::gpu::{Gpu, ROTATION, Random};
@@ -11,17 +13,24 @@ const DIM: usize = 128;
 const BLOCK: usize = 16;
 
 /// One line of the table of peers.
-struct Shape {
+pub struct Shape {
     q_heads: usize,
     kv_heads: usize,
-    name: String,
+    pub name: String,
     lens: Vec<i32>,
     best_peer: String,
-    best_us: f64,
+    pub best_us: f64,
     vllm_us: f64,
 }
 
-fn shapes() -> Vec<Shape> {
+impl Shape {
+    /// Bytes of K and V that it reads.
+    pub fn bytes(&self) -> f64 {
+        4.0 * (self.kv_heads * DIM) as f64 * self.lens.iter().map(|len| f64::from(*len)).sum::<f64>()
+    }
+}
+
+pub fn shapes() -> Vec<Shape> {
     let text = include_str!("../../peers/h100_decode.tsv");
     let ragged =
         text.lines().find_map(|line| line.split_once("log-normal lengths, ")).expect("the ragged lengths").1;
@@ -55,9 +64,9 @@ pub fn all_shapes(gpu: &Gpu<'_>, yardsticks: &Yardsticks, wanted: impl Fn(&str) 
         let mut best = f64::INFINITY;
         for hnd in [false, true] {
             let layout = if hnd { "HND" } else { "NHD" };
-            let (us, error, items) = run(gpu, shape, hnd);
-            let keys: f64 = shape.lens.iter().map(|len| f64::from(*len)).sum();
-            let bytes = 2.0 * 2.0 * (shape.kv_heads * DIM) as f64 * keys;
+            let options = PlanOptions { item_keys: item_keys(), ..PlanOptions::default() };
+            let (us, error, items) = Prepared::new(gpu, shape, hnd).measure(options);
+            let bytes = shape.bytes();
             let rate = bytes / us / 1e3;
             let floor = yardsticks.floor_us(bytes);
             println!(
@@ -94,105 +103,127 @@ pub fn all_shapes(gpu: &Gpu<'_>, yardsticks: &Yardsticks, wanted: impl Fn(&str) 
     results
 }
 
-/// Checks and times one shape; gives µs, the relative error and the number of work items.
-fn run(gpu: &Gpu<'_>, shape: &Shape, hnd: bool) -> (f64, f64, usize) {
-    let sequences = shape.lens.len();
-    let config = AttentionConfig::new(shape.q_heads, shape.kv_heads, DIM, DType::Bf16);
-    let blocks_of = |len: i32| (len as usize).div_ceil(BLOCK);
-    let blocks_per_set: usize = shape.lens.iter().map(|len| blocks_of(*len)).sum();
-    let set_bytes = blocks_per_set * BLOCK * shape.kv_heads * DIM * 4;
-    let sets = (ROTATION / set_bytes).clamp(1, 128);
-    let blocks = sets * blocks_per_set;
-    let layout = match hnd {
-        false => CacheLayout::nhd(blocks, BLOCK, &config),
-        true => CacheLayout::hnd(blocks, BLOCK, &config),
-    };
-    let k_cache = gpu.filled(layout.k_extent(&config) as usize);
-    // V begins elsewhere in the pattern, so that it is not K.
-    let v_shift = 8 * 1001;
-    let v_cache = gpu.filled(layout.v_extent(&config) as usize + v_shift);
+/// One shape's caches, queries and expected outputs, for any number of plans.
+pub struct Prepared<'a, 'b> {
+    gpu: &'a Gpu<'b>,
+    config: AttentionConfig,
+    layout: CacheLayout,
+    lens: Vec<i32>,
+    max_blocks: usize,
+    sets: usize,
+    tables: Vec<Vec<i32>>,
+    k_cache: CudaSlice<half::bf16>,
+    v_cache: CudaSlice<half::bf16>,
+    q: CudaSlice<half::bf16>,
+    device_tables: CudaSlice<i32>,
+    /// First element of a row of the output, and what it should be.
+    expected: Vec<(usize, Vec<f64>)>,
+}
 
-    // Blocks in random order, dealt to the sets and their sequences.
-    let order = Random(11).permutation(blocks);
-    let max_blocks = shape.lens.iter().map(|len| blocks_of(*len)).max().unwrap();
-    let mut next = order.iter();
-    let tables: Vec<Vec<i32>> = (0..sets)
-        .map(|_| {
-            let rows = shape.lens.iter().flat_map(|len| {
-                let mut row: Vec<i32> = next.by_ref().take(blocks_of(*len)).copied().collect();
-                row.resize(max_blocks, 0);
-                row
-            });
-            rows.collect()
-        })
-        .collect();
-    let query_start: Vec<i32> = (0..=sequences as i32).collect();
-    let batch = PagedBatch::padded(&query_start, &shape.lens, &tables[0], max_blocks);
-    let problem = Problem::new(&config, layout, batch).unwrap();
-    let plan =
-        DecodePlan::new(&problem, gpu.context.device(), PlanOptions { item_keys: item_keys() }).unwrap();
-    let sizes = plan.workspace().unwrap();
+/// V begins elsewhere in the pattern, so that it is not K.
+const V_SHIFT: usize = 8 * 1001;
 
-    let q_rows: Vec<half::bf16> = {
-        let mut random = Random(5);
-        (0..sequences * shape.q_heads * DIM).map(|_| half::bf16::from_f64(random.unit() * 2.0)).collect()
-    };
-    let stream = &gpu.stream;
-    let q = stream.clone_htod(&q_rows).unwrap();
-    let out = stream.clone_htod(&vec![half::bf16::NAN; q_rows.len()]).unwrap();
-    let device_tables = stream.clone_htod(&tables.concat()).unwrap();
-    let work = stream.clone_htod(&plan.work()).unwrap();
-    let partial_out = stream.alloc_zeros::<u8>(sizes.partial_out.max(16) as usize).unwrap();
-    let partial_max = stream.alloc_zeros::<u8>(sizes.partial_max.max(16) as usize).unwrap();
-    let tickets = stream.alloc_zeros::<u8>(sizes.tickets.max(16) as usize).unwrap();
-    let call = |set: usize| DecodeCall {
-        q: gpu.address(&q),
-        k_cache: gpu.address(&k_cache),
-        v_cache: gpu.address(&v_cache) + 2 * v_shift as u64,
-        tables: gpu.address(&device_tables) + (4 * set * sequences * max_blocks) as u64,
-        out: gpu.address(&out),
-        lse: 0,
-        work: gpu.address(&work),
-        partial_out: gpu.address(&partial_out),
-        partial_max: gpu.address(&partial_max),
-        tickets: gpu.address(&tickets),
-    };
-    let launch = |set: usize| {
-        // SAFETY: all addresses are those of live slices that hold what the plan reaches, on one stream.
-        unsafe { gpu.context.decode_raw(&plan, &call(set), gpu.raw_stream()) }.unwrap();
-    };
-    gpu.context.prepare_decode(&plan).unwrap();
-    launch(0);
-    let found = stream.clone_dtoh(&out).unwrap();
-    let mut error = 0.0f64;
-    for sequence in [0, sequences - 1] {
-        for head in [0, shape.q_heads - 1] {
-            let first = (sequence * shape.q_heads + head) * DIM;
-            let table = &tables[0][sequence * max_blocks..][..max_blocks];
-            let len = shape.lens[sequence] as usize;
-            let expected = attend(
-                gpu,
-                &layout,
-                v_shift,
-                &q_rows[first..first + DIM],
-                table,
-                len,
-                head / config.group(),
-                config.scale,
-            );
+impl<'a, 'b> Prepared<'a, 'b> {
+    pub fn new(gpu: &'a Gpu<'b>, shape: &Shape, hnd: bool) -> Self {
+        let sequences = shape.lens.len();
+        let config = AttentionConfig::new(shape.q_heads, shape.kv_heads, DIM, DType::Bf16);
+        let blocks_of = |len: i32| (len as usize).div_ceil(BLOCK);
+        let blocks_per_set: usize = shape.lens.iter().map(|len| blocks_of(*len)).sum();
+        let set_bytes = blocks_per_set * BLOCK * shape.kv_heads * DIM * 4;
+        let sets = (ROTATION / set_bytes).clamp(1, 128);
+        let blocks = sets * blocks_per_set;
+        let layout = match hnd {
+            false => CacheLayout::nhd(blocks, BLOCK, &config),
+            true => CacheLayout::hnd(blocks, BLOCK, &config),
+        };
+        let k_cache = gpu.filled(layout.k_extent(&config) as usize);
+        let v_cache = gpu.filled(layout.v_extent(&config) as usize + V_SHIFT);
+
+        // Blocks in random order, dealt to the sets and their sequences.
+        let order = Random(11).permutation(blocks);
+        let max_blocks = shape.lens.iter().map(|len| blocks_of(*len)).max().unwrap();
+        let mut next = order.iter();
+        let tables: Vec<Vec<i32>> = (0..sets)
+            .map(|_| {
+                let rows = shape.lens.iter().flat_map(|len| {
+                    let mut row: Vec<i32> = next.by_ref().take(blocks_of(*len)).copied().collect();
+                    row.resize(max_blocks, 0);
+                    row
+                });
+                rows.collect()
+            })
+            .collect();
+        let q_rows: Vec<half::bf16> = {
+            let mut random = Random(5);
+            (0..sequences * shape.q_heads * DIM).map(|_| half::bf16::from_f64(random.unit() * 2.0)).collect()
+        };
+        let mut expected = Vec::new();
+        for sequence in [0, sequences - 1] {
+            for head in [0, shape.q_heads - 1] {
+                let first = (sequence * shape.q_heads + head) * DIM;
+                let table = &tables[0][sequence * max_blocks..][..max_blocks];
+                let (len, kv_head) = (shape.lens[sequence] as usize, head / config.group());
+                let q = &q_rows[first..first + DIM];
+                let row = attend(gpu, &layout, V_SHIFT, q, table, len, kv_head, config.scale);
+                expected.push((first, row));
+            }
+        }
+        let stream = &gpu.stream;
+        let q = stream.clone_htod(&q_rows).unwrap();
+        let device_tables = stream.clone_htod(&tables.concat()).unwrap();
+        let lens = shape.lens.clone();
+        Self { gpu, config, layout, lens, max_blocks, sets, tables, k_cache, v_cache, q, device_tables, expected }
+    }
+
+    /// Plans, checks and times; gives µs, the relative error and the number of work items.
+    pub fn measure(&self, options: PlanOptions) -> (f64, f64, usize) {
+        let Self { gpu, sets, max_blocks, .. } = *self;
+        let sequences = self.lens.len();
+        let query_start: Vec<i32> = (0..=sequences as i32).collect();
+        let batch = PagedBatch::padded(&query_start, &self.lens, &self.tables[0], max_blocks);
+        let problem = Problem::new(&self.config, self.layout, batch).unwrap();
+        let plan = DecodePlan::new(&problem, gpu.context.device(), options).unwrap();
+        let sizes = plan.workspace().unwrap();
+        let stream = &gpu.stream;
+        let out = stream.clone_htod(&vec![half::bf16::NAN; self.q.len()]).unwrap();
+        let work = stream.clone_htod(&plan.work()).unwrap();
+        let partial_out = stream.alloc_zeros::<u8>(sizes.partial_out.max(16) as usize).unwrap();
+        let partial_max = stream.alloc_zeros::<u8>(sizes.partial_max.max(16) as usize).unwrap();
+        let tickets = stream.alloc_zeros::<u8>(sizes.tickets.max(16) as usize).unwrap();
+        let call = |set: usize| DecodeCall {
+            q: gpu.address(&self.q),
+            k_cache: gpu.address(&self.k_cache),
+            v_cache: gpu.address(&self.v_cache) + 2 * V_SHIFT as u64,
+            tables: gpu.address(&self.device_tables) + (4 * set * sequences * max_blocks) as u64,
+            out: gpu.address(&out),
+            lse: 0,
+            work: gpu.address(&work),
+            partial_out: gpu.address(&partial_out),
+            partial_max: gpu.address(&partial_max),
+            tickets: gpu.address(&tickets),
+        };
+        let launch = |set: usize| {
+            // SAFETY: all addresses are those of live slices that hold what the plan reaches, on one stream.
+            unsafe { gpu.context.decode_raw(&plan, &call(set), gpu.raw_stream()) }.unwrap();
+        };
+        gpu.context.prepare_decode(&plan).unwrap();
+        launch(0);
+        let found = stream.clone_dtoh(&out).unwrap();
+        let mut error = 0.0f64;
+        for (first, expected) in &self.expected {
             let largest = expected.iter().fold(0.0f64, |largest, x| largest.max(x.abs()));
-            for (found, expected) in found[first..first + DIM].iter().zip(expected) {
+            for (found, expected) in found[*first..first + DIM].iter().zip(expected) {
                 let difference = (found.to_f64() - expected).abs() / largest;
                 error = if difference.is_nan() { f64::INFINITY } else { error.max(difference) };
             }
         }
-    }
-    // Two roundings to bf16, of the probabilities and of the output.
-    assert!(error < 2e-2, "{}: relative error {error:.1e}", shape.name);
+        // Two roundings to bf16, of the probabilities and of the output.
+        assert!(error < 2e-2, "{options:?}: relative error {error:.1e}");
 
-    let launches = sets.clamp(4, 128).next_multiple_of(sets.min(128));
-    let us = gpu.time(launches, |i| launch(i % sets));
-    (us, error, plan.items().len())
+        let launches = sets.clamp(4, 128).next_multiple_of(sets.min(128));
+        let us = gpu.time(launches, |i| launch(i % sets));
+        (us, error, plan.items().len())
+    }
 }
 
 /// Work items of another size than planned, for tuning.

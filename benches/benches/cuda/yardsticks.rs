@@ -88,9 +88,9 @@ pub fn measure(gpu: &Gpu<'_>) -> Yardsticks {
         read: load(false),
         merged: load(true),
         data: gpu.filled(bytes / 2),
-        partial: gpu.stream.alloc_zeros(pages * 256).unwrap(),
+        partial: gpu.stream.alloc_zeros(pages).unwrap(),
         ticket: gpu.stream.alloc_zeros(1).unwrap(),
-        out: gpu.stream.alloc_zeros(256).unwrap(),
+        out: gpu.stream.alloc_zeros(1).unwrap(),
     };
     let in_order = gpu.stream.clone_htod(&(0..pages as i32).collect::<Vec<_>>()).unwrap();
     let random = gpu.stream.clone_htod(&Random(3).permutation(pages)).unwrap();
@@ -110,8 +110,8 @@ pub fn measure(gpu: &Gpu<'_>) -> Yardsticks {
         let mut best = (f64::INFINITY, 0);
         for per_block in [1u32, 2, 4, 8, 16, 32, 64, 128, 256] {
             let blocks = (count as u32).div_ceil(per_block);
-            // Fewer than half the multiprocessors, or a long merge, cannot be best.
-            if !(64..=16_384).contains(&blocks) {
+            // Fewer than half the multiprocessors, or a merge of hundreds of rounds, cannot be best.
+            if !(64..=70_000).contains(&blocks) {
                 continue;
             }
             let us = gpu.time(launches, |i| reader.launch(true, &random, i % sets * count, count, per_block));
