@@ -120,14 +120,16 @@ impl DecodeSpec {
     /// Every variant, tuned as it is when nothing else is asked for.
     pub fn all() -> impl Iterator<Item = Self> {
         let tuning = DecodeTuning::default();
-        [DType::Bf16, DType::F16]
-            .into_iter()
-            .flat_map(move |dtype| [64, 128].into_iter().map(move |head_dim| Self { dtype, head_dim, tuning }))
+        [DType::Bf16, DType::F16].into_iter().flat_map(move |dtype| {
+            [64, 128].into_iter().map(move |head_dim| Self { dtype, head_dim, tuning })
+        })
     }
 
     /// Whether there is such a variant.
     pub fn exists(self) -> bool {
-        matches!(self.dtype, DType::Bf16 | DType::F16) && matches!(self.head_dim, 64 | 128) && self.tuning.is_valid()
+        matches!(self.dtype, DType::Bf16 | DType::F16)
+            && matches!(self.head_dim, 64 | 128)
+            && self.tuning.is_valid()
     }
 
     /// The entry point: `decode_bf16_d128`, and what is tuned otherwise than by default.

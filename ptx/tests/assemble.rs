@@ -99,9 +99,8 @@ fn every_variant_assembles_in_the_committed_resources() {
 #[test]
 fn other_tunings_of_decode_assemble_without_spills() {
     let Some(ptxas) = Ptxas::find() else { return };
-    let tuned = |tuning| {
-        Decode::new(DecodeSpec { dtype: DType::Bf16, head_dim: 128, tuning }).unwrap().into_kernel()
-    };
+    let tuned =
+        |tuning| Decode::new(DecodeSpec { dtype: DType::Bf16, head_dim: 128, tuning }).unwrap().into_kernel();
     let warps = [(4, 3), (2, 6), (6, 2), (8, 1), (1, 12)];
     let shapes = warps.map(|(warps, blocks_per_multiprocessor)| DecodeTuning {
         warps,

@@ -70,7 +70,10 @@ impl DecodePlan {
             && (keys == 0 || keys > tuning.max_item_keys() || keys % TILE_KEYS != 0)
         {
             let what = format!("item_keys = {keys}");
-            return Err(unsupported(&what, "it must be a multiple of 16 from 16 to 2048 (512 for each warp)"));
+            return Err(unsupported(
+                &what,
+                "it must be a multiple of 16 from 16 to 2048 (512 for each warp)",
+            ));
         }
         let mut sequences = Vec::with_capacity(problem.num_sequences());
         for index in 0..problem.num_sequences() {
@@ -180,7 +183,8 @@ const ONE_WAVE_KEYS: u64 = 512;
 /// Equal items that fill the GPU once when there is little to do; shrinking ones when there is much, so that
 /// the last ones to finish leave it idle for a short time only.
 fn choose_cut(sequences: &[Keys], filling: Filling, shrink: Option<Shrink>, tuning: DecodeTuning) -> Cut {
-    let total: u64 = sequences.iter().map(|keys| u64::from(keys.span())).sum::<u64>() * filling.blocks_per_item;
+    let total: u64 =
+        sequences.iter().map(|keys| u64::from(keys.span())).sum::<u64>() * filling.blocks_per_item;
     let per_slot = total.div_ceil(filling.slots);
     if shrink.is_none() && per_slot <= ONE_WAVE_KEYS {
         let round = tuning.round_keys();

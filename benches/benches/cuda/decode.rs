@@ -1,9 +1,9 @@
 //! Decode at the shapes of `peers/h100_decode.tsv`, and `write_kv` against a device copy.
 
-use pagewise_attention::cuda::{DecodeCall, DecodePlan, PlanOptions, WriteKvCall};
-use pagewise_attention::{AttentionConfig, CacheLayout, DType, PagedBatch, Problem, RowStrides};
 use cudarc::driver::CudaSlice;
 use pagewise_attention::cuda::cudarc;
+use pagewise_attention::cuda::{DecodeCall, DecodePlan, PlanOptions, WriteKvCall};
+use pagewise_attention::{AttentionConfig, CacheLayout, DType, PagedBatch, Problem, RowStrides};
 use serde_json::{Value, json};
 
 use crate::gpu::{Gpu, ROTATION, Random};
@@ -172,7 +172,20 @@ impl<'a, 'b> Prepared<'a, 'b> {
         let q = stream.clone_htod(&q_rows).unwrap();
         let device_tables = stream.clone_htod(&tables.concat()).unwrap();
         let lens = shape.lens.clone();
-        Self { gpu, config, layout, lens, max_blocks, sets, tables, k_cache, v_cache, q, device_tables, expected }
+        Self {
+            gpu,
+            config,
+            layout,
+            lens,
+            max_blocks,
+            sets,
+            tables,
+            k_cache,
+            v_cache,
+            q,
+            device_tables,
+            expected,
+        }
     }
 
     /// Plans, checks and times; gives µs, the relative error and the number of work items.

@@ -61,7 +61,12 @@ pub fn run(gpu: &Gpu<'_>) -> Vec<Value> {
         };
         for (warps, blocks) in [(4, 3), (2, 6), (6, 2), (8, 1), (1, 12)] {
             for load in LoadHint::ALL {
-                let tuning = DecodeTuning { warps, blocks_per_multiprocessor: blocks, load, ..DecodeTuning::default() };
+                let tuning = DecodeTuning {
+                    warps,
+                    blocks_per_multiprocessor: blocks,
+                    load,
+                    ..DecodeTuning::default()
+                };
                 attempt(&mut tried, PlanOptions { tuning: Some(tuning), ..PlanOptions::default() });
             }
         }
