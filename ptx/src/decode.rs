@@ -101,7 +101,7 @@ impl DecodeTuning {
 
 impl Default for DecodeTuning {
     fn default() -> Self {
-        Self { warps: 4, blocks_per_multiprocessor: 3, merge_group: 16, load: LoadHint::Stream }
+        Self { warps: 4, blocks_per_multiprocessor: 3, merge_group: 16, load: LoadHint::Stream256 }
     }
 }
 

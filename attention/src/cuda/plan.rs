@@ -35,7 +35,7 @@ pub struct Shrink {
 
 impl Default for Shrink {
     fn default() -> Self {
-        Self { shares: 2, smallest: 256 }
+        Self { shares: 1, smallest: 256 }
     }
 }
 
