@@ -16,6 +16,16 @@ pub enum Error {
         /// Element type that is written.
         cache: DType,
     },
+    /// The decode kernel has no variant for this type or head dimension.
+    #[error(
+        "decode has no variant for {dtype} with head_dim {head_dim}: it takes bf16 and f16 with 64 or 128"
+    )]
+    UnsupportedDecode {
+        /// Element type.
+        dtype: DType,
+        /// Elements of a head.
+        head_dim: u32,
+    },
     /// A thread can move only one element or one 16-byte load of them.
     #[error("{kernel} cannot move {vector} {source_dtype} elements at once: use 1 or {widest}")]
     UnsupportedVector {

@@ -36,6 +36,8 @@ pub enum ParamType {
     U64,
     /// A 32-bit unsigned integer.
     U32,
+    /// An IEEE binary32.
+    F32,
 }
 
 impl ParamType {
@@ -43,7 +45,7 @@ impl ParamType {
     pub const fn size(self) -> usize {
         match self {
             Self::Pointer | Self::U64 => 8,
-            Self::U32 => 4,
+            Self::U32 | Self::F32 => 4,
         }
     }
 
@@ -52,6 +54,7 @@ impl ParamType {
         match self {
             Self::Pointer | Self::U64 => ".u64",
             Self::U32 => ".u32",
+            Self::F32 => ".f32",
         }
     }
 }
@@ -87,6 +90,11 @@ impl Arg {
     /// host (CUDA has no other) is where the driver reads it.
     pub const fn u32(value: u32) -> Self {
         Self { cell: value as u64, ty: ParamType::U32 }
+    }
+
+    /// An IEEE binary32.
+    pub const fn f32(value: f32) -> Self {
+        Self { cell: value.to_bits() as u64, ty: ParamType::F32 }
     }
 
     /// Its type.

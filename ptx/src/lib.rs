@@ -20,11 +20,15 @@
 //!
 //! | module | kernel |
 //! |---|---|
+//! | [`mod@decode`] | one query row a sequence over a paged cache, keys split over thread blocks |
+//! | [`mod@page_read`] | reads pages through a table: the yardstick of benches |
 //! | [`mod@write_kv`] | stores new K and V rows into cache blocks, given by a slot mapping |
 
+pub mod decode;
 mod dtype;
 mod error;
 mod kernel;
+pub mod page_read;
 pub mod receipt;
 mod template;
 pub mod write_kv;
@@ -38,5 +42,9 @@ pub use kernel::{Arg, Kernel, Launch, Param, ParamType, Target};
 /// # Errors
 /// [`Error::Template`] when a template does not render, which is a defect of this crate.
 pub fn all_kernels() -> Result<Vec<Kernel>, Error> {
-    write_kv::WriteKvSpec::all().map(|spec| Ok(write_kv::WriteKv::new(spec)?.into_kernel())).collect()
+    let write_kv = write_kv::WriteKvSpec::all().map(|spec| Ok(write_kv::WriteKv::new(spec)?.into_kernel()));
+    let decode = decode::DecodeSpec::all().map(|spec| Ok(decode::Decode::new(spec)?.into_kernel()));
+    let page_read =
+        [false, true].into_iter().map(|merges| Ok(page_read::PageRead::new(merges)?.into_kernel()));
+    write_kv.chain(decode).chain(page_read).collect()
 }

@@ -6,6 +6,7 @@ use std::ptr;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use cudarc::driver::{CudaContext, result, sys};
+use pagewise_ptx::decode::{Decode, DecodeSpec};
 use pagewise_ptx::write_kv::{WriteKv, WriteKvSpec};
 
 use super::launch::LoadedKernel;
@@ -23,6 +24,7 @@ pub struct Context {
     /// Keeps cudarc's context alive; `None` where another engine does.
     cudarc: Option<Arc<CudaContext>>,
     pub(super) write_kv: Cache<WriteKvSpec, WriteKv>,
+    pub(super) decode: Cache<DecodeSpec, Decode>,
 }
 
 /// A context handle, which any thread may use.
@@ -57,7 +59,7 @@ impl Context {
         let device = device::describe(context.cu_device(), context.ordinal(), driver)?;
         device.check()?;
         let raw = RawContext(context.cu_ctx());
-        Ok(Self { device, raw, cudarc: Some(context), write_kv: Cache::default() })
+        Ok(Self { device, raw, cudarc: Some(context), write_kv: Cache::default(), decode: Cache::default() })
     }
 
     /// The context that is current on this thread, whoever made it.
@@ -88,7 +90,13 @@ impl Context {
         let ordinal = (0..count).find(is_this).unwrap_or(0);
         let device = device::describe(handle, ordinal as usize, driver)?;
         device.check()?;
-        Ok(Self { device, raw: RawContext(raw), cudarc: None, write_kv: Cache::default() })
+        Ok(Self {
+            device,
+            raw: RawContext(raw),
+            cudarc: None,
+            write_kv: Cache::default(),
+            decode: Cache::default(),
+        })
     }
 
     /// The GPU.
@@ -126,6 +134,7 @@ impl Drop for Context {
         // it: then their handles are forgotten by a failing unload, which is harmless.
         let _entered = self.enter();
         self.write_kv.clear();
+        self.decode.clear();
     }
 }
 

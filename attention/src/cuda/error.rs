@@ -96,14 +96,24 @@ pub enum CudaError {
         /// Its type.
         dtype: DType,
     },
-    /// An address that is not a multiple of its element's size.
-    #[error("{tensor} starts at {address:#x}, which is not a multiple of its element size {size}")]
+    /// A kernel does not do what is asked of it.
+    #[error("the CUDA {kernel} kernel does not take {what}; {advice}")]
+    Unsupported {
+        /// Kernel family.
+        kernel: &'static str,
+        /// What was asked.
+        what: String,
+        /// What to do.
+        advice: &'static str,
+    },
+    /// An address that is not a multiple of its element's size, or of what the kernel reads at once.
+    #[error("{tensor} starts at {address:#x}, which is not a multiple of {size} bytes")]
     Misaligned {
         /// Which tensor.
         tensor: &'static str,
         /// Its address.
         address: u64,
-        /// Bytes of an element.
+        /// Bytes.
         size: u64,
     },
     /// A size beyond what a kernel's 32-bit indices hold.

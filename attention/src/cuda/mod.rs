@@ -12,13 +12,16 @@
 //! keeps it. Nothing is global: dropping the context unloads its kernels.
 
 mod context;
+mod decode;
 mod device;
 mod error;
 mod launch;
+mod plan;
 mod write_kv;
 
 pub use context::Context;
 pub use cudarc;
+pub use decode::DecodeCall;
 pub use device::{
     ComputeCapability, CudaVersion, Device, MIN_COMPUTE_CAPABILITY, MIN_CUDA_VERSION, devices,
     driver_release, driver_version,
@@ -26,4 +29,5 @@ pub use device::{
 pub use error::CudaError;
 pub use launch::RawStream;
 pub use pagewise_ptx as ptx;
+pub use plan::{DecodePlan, PlanOptions};
 pub use write_kv::{Element, KvScales, WriteKvCall, WriteKvSlices, WriteKvVariant};

@@ -11,6 +11,7 @@ use pagewise_ptx::write_kv::{
 };
 
 use super::context::Entry;
+use super::decode::ptx_type;
 use super::launch::LoadedKernel;
 use super::{Context, CudaError, RawStream};
 use crate::{AttentionConfig, CacheLayout, DType, KvStrides, ProblemError, RowStrides};
@@ -334,16 +335,6 @@ pub struct WriteKvSlices<'a, 'b, S, C> {
     pub v_cache: &'b mut CudaViewMut<'a, C>,
     /// Scales of K and V for an fp8 cache: one, or one for each head.
     pub scales: Option<(CudaView<'a, f32>, CudaView<'a, f32>)>,
-}
-
-fn ptx_type(dtype: DType) -> pagewise_ptx::DType {
-    match dtype {
-        DType::F32 => pagewise_ptx::DType::F32,
-        DType::F16 => pagewise_ptx::DType::F16,
-        DType::Bf16 => pagewise_ptx::DType::Bf16,
-        DType::F8E4M3 => pagewise_ptx::DType::Fp8E4m3,
-        DType::F8E5M2 => pagewise_ptx::DType::Fp8E5m2,
-    }
 }
 
 fn wrong_scales(problem: &str) -> CudaError {

@@ -114,7 +114,11 @@ impl Engine {
             prompt_logits: state.prompt_logprobs.is_some(),
             prompt,
         };
-        self.scheduler.add(group, &*self.cache)?;
+        let best_of = state.params.best_of.is_some();
+        self.scheduler.add(group, &*self.cache).map_err(|error| match error.param {
+            Some("n") if best_of => RequestError { param: Some("best_of"), ..error },
+            _ => error,
+        })?;
         self.next_request += 1;
         self.requests.insert(id, state);
         Ok(id)

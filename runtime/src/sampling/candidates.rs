@@ -63,16 +63,16 @@ fn cut(keys: &mut Vec<u64>, k: usize) -> u64 {
 }
 
 /// The worst key of the smallest set of best candidates whose weights add up to `target`, or of all of them
-/// where they do not reach it. Reorders `keys`, which must not be empty. O(keys) expected: each round halves
-/// the range in which the set ends.
-pub(super) fn nucleus(keys: &mut [u64], target: f64, weight: impl Fn(f32) -> f32) -> u64 {
+/// where they do not reach it; 0, which is below all keys, where there are none. Reorders `keys`. O(keys)
+/// expected: each round halves the range in which the set ends.
+pub(super) fn nucleus(keys: &mut [u64], target: f64, weight: impl Fn(u64) -> f32) -> u64 {
     // All before `low` are in the set and weigh `mass`, less than the target; none from `high` on is.
     let (mut low, mut high, mut mass) = (0, keys.len(), 0.0);
     while high - low > 1 {
         let half = (high - low) / 2;
         let range = &mut keys[low..high];
         range.select_nth_unstable_by(half, |a, b| b.cmp(a));
-        let better: f64 = range[..half].iter().map(|&key| f64::from(weight(logit(key)))).sum();
+        let better: f64 = range[..half].iter().map(|&key| f64::from(weight(key))).sum();
         if mass + better >= target {
             high = low + half;
         } else {
@@ -80,7 +80,7 @@ pub(super) fn nucleus(keys: &mut [u64], target: f64, weight: impl Fn(f32) -> f32
             low += half;
         }
     }
-    keys[low]
+    keys.get(low).copied().unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -161,7 +161,11 @@ mod tests {
                     })
                     .unwrap();
                 let mut keys: Vec<u64> = order.iter().rev().map(|&i| key(row[i as usize], i)).collect();
-                assert_eq!(id(nucleus(&mut keys, target, weight)), expected, "case {case}, target {target}");
+                assert_eq!(
+                    id(nucleus(&mut keys, target, |key| weight(logit(key)))),
+                    expected,
+                    "case {case}, target {target}"
+                );
             }
         }
     }

@@ -31,6 +31,7 @@ mod sampler;
 #[cfg(test)]
 mod tests;
 mod validate;
+mod weights;
 
 pub use logprobs::LogSoftmax;
 pub use penalties::TokenCounts;

@@ -1,5 +1,6 @@
 //! Chooses one token from one row of logits.
 
+use super::weights::{self, BINS, Softmax};
 use super::{candidates, penalties};
 use crate::request::{PositionLogprobs, SamplingParams};
 use crate::sampling::{LogSoftmax, TokenCounts};
@@ -18,8 +19,10 @@ pub struct Sampler {
     processed: Vec<f32>,
     /// Candidates of the filters.
     keys: Vec<u64>,
-    /// What the filters kept, ids rising, with weights relative to the likeliest.
-    kept: Vec<(u32, f32)>,
+    /// Weights relative to the likeliest token, of the candidates or of the whole row.
+    weights: Vec<f32>,
+    /// Sums of weights.
+    sums: Vec<f64>,
 }
 
 impl Sampler {
@@ -57,66 +60,95 @@ impl Sampler {
         if params.temperature == 0.0 || params.top_k == 1 {
             return Ok(best);
         }
-        self.filter(row, params, max);
-        let total: f64 = self.kept.iter().map(|&(_, weight)| f64::from(weight)).sum();
-        let target = draw.uniform() * total;
-        let mut sum = 0.0;
-        for &(id, weight) in &self.kept {
-            sum += f64::from(weight);
-            if sum > target {
-                return Ok(id);
-            }
-        }
-        // `target < total`, summed in the same order: the loop has returned.
-        Ok(best)
+        let softmax = Softmax::new(max, params.temperature);
+        let chosen = if params.top_k > 0 && params.top_k < row.len() {
+            self.among_top_k(row, params, softmax, draw)
+        } else {
+            self.among_all(row, params, softmax, draw)
+        };
+        // The likeliest token passes every filter and weighs 1, so something is always chosen.
+        Ok(chosen.unwrap_or(best))
     }
 
-    /// Fills `kept` with the tokens that pass top-k, top-p and min-p.
-    fn filter(&mut self, row: &[f32], params: &SamplingParams, max: f32) {
-        let temperature = params.temperature;
-        // The likeliest token weighs 1 even where `max` is infinite; subtracting first keeps a tiny
-        // temperature from overflowing.
-        let weight = |logit: f32| if logit == max { 1.0 } else { ((logit - max) / temperature).exp() };
-        let limits_k = params.top_k > 0 && params.top_k < row.len();
-        let limits_p = params.top_p < 1.0;
-
-        let mut worst = 0;
-        if limits_k {
-            candidates::top_k(row, params.top_k, &mut self.keys);
-            worst = self.keys.iter().copied().min().unwrap_or(0);
+    /// With top-k, only its tokens are ever weighed.
+    fn among_top_k(
+        &mut self,
+        row: &[f32],
+        params: &SamplingParams,
+        softmax: Softmax,
+        draw: Draw,
+    ) -> Option<u32> {
+        let weight = |key| softmax.weight(candidates::logit(key));
+        candidates::top_k(row, params.top_k, &mut self.keys);
+        if params.top_p < 1.0 {
+            let total: f64 = self.keys.iter().map(|&key| f64::from(weight(key))).sum();
+            let worst = candidates::nucleus(&mut self.keys, f64::from(params.top_p) * total, weight);
+            self.keys.retain(|&key| key >= worst);
         }
-        if limits_p {
-            let total: f64 = if limits_k {
-                self.keys.iter().map(|&key| f64::from(weight(candidates::logit(key)))).sum()
-            } else {
-                row.iter().filter(|logit| !logit.is_nan()).map(|&logit| f64::from(weight(logit))).sum()
-            };
-            let p = f64::from(params.top_p);
-            if !limits_k {
-                // Tokens lighter than this weigh less than 1 − p all together, so the nucleus has none of
-                // them; the factor makes up for rounding.
-                let bar = ((1.0 - p) * total / row.len() as f64 * 0.999) as f32;
-                self.keys.clear();
-                let heavy = (0u32..).zip(row).filter(|&(_, &logit)| !logit.is_nan() && weight(logit) >= bar);
-                self.keys.extend(heavy.map(|(id, &logit)| candidates::key(logit, id)));
-            }
-            if !self.keys.is_empty() {
-                worst = candidates::nucleus(&mut self.keys, p * total, weight);
+        self.keys.sort_unstable_by_key(|&key| candidates::id(key));
+        self.weights.clear();
+        let above_min_p = |weight: f32| if weight >= params.min_p { weight } else { 0.0 };
+        self.weights.extend(self.keys.iter().map(|&key| above_min_p(weight(key))));
+        let index = weights::pick(&self.weights, draw.uniform(), &mut self.sums)?;
+        self.keys.get(index).map(|&key| candidates::id(key))
+    }
+
+    /// Without, the whole row is weighed, and what the filters drop weighs nothing.
+    fn among_all(
+        &mut self,
+        row: &[f32],
+        params: &SamplingParams,
+        softmax: Softmax,
+        draw: Draw,
+    ) -> Option<u32> {
+        softmax.weigh(row, &mut self.weights);
+        if params.top_p < 1.0 {
+            let worst = self.nucleus(row, f64::from(params.top_p), softmax);
+            let (bar, last) = (candidates::logit(worst), candidates::id(worst));
+            for ((id, &logit), weight) in (0u32..).zip(row).zip(&mut self.weights) {
+                let passes = logit > bar || (logit == bar && id <= last);
+                *weight = if passes { *weight } else { 0.0 };
             }
         }
+        if params.min_p > 0.0 {
+            for weight in &mut self.weights {
+                *weight = if *weight >= params.min_p { *weight } else { 0.0 };
+            }
+        }
+        weights::pick(&self.weights, draw.uniform(), &mut self.sums).map(|id| id as u32)
+    }
 
-        self.kept.clear();
-        let bar = if worst == 0 { f32::NEG_INFINITY } else { candidates::logit(worst) };
-        for (id, &logit) in (0u32..).zip(row) {
-            // Also false for NaN.
-            let passes = logit >= bar && (logit > bar || candidates::key(logit, id) >= worst);
-            if passes {
-                let weight = weight(logit);
-                if weight > 0.0 && weight >= params.min_p {
-                    self.kept.push((id, weight));
+    /// The worst token, as a key, of the smallest set of the likeliest that holds the share `p` of the weights.
+    /// Finds first, by sums over bins of similar logits, in which bin it is.
+    fn nucleus(&mut self, row: &[f32], p: f64, softmax: Softmax) -> u64 {
+        self.sums.clear();
+        self.sums.resize(BINS, 0.0);
+        for (&logit, &weight) in row.iter().zip(&self.weights) {
+            if weight > 0.0
+                && let Some(sum) = self.sums.get_mut(softmax.bin(logit))
+            {
+                *sum += f64::from(weight);
+            }
+        }
+        let target = p * self.sums.iter().sum::<f64>();
+        let (mut before, mut bin) = (0.0, 0);
+        for (index, &sum) in self.sums.iter().enumerate() {
+            if sum > 0.0 {
+                bin = index;
+                if before + sum >= target {
+                    break;
                 }
+                before += sum;
             }
         }
+        self.keys.clear();
+        for ((id, &logit), &weight) in (0u32..).zip(row).zip(&self.weights) {
+            if weight > 0.0 && softmax.bin(logit) == bin {
+                self.keys.push(candidates::key(logit, id));
+            }
+        }
+        let weight = |key| softmax.weight(candidates::logit(key));
+        candidates::nucleus(&mut self.keys, target - before, weight)
     }
 }
 

@@ -28,7 +28,7 @@ impl Scheduler {
                  best_of, or raise --max-num-seqs and --max-batch-tokens",
                 new.samples
             );
-            return refuse(if most == 0 { "max_num_seqs" } else { "n" }, message);
+            return refuse("n", message);
         }
         if cache.can_allocate(&[self.prompt(&new.prompt, false)]) == Admission::Never {
             return Err(prompt_exceeds_cache(length, cache));

@@ -272,6 +272,7 @@ fn bad_requests_are_refused_by_name_and_the_others_finish() {
         ("prompt", Request { prompt: vec![1; 5000], params: greedy(1) }),
         ("prompt", Request { prompt: vec![1; 40], params: greedy(1) }),
         ("n", with(SamplingParams { n: 5, ..greedy(1) })),
+        ("best_of", with(SamplingParams { best_of: Some(5), ..greedy(1) })),
         ("beam_width", with(SamplingParams { beam_width: Some(2), ..greedy(1) })),
         ("temperature", with(SamplingParams { temperature: f32::NAN, ..greedy(1) })),
     ];

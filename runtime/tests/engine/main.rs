@@ -1,6 +1,8 @@
 //! The engine with a model that is a hash of its context: what it does with requests, and many random
 //! schedules.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
 mod behaviour;
 mod scheduling;
 mod simulation;

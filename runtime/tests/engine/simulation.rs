@@ -117,7 +117,7 @@ fn run(case: u64, coverage: &mut Coverage) {
                     next_sequence += samples as u64;
                     requests.insert(id, request);
                 }
-                Err(error) if error.param == Some("n") => {
+                Err(error) if matches!(error.param, Some("n" | "best_of")) => {
                     assert!(samples > config.max_num_seqs.min(config.max_batch_tokens), "{error}");
                 }
                 Err(error) => {

@@ -285,7 +285,7 @@ pub(crate) fn letters() -> DetokenizerFactory {
 impl Detokenize for Letters {
     fn push(&mut self, token_id: u32) -> String {
         self.0.push(letter(token_id));
-        if token_id % 8 == 0 { String::new() } else { std::mem::take(&mut self.0) }
+        if token_id.is_multiple_of(8) { String::new() } else { std::mem::take(&mut self.0) }
     }
     fn finish(&mut self) -> String {
         std::mem::take(&mut self.0)

@@ -1,0 +1,149 @@
+//! Decode attention on CUDA: one query row a sequence over a paged cache, planned once per step, run per layer.
+//!
+//! Owns the checks of addresses and the launch; the plan is `plan.rs`'s, the kernel [`pagewise_ptx::decode`]'s.
+
+use std::sync::Arc;
+
+use pagewise_ptx::decode::{CacheRows, Decode, DecodeArgs, Rows};
+
+use super::context::Entry;
+use super::launch::LoadedKernel;
+use super::{Context, CudaError, DecodePlan, RawStream};
+use crate::{DType, KvStrides, RowStrides};
+
+/// The device addresses of one decode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DecodeCall {
+    /// Queries, `[rows, q_heads, head_dim]` with the strides of the planned problem.
+    pub q: u64,
+    /// Key cache.
+    pub k_cache: u64,
+    /// Value cache.
+    pub v_cache: u64,
+    /// Block tables, i32 `[sequences, max_blocks]`.
+    pub tables: u64,
+    /// Output, `[rows, q_heads, head_dim]` with the strides of the planned problem.
+    pub out: u64,
+    /// Log-sum-exp (natural logarithm), f32 `[rows, q_heads]`, or 0 for none.
+    pub lse: u64,
+    /// [`DecodePlan::work`], copied to the device.
+    pub work: u64,
+    /// Workspace of [`DecodePlan::workspace`]'s `partial_out` bytes.
+    pub partial_out: u64,
+    /// Workspace of its `partial_max` bytes.
+    pub partial_max: u64,
+    /// Workspace of its `tickets` bytes: zero before the first run, and left zero by each.
+    pub tickets: u64,
+}
+
+impl Context {
+    /// Compiles and loads the kernel of a plan, so that [`Context::decode_raw`], which may be captured in a CUDA
+    /// graph, loads nothing.
+    ///
+    /// # Errors
+    /// [`CudaError::Jit`] when the driver's compiler fails.
+    pub fn prepare_decode(&self, plan: &DecodePlan) -> Result<(), CudaError> {
+        let _entered = self.enter()?;
+        self.decode_kernel(plan).map(|_| ())
+    }
+
+    /// Puts a decode on a stream.
+    ///
+    /// # Safety
+    /// - Every address is in device memory of this context's GPU and valid, until the launch has completed, for
+    ///   what the plan's shapes and strides reach.
+    /// - The block tables on the device agree with those that were planned, wherever a query sees a key.
+    /// - `work` holds the plan's items, and the workspace is used by no other launch meanwhile.
+    /// - The stream belongs to this context.
+    ///
+    /// # Errors
+    /// [`CudaError::Misaligned`] for an address or stride that is not a multiple of 16 bytes,
+    /// [`CudaError::Driver`] when the launch fails.
+    pub unsafe fn decode_raw(
+        &self,
+        plan: &DecodePlan,
+        call: &DecodeCall,
+        stream: RawStream,
+    ) -> Result<(), CudaError> {
+        let DecodeCall { q, k_cache, v_cache, tables, out, lse, work, partial_out, partial_max, tickets } =
+            *call;
+        if plan.items().is_empty() {
+            return Ok(());
+        }
+        let element = plan.config.q_dtype.size() as u64;
+        let rows = |tensor, address, strides: RowStrides| {
+            aligned(tensor, address, &[strides.token, strides.head], element)?;
+            Ok::<Rows, CudaError>(Rows { address, row_stride: strides.token, head_stride: strides.head })
+        };
+        let cache = |tensor, address, strides: KvStrides| {
+            aligned(tensor, address, &[strides.block, strides.token, strides.head], element)?;
+            Ok::<CacheRows, CudaError>(CacheRows {
+                address,
+                block_stride: strides.block,
+                token_stride: strides.token,
+                head_stride: strides.head,
+            })
+        };
+        for (tensor, address) in [
+            ("the work items", work),
+            ("the partial outputs", partial_out),
+            ("the partial maxima", partial_max),
+        ] {
+            aligned(tensor, address, &[], 1)?;
+        }
+        let args = DecodeArgs {
+            q: rows("q", q, plan.q)?,
+            k: cache("the K cache", k_cache, plan.layout.k)?,
+            v: cache("the V cache", v_cache, plan.layout.v)?,
+            tables,
+            table_stride: plan.table_stride,
+            block_shift: plan.layout.block_size.trailing_zeros(),
+            group: plan.shape.group,
+            scale: plan.config.scale,
+            work,
+            out: rows("out", out, plan.out)?,
+            lse,
+            partial_out,
+            partial_max,
+            tickets,
+        };
+        let _entered = self.enter()?;
+        let entry = self.decode_kernel(plan)?;
+        let launch = entry.descriptor.launch(plan.shape)?;
+        // SAFETY: the arguments are in the descriptor's order; the caller answers for addresses and stream.
+        unsafe { entry.kernel.launch(launch, &args.values(), stream) }
+    }
+
+    fn decode_kernel(&self, plan: &DecodePlan) -> Result<Arc<Entry<Decode>>, CudaError> {
+        self.decode.get(plan.spec, || {
+            let descriptor = Decode::new(plan.spec)?;
+            let kernel = LoadedKernel::load(descriptor.kernel(), self.device())?;
+            Ok(Entry { descriptor, kernel })
+        })
+    }
+}
+
+/// The kernel reads and writes 16 bytes at a time.
+fn aligned(tensor: &'static str, address: u64, strides: &[u64], element: u64) -> Result<(), CudaError> {
+    if !address.is_multiple_of(16) {
+        return Err(CudaError::Misaligned { tensor, address, size: 16 });
+    }
+    match strides.iter().find(|stride| !stride.wrapping_mul(element).is_multiple_of(16)) {
+        Some(&stride) => Err(CudaError::Unsupported {
+            kernel: "decode",
+            what: format!("{tensor} with a stride of {stride} elements"),
+            advice: "strides must be multiples of 16 bytes",
+        }),
+        None => Ok(()),
+    }
+}
+
+pub(super) fn ptx_type(dtype: DType) -> pagewise_ptx::DType {
+    match dtype {
+        DType::F32 => pagewise_ptx::DType::F32,
+        DType::F16 => pagewise_ptx::DType::F16,
+        DType::Bf16 => pagewise_ptx::DType::Bf16,
+        DType::F8E4M3 => pagewise_ptx::DType::Fp8E4m3,
+        DType::F8E5M2 => pagewise_ptx::DType::Fp8E5m2,
+    }
+}

@@ -1,0 +1,135 @@
+//! `page_read`: reads pages through a page table. The yardstick of benches, part of no model.
+//!
+//! Owns the two variants (with and without a merge by the last thread block), parameters and geometry; the kernel
+//! is `kernels/page_read.ptx`.
+
+use minijinja::context;
+
+use crate::kernel::{Arg, Kernel, Launch, Param, ParamType, Target};
+use crate::{Error, template};
+
+/// Family and template name.
+const FAMILY: &str = "page_read";
+
+/// Threads of a block, each of which reads 16 bytes of a page.
+const THREADS: u32 = 256;
+
+/// Bytes of a page: 16 tokens of 128 16-bit elements.
+pub const PAGE_BYTES: u32 = THREADS * 16;
+
+/// Pages on their way at a time.
+const PAGES_IN_FLIGHT: u32 = 8;
+
+/// What one launch works on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PageReadArgs {
+    /// Device address of the pages.
+    pub data: u64,
+    /// Device address of the page numbers, u32 `[count]`.
+    pub table: u64,
+    /// Device address of [`PageRead::launch`]'s grid × [`PAGE_BYTES`] / 4 bytes, for the merging variant.
+    pub partial: u64,
+    /// Device address of a u32 that is zero before the first launch and zero again after each.
+    pub ticket: u64,
+    /// Device address of the result, u32 `[256]`.
+    pub out: u64,
+    /// Pages.
+    pub count: u32,
+    /// Pages that a thread block reads.
+    pub per_block: u32,
+}
+
+/// The parameter list, the same for both variants.
+const PARAMS: [Param; 7] = {
+    const fn param(name: &'static str, ty: ParamType) -> Param {
+        Param { name, ty }
+    }
+    use ParamType::{Pointer, U32};
+    [
+        param("data", Pointer),
+        param("table", Pointer),
+        param("partial", Pointer),
+        param("ticket", Pointer),
+        param("out", Pointer),
+        param("count", U32),
+        param("per_block", U32),
+    ]
+};
+
+impl PageReadArgs {
+    /// The values of the parameters, in launch order.
+    pub fn values(&self) -> [Arg; PARAMS.len()] {
+        [
+            Arg::pointer(self.data),
+            Arg::pointer(self.table),
+            Arg::pointer(self.partial),
+            Arg::pointer(self.ticket),
+            Arg::pointer(self.out),
+            Arg::u32(self.count),
+            Arg::u32(self.per_block),
+        ]
+    }
+}
+
+/// One variant, rendered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PageRead {
+    kernel: Kernel,
+}
+
+impl PageRead {
+    /// Renders a variant.
+    ///
+    /// # Errors
+    /// [`Error::Template`], which is a defect of this crate.
+    pub fn new(merges: bool) -> Result<Self, Error> {
+        let target = Target { sm: 80, ptx: (7, 0) };
+        let entry = format!("{FAMILY}{}", if merges { "_merged" } else { "" });
+        let text = template::render(
+            FAMILY,
+            include_str!("../kernels/page_read.ptx"),
+            context! {
+                entry => &entry,
+                sm => target.sm,
+                ptx_version => format!("{}.{}", target.ptx.0, target.ptx.1),
+                threads => THREADS,
+                pages_in_flight => PAGES_IN_FLIGHT,
+                merges,
+            },
+        )?;
+        Ok(Self {
+            kernel: Kernel {
+                family: FAMILY,
+                entry,
+                text,
+                target,
+                params: PARAMS.to_vec(),
+                max_threads: THREADS,
+                static_shared: if merges { 4 } else { 0 },
+            },
+        })
+    }
+
+    /// The rendered kernel.
+    pub fn kernel(&self) -> &Kernel {
+        &self.kernel
+    }
+
+    /// The rendered kernel, by value.
+    pub fn into_kernel(self) -> Kernel {
+        self.kernel
+    }
+
+    /// Grid and block for so many pages, so many of them a thread block.
+    ///
+    /// # Errors
+    /// [`Error::Zero`] without pages.
+    pub fn launch(&self, count: u32, per_block: u32) -> Result<Launch, Error> {
+        for (field, value) in [("count", count), ("per_block", per_block)] {
+            if value == 0 {
+                return Err(Error::Zero { kernel: FAMILY, field });
+            }
+        }
+        Ok(Launch { grid: [count.div_ceil(per_block), 1, 1], block: [THREADS, 1, 1], dynamic_shared: 0 })
+    }
+}

@@ -1,0 +1,225 @@
+//! The CUDA backend as a subject of the conformance suite: copies tensors to the GPU, runs, copies all of them
+//! back.
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
+use pagewise_attention::conformance::{
+    AttentionTask, CopyTask, MergeTask, Refusal, Scale, Subject, SwapTask, WriteTask,
+};
+use pagewise_attention::cuda::{
+    Context, CudaError, DecodeCall, DecodePlan, KvScales, PlanOptions, WriteKvCall, cudarc,
+};
+use pagewise_attention::{AttentionConfig, BlockTables, HostTensor, HostTensorMut};
+
+pub struct Cuda<'a> {
+    pub context: &'a Context,
+    pub stream: Arc<CudaStream>,
+    /// Makes the plans of the next cases.
+    pub options: PlanOptions,
+    /// Kernel variants that ran since this was last emptied.
+    pub variants: Vec<String>,
+}
+
+impl<'a> Cuda<'a> {
+    pub fn new(context: &'a Context) -> Self {
+        let stream = context.cudarc().unwrap().default_stream();
+        Self { context, stream, options: PlanOptions::default(), variants: Vec::new() }
+    }
+
+    /// A tensor in device memory, never empty, so that it has an address.
+    fn upload(&self, bytes: &[u8]) -> CudaSlice<u8> {
+        let bytes = if bytes.is_empty() { &[0xff; 16] } else { bytes };
+        self.stream.clone_htod(bytes).unwrap()
+    }
+
+    pub fn address<T>(&self, slice: &CudaSlice<T>) -> u64 {
+        slice.device_ptr(&self.stream).0
+    }
+
+    fn scales(&self, k: Scale<'_>, v: Scale<'_>) -> Option<(CudaSlice<f32>, CudaSlice<f32>, bool)> {
+        let list = |scale: Scale<'_>| match scale {
+            Scale::One => vec![1.0],
+            Scale::PerTensor(scale) => vec![scale],
+            Scale::PerHead(scales) => scales.to_vec(),
+        };
+        let (k, v) = (list(k), list(v));
+        let per_head = k.len() > 1;
+        Some((self.stream.clone_htod(&k).unwrap(), self.stream.clone_htod(&v).unwrap(), per_head))
+    }
+}
+
+/// The elements of a tensor as bytes.
+pub fn bytes(tensor: HostTensor<'_>) -> Vec<u8> {
+    match tensor {
+        HostTensor::F32(x) => x.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        HostTensor::F16(x) => x.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        HostTensor::Bf16(x) => x.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        HostTensor::F8E4M3(x) | HostTensor::F8E5M2(x) => x.to_vec(),
+    }
+}
+
+/// Sets a tensor from bytes.
+pub fn set(tensor: HostTensorMut<'_>, bytes: &[u8]) {
+    match tensor {
+        HostTensorMut::F32(x) => {
+            x.iter_mut().zip(bytes.as_chunks().0).for_each(|(x, b)| *x = f32::from_le_bytes(*b));
+        }
+        HostTensorMut::F16(x) => {
+            x.iter_mut().zip(bytes.as_chunks().0).for_each(|(x, b)| *x = half::f16::from_le_bytes(*b));
+        }
+        HostTensorMut::Bf16(x) => {
+            x.iter_mut().zip(bytes.as_chunks().0).for_each(|(x, b)| *x = half::bf16::from_le_bytes(*b));
+        }
+        HostTensorMut::F8E4M3(x) | HostTensorMut::F8E5M2(x) => {
+            x.iter_mut().zip(bytes).for_each(|(x, b)| *x = *b);
+        }
+    }
+}
+
+fn refusal(error: CudaError) -> Refusal {
+    match error {
+        CudaError::Unsupported { .. } | CudaError::UnsupportedDType { .. } => {
+            Refusal::Unsupported(error.to_string())
+        }
+        other => Refusal::Failed(other.to_string()),
+    }
+}
+
+fn unsupported<T>(what: &str) -> Result<T, Refusal> {
+    Err(Refusal::Unsupported(what.to_owned()))
+}
+
+impl Subject for Cuda<'_> {
+    fn name(&self) -> String {
+        format!("cuda ({})", self.context.device())
+    }
+
+    fn probability_roundoff(&self, config: &AttentionConfig) -> f64 {
+        config.q_dtype.unit_roundoff()
+    }
+
+    fn attention(
+        &mut self,
+        task: &AttentionTask<'_>,
+        mut out: HostTensorMut<'_>,
+        lse: Option<&mut [f32]>,
+    ) -> Result<(), Refusal> {
+        if task.k_scale != Scale::One || task.v_scale != Scale::One {
+            return unsupported("scales of the cache");
+        }
+        let problem = &task.problem;
+        let plan = DecodePlan::new(problem, self.context.device(), self.options).map_err(refusal)?;
+        let BlockTables::Padded { entries, .. } = problem.batch().block_tables else {
+            return unsupported("CSR block tables");
+        };
+        let table_bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_le_bytes()).collect();
+        let work_bytes: Vec<u8> = plan.work().iter().flat_map(|word| word.to_le_bytes()).collect();
+        let sizes = plan.workspace().map_err(refusal)?;
+        let q = self.upload(&bytes(task.q));
+        let k = self.upload(&bytes(task.k));
+        let v = self.upload(&bytes(task.v));
+        let tables = self.upload(&table_bytes);
+        let work = self.upload(&work_bytes);
+        let device_out = self.upload(&bytes(out.as_ref()));
+        let lse_bytes: Vec<u8> =
+            lse.as_deref().unwrap_or(&[]).iter().flat_map(|value| value.to_le_bytes()).collect();
+        let device_lse = self.upload(&lse_bytes);
+        let partial_out = self.upload(&vec![0xff; sizes.partial_out as usize]);
+        let partial_max = self.upload(&vec![0xff; sizes.partial_max as usize]);
+        let tickets = self.upload(&vec![0; sizes.tickets as usize]);
+        let call = DecodeCall {
+            q: self.address(&q),
+            k_cache: self.address(&k),
+            v_cache: self.address(&v),
+            tables: self.address(&tables),
+            out: self.address(&device_out),
+            lse: if lse.is_some() { self.address(&device_lse) } else { 0 },
+            work: self.address(&work),
+            partial_out: self.address(&partial_out),
+            partial_max: self.address(&partial_max),
+            tickets: self.address(&tickets),
+        };
+        // SAFETY: all addresses are those of live slices that hold what the plan reaches.
+        unsafe { self.context.decode_raw(&plan, &call, self.stream.cu_stream().into()) }.map_err(refusal)?;
+        self.variants.push(plan.variant());
+        set(out.reborrow(), &self.stream.clone_dtoh(&device_out).unwrap());
+        if let Some(lse) = lse {
+            set(HostTensorMut::F32(lse), &self.stream.clone_dtoh(&device_lse).unwrap());
+        }
+        match self.stream.clone_dtoh(&tickets).unwrap().iter().all(|&byte| byte == 0) {
+            true => Ok(()),
+            false => Err(Refusal::Failed("a ticket is not zero after the run".to_owned())),
+        }
+    }
+
+    fn write_kv(
+        &mut self,
+        task: &WriteTask<'_>,
+        mut k: HostTensorMut<'_>,
+        mut v: HostTensorMut<'_>,
+    ) -> Result<(), Refusal> {
+        let is_fp8 = task.config.kv_dtype.is_fp8();
+        if !is_fp8 && (task.k_scale != Scale::One || task.v_scale != Scale::One) {
+            return unsupported("scales of a cache that is not fp8");
+        }
+        let scales = if is_fp8 { self.scales(task.k_scale, task.v_scale) } else { None };
+        let slots: Vec<u8> = task.write.slots.iter().flat_map(|slot| slot.to_le_bytes()).collect();
+        let slots = self.upload(&slots);
+        let new_k = self.upload(&bytes(task.k));
+        let new_v = self.upload(&bytes(task.v));
+        let k_cache = self.upload(&bytes(k.as_ref()));
+        let v_cache = self.upload(&bytes(v.as_ref()));
+        let call = WriteKvCall {
+            config: task.config,
+            layout: &task.layout,
+            source: task.k.dtype(),
+            tokens: task.write.slots.len(),
+            slots: self.address(&slots),
+            k: self.address(&new_k),
+            k_strides: task.write.k,
+            v: self.address(&new_v),
+            v_strides: task.write.v,
+            k_cache: self.address(&k_cache),
+            v_cache: self.address(&v_cache),
+            scales: scales.as_ref().map(|(k, v, per_head)| KvScales {
+                k: self.address(k),
+                v: self.address(v),
+                per_head: *per_head,
+            }),
+        };
+        // SAFETY: all addresses are those of live slices that hold what shapes and strides reach.
+        let variant = unsafe { self.context.write_kv_raw(&call, self.stream.cu_stream().into()) };
+        self.variants.push(variant.map_err(refusal)?.name());
+        set(k.reborrow(), &self.stream.clone_dtoh(&k_cache).unwrap());
+        set(v.reborrow(), &self.stream.clone_dtoh(&v_cache).unwrap());
+        Ok(())
+    }
+
+    fn copy_blocks(
+        &mut self,
+        _: &CopyTask<'_>,
+        _: HostTensorMut<'_>,
+        _: HostTensorMut<'_>,
+    ) -> Result<(), Refusal> {
+        unsupported("copy_blocks")
+    }
+
+    fn swap_blocks(
+        &mut self,
+        _: &SwapTask<'_>,
+        _: HostTensorMut<'_>,
+        _: HostTensorMut<'_>,
+    ) -> Result<(), Refusal> {
+        unsupported("swap_blocks")
+    }
+
+    fn merge_states(
+        &mut self,
+        _: &MergeTask<'_>,
+        _: HostTensorMut<'_>,
+        _: &mut [f32],
+    ) -> Result<(), Refusal> {
+        unsupported("merge_states")
+    }
+}
