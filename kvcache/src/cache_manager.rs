@@ -98,6 +98,18 @@ pub trait CacheManager {
     /// [`CacheError::NothingToConfirm`].
     fn confirm_block_ops(&mut self) -> Result<(), CacheError>;
 
+    /// The device has failed to carry out the block ops taken longest ago and not yet confirmed: what their
+    /// destinations hold is unknown, so none of them is found as a cached prefix any longer. Sequences that
+    /// hold one of them must be freed.
+    ///
+    /// A manager that keeps no prefixes has nothing to forget; for it this is the same as a confirmation.
+    ///
+    /// # Errors
+    /// [`CacheError::NothingToConfirm`].
+    fn abandon_block_ops(&mut self) -> Result<(), CacheError> {
+        self.confirm_block_ops()
+    }
+
     /// The block table of a sequence in one KV group: entry `i` holds the tokens
     /// `i * block_size .. (i + 1) * block_size`. Entries behind a window are [`NO_BLOCK`](crate::NO_BLOCK).
     /// `None` for an unknown sequence or group, and for a sequence that is swapped out.

@@ -63,7 +63,9 @@
 //!    no entry depends on another, so a backend may do each list in one launch.
 //! 3. **Run** the model over [`block_table`](CacheManager::block_table)s, one per sequence and KV group.
 //! 4. **Report.** [`confirm_block_ops`](CacheManager::confirm_block_ops) once for each take (also if the ops were
-//!    empty), and [`mark_computed`](CacheManager::mark_computed) with the tokens that were computed.
+//!    empty), and [`mark_computed`](CacheManager::mark_computed) with the tokens that were computed. Should the
+//!    device have failed, [`abandon_block_ops`](CacheManager::abandon_block_ops) instead, and free the sequences
+//!    of the step.
 //!
 //! # Rules to know
 //!
@@ -76,8 +78,8 @@
 //!   and someone else holds it too. The last owner writes in place.
 //! - **The prefix cache** is content-addressed by full blocks: a chained hash, salted for isolation and verified
 //!   token by token, so colliding hashes are harmless. A block enters it when it is *computed*. If its content
-//!   is already there, the sequence's table changes to the block that was first and its own is freed. Blocks that
-//!   no sequence holds count as free; the least recently used is evicted first, and of one sequence the tail
+//!   is already there, the sequence's table changes to the block that was first and its own is freed (if nobody
+//!   else holds it; two sequences that share a block are not parted). Blocks that no sequence holds count as free; the least recently used is evicted first, and of one sequence the tail
 //!   before the head. A hit never covers the last prompt token, whose logits are wanted.
 //! - **Sliding windows.** A KV group with a window lets go of the blocks behind it as tokens are computed
 //!   ([`NO_BLOCK`] in the table) and holds at most `window / block_size + 3` blocks of computed tokens, while

@@ -212,6 +212,10 @@ impl CacheManager for KvCacheManager {
         if self.memory.confirm() { Ok(()) } else { Err(CacheError::NothingToConfirm) }
     }
 
+    fn abandon_block_ops(&mut self) -> Result<(), CacheError> {
+        if self.memory.abandon() { Ok(()) } else { Err(CacheError::NothingToConfirm) }
+    }
+
     fn block_table(&self, sequence: SequenceId, group: usize) -> Option<&[BlockId]> {
         let sequence = self.get_on_device(sequence).ok()?;
         sequence.tables.get(group).map(|table| table.entries.as_slice())

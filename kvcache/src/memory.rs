@@ -6,7 +6,7 @@ use crate::geometry::Geometry;
 use crate::pool::{BlockPool, NO_NODE, NodeId};
 use crate::prefix_tree::PrefixTree;
 use crate::sequence::Entry;
-use crate::{BlockCopy, BlockId, CacheStats, NO_BLOCK};
+use crate::{BlockCopy, BlockId, BlockOps, CacheStats, NO_BLOCK};
 
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Memory {
@@ -119,19 +119,34 @@ impl Memory {
     /// The list of copies taken longest ago is done. `false` if there is none.
     pub(crate) fn confirm(&mut self) -> bool {
         let Some(done) = self.copies.confirm() else { return false };
-        for copy in &done.swap_out {
+        self.end_copies(&done);
+        true
+    }
+
+    /// The list of copies taken longest ago has failed: what its destinations hold is unknown. `false` if
+    /// there is none.
+    pub(crate) fn abandon(&mut self) -> bool {
+        let Some(failed) = self.copies.confirm() else { return false };
+        for copy in failed.swap_in.iter().chain(&failed.copy) {
+            self.forget(copy.dst);
+        }
+        self.end_copies(&failed);
+        true
+    }
+
+    fn end_copies(&mut self, ops: &BlockOps) {
+        for copy in &ops.swap_out {
             self.device.end_copy(copy.src);
             self.host.end_copy(copy.dst);
         }
-        for copy in &done.swap_in {
+        for copy in &ops.swap_in {
             self.host.end_copy(copy.src);
             self.device.end_copy(copy.dst);
         }
-        for copy in &done.copy {
+        for copy in &ops.copy {
             self.device.end_copy(copy.src);
             self.device.end_copy(copy.dst);
         }
-        true
     }
 
     /// The block of a node's content that a sequence may use now, or `None`.

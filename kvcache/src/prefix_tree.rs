@@ -55,10 +55,9 @@ pub(crate) struct PrefixTree {
     block_size: usize,
     groups: usize,
     nodes: Vec<Node>,
-    /// Tokens of node `n`: `n * block_size ..`, one block's worth.
-    tokens: Vec<u32>,
-    /// Block of node `n` in group `g`: `n * groups + g`, or [`NO_BLOCK`].
-    blocks: Vec<BlockId>,
+    /// For each node, side by side because they are read together: the block of each group, or [`NO_BLOCK`],
+    /// then the tokens, one block's worth.
+    contents: Vec<u32>,
     vacant: NodeId,
     /// First node of each bucket; a power of two many.
     buckets: Vec<NodeId>,
@@ -75,8 +74,7 @@ impl PrefixTree {
             block_size,
             groups,
             nodes: Vec::new(),
-            tokens: Vec::new(),
-            blocks: Vec::new(),
+            contents: Vec::new(),
             vacant: NO_NODE,
             buckets: vec![NO_NODE; expected.max(16).next_power_of_two()],
             indexed: 0,
@@ -164,18 +162,19 @@ impl PrefixTree {
 
     /// The block's worth of tokens of a node that is not a root.
     pub(crate) fn tokens(&self, node: NodeId) -> &[u32] {
-        let start = node as usize * self.block_size;
-        &self.tokens[start..start + self.block_size]
+        let start = self.content(node) + self.groups;
+        &self.contents[start..start + self.block_size]
     }
 
     /// The block that holds the node's content in a group, or [`NO_BLOCK`].
     pub(crate) fn block(&self, node: NodeId, group: usize) -> BlockId {
-        self.blocks[node as usize * self.groups + group]
+        self.contents[self.content(node) + group]
     }
 
     /// Notes where the node's content is in a group; there must be none yet.
     pub(crate) fn set_block(&mut self, node: NodeId, group: usize, block: BlockId) {
-        let slot = &mut self.blocks[node as usize * self.groups + group];
+        let at = self.content(node) + group;
+        let slot = &mut self.contents[at];
         debug_assert_eq!(*slot, NO_BLOCK, "node {node} already has a block");
         *slot = block;
         self.acquire(node);
@@ -183,11 +182,17 @@ impl PrefixTree {
 
     /// Forgets that `block` holds the node's content.
     pub(crate) fn clear_block(&mut self, node: NodeId, block: BlockId) {
-        let start = node as usize * self.groups;
-        if let Some(slot) = self.blocks[start..start + self.groups].iter_mut().find(|slot| **slot == block) {
+        let start = self.content(node);
+        if let Some(slot) = self.contents[start..start + self.groups].iter_mut().find(|slot| **slot == block)
+        {
             *slot = NO_BLOCK;
             self.release(node);
         }
+    }
+
+    /// Where the node's part of `contents` begins.
+    fn content(&self, node: NodeId) -> usize {
+        node as usize * (self.groups + self.block_size)
     }
 
     fn child_hash(&self, parent: NodeId, tokens: &[u32]) -> u64 {
@@ -215,15 +220,15 @@ impl PrefixTree {
         if id == NO_NODE {
             let id = self.nodes.len();
             self.nodes.push(node);
-            self.tokens.extend_from_slice(tokens);
-            self.tokens.resize((id + 1) * self.block_size, 0);
-            self.blocks.resize((id + 1) * self.groups, NO_BLOCK);
+            self.contents.resize(self.contents.len() + self.groups, NO_BLOCK);
+            self.contents.extend_from_slice(tokens);
+            self.contents.resize((id + 1) * (self.groups + self.block_size), 0);
             return id as NodeId;
         }
         self.vacant = self.nodes[id as usize].next;
         self.nodes[id as usize] = node;
-        let start = id as usize * self.block_size;
-        self.tokens[start..start + tokens.len()].copy_from_slice(tokens);
+        let start = self.content(id) + self.groups;
+        self.contents[start..start + tokens.len()].copy_from_slice(tokens);
         id
     }
 

@@ -169,6 +169,26 @@ fn what_comes_back_is_findable_again() {
 }
 
 #[test]
+fn what_a_failed_copy_left_behind_is_never_found() {
+    let mut cache = cache(4, 4, 8);
+    fill(&mut cache, 1, &tokens(0, 12));
+    cache.swap_out(&[id(1)]).unwrap();
+    settle(&mut cache);
+    fill(&mut cache, 2, &tokens(100, 16));
+    free(&mut cache, 2);
+    cache.swap_in(&[id(1)]).unwrap();
+    let before = cache.clone();
+    assert_eq!(cache.abandon_block_ops(), Err(CacheError::NothingToConfirm));
+    assert!(cache == before, "nothing was taken");
+    cache.take_block_ops();
+    cache.abandon_block_ops().unwrap();
+    cache.audit().unwrap();
+    free(&mut cache, 1);
+    assert_eq!(cache.cached_tokens(&prompt(&tokens(0, 13))), 0);
+    assert_eq!(cache.device_usage().free, 4);
+}
+
+#[test]
 fn a_swapped_in_sequence_runs_in_the_same_step() {
     let mut cache = cache(4, 8, 8);
     fill(&mut cache, 1, &tokens(0, 6));

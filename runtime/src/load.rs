@@ -4,9 +4,9 @@ use crate::backend::cpu::CpuBackend;
 use crate::backend::{AttentionSpec, BackendError};
 use crate::engine::{Engine, EngineConfig};
 use crate::executor::ModelExecutor;
-use crate::model_dir::{GenerationConfig, ModelConfig, ModelDir, ModelError, Weights};
+use crate::model_dir::{GenerationConfig, ModelConfig, ModelDir, ModelError, Weights, resolve_model};
 use crate::models::{LoadModelError, WeightSource, load_model};
-use crate::text::{Tokenizer};
+use crate::text::{ChatTemplate, Tokenizer};
 use pagewise_attention::{DType, MAX_BLOCK_SIZE};
 use pagewise_kvcache::{CacheConfig, CacheError, KvCacheManager};
 
@@ -117,6 +117,8 @@ pub struct LoadedModel {
     pub engine: Engine,
     /// Between text and token ids, where the directory has one.
     pub tokenizer: Option<Tokenizer>,
+    /// Between messages and text, where the directory has one.
+    pub chat_template: Option<ChatTemplate>,
     /// The model's own defaults.
     pub generation: GenerationConfig,
     /// Its shape.
@@ -170,7 +172,9 @@ pub fn load(
     progress: &mut dyn FnMut(LoadProgress<'_>),
 ) -> Result<LoadedModel, LoadError> {
     let backend_reason = choose_backend(options.backend)?;
-    let path = std::path::PathBuf::from(&options.model);
+    let path = resolve_model(&options.model, &mut |fetched| {
+        progress(LoadProgress::Download { file: &fetched.file, done: fetched.bytes, total: fetched.total });
+    })?;
     progress(LoadProgress::Stage("reading the configuration"));
     let ModelDir { config, generation, .. } = ModelDir::open(&path)?;
     let max_model_len = max_model_len(options, &config)?;
@@ -181,6 +185,7 @@ pub fn load(
     };
     progress(LoadProgress::Stage("reading the tokenizer"));
     let tokenizer = Tokenizer::open(&path)?;
+    let chat_template = ChatTemplate::open(&path)?;
 
     progress(LoadProgress::Stage("mapping the weights"));
     let backend = CpuBackend::new(options.threads)?;
@@ -217,6 +222,7 @@ pub fn load(
     Ok(LoadedModel {
         engine,
         tokenizer,
+        chat_template,
         generation,
         config,
         max_model_len,
@@ -231,7 +237,8 @@ pub fn load(
 /// [`LoadError::Option`] if it cannot be had.
 pub fn choose_backend(choice: BackendChoice) -> Result<&'static str, LoadError> {
     let problem = |name: &str| {
-        let problem = format!("the engine of this version computes on the CPU only, not on {name}; use auto or cpu");
+        let problem =
+            format!("the engine of this version computes on the CPU only, not on {name}; use auto or cpu");
         Err(LoadError::Option { option: "--backend", problem })
     };
     match choice {
@@ -293,7 +300,9 @@ fn num_blocks(options: &LoadOptions, spec: &AttentionSpec, max_model_len: usize)
         Some(memory) if bytes > memory => {
             refuse(format!("{blocks} blocks take {bytes} bytes; the machine has {memory}: ask for less"))
         }
-        _ if blocks > u64::from(u32::MAX / 2) => refuse(format!("{blocks} blocks are more than can be numbered")),
+        _ if blocks > u64::from(u32::MAX / 2) => {
+            refuse(format!("{blocks} blocks are more than can be numbered"))
+        }
         _ => Ok(blocks as usize),
     }
 }

@@ -1,7 +1,14 @@
 //! Decode attention on an NVIDIA GPU against the conformance suite's oracle. Skipped, loudly, without one.
 //!
 //! One case again: `PAGEWISE_CASE="attention q=bf16 …" cargo test -p pagewise-tests --test cuda_decode`.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub, dead_code, reason = "a test")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    unreachable_pub,
+    dead_code,
+    reason = "a test"
+)]
 
 #[path = "gpu/cuda.rs"]
 mod cuda;
@@ -78,7 +85,9 @@ fn random_cases_agree_with_the_oracle() {
         let options = subject.options;
         match run_case(subject, case).outcome {
             Outcome::Passed(agreement) => {
-                let ran = kernels.iter().find(|kernel| subject.variants.first().is_some_and(|v| v == kernel.entry()));
+                let ran = kernels
+                    .iter()
+                    .find(|kernel| subject.variants.first().is_some_and(|v| v == kernel.entry()));
                 if let Some(kernel) = ran {
                     receipts.passed(&context, kernel, agreement.worst);
                 }
@@ -89,7 +98,8 @@ fn random_cases_agree_with_the_oracle() {
         }
     };
     if let Ok(line) = std::env::var("PAGEWISE_CASE") {
-        let ran = check(&mut subject, &line.parse().expect("PAGEWISE_CASE is a case of the conformance suite"));
+        let ran =
+            check(&mut subject, &line.parse().expect("PAGEWISE_CASE is a case of the conformance suite"));
         assert!(ran, "the CUDA backend does not take this case");
         return;
     }
@@ -124,14 +134,20 @@ fn long_sequences_and_many_splits_agree_with_the_oracle() {
     let mut subject = Cuda::new(&context);
     for (line, item_keys) in [
         ("attention q=bf16 kv=bf16 heads=8/1 dim=128 block=16 mask=causal sequences=1:40000", None),
-        ("attention q=bf16 kv=bf16 heads=4/1 dim=128 block=16 mask=causal layout=hnd sequences=1:20000", Some(16)),
+        (
+            "attention q=bf16 kv=bf16 heads=4/1 dim=128 block=16 mask=causal layout=hnd sequences=1:20000",
+            Some(16),
+        ),
         ("attention q=f16 kv=f16 heads=32/8 dim=128 block=16 mask=causal sequences=20*1:300,3*1:2000", None),
         ("attention q=bf16 kv=bf16 heads=8/8 dim=64 block=256 mask=causal sequences=1:9000,1:1", Some(2048)),
     ] {
         subject.options = PlanOptions { item_keys };
         let case = Case { seed: run_seed() % 1_000_000_000, ..line.parse().unwrap() };
         let outcome = run_case(&mut subject, &case).outcome;
-        assert!(matches!(outcome, Outcome::Passed(_)), "PAGEWISE_CASE=\"{case}\", {item_keys:?}: {outcome:?}");
+        assert!(
+            matches!(outcome, Outcome::Passed(_)),
+            "PAGEWISE_CASE=\"{case}\", {item_keys:?}: {outcome:?}"
+        );
     }
 }
 
@@ -146,9 +162,10 @@ fn with_a_fixed_split_a_row_does_not_depend_on_its_batch() {
     let Some(context) = cuda::context() else { return };
     let mut subject = Cuda::new(&context);
     subject.options = PlanOptions { item_keys: Some(128) };
-    let batch: Case = "attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal sequences=1:700,1:90,1:1500"
-        .parse()
-        .unwrap();
+    let batch: Case =
+        "attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal sequences=1:700,1:90,1:1500"
+            .parse()
+            .unwrap();
     let data = AttentionData::generate(&Case { seed: 5, ..batch });
     let together = run(&mut subject, &data).unwrap();
     // The first sequence alone, on the same data.
@@ -168,9 +185,10 @@ fn replays_give_the_same_bits_every_time() {
     let engine = context.cudarc().unwrap();
     // SAFETY: buffers of one stream are never used on the other.
     unsafe { engine.disable_event_tracking() };
-    let case: Case = "attention q=bf16 kv=bf16 heads=16/4 dim=128 block=16 mask=causal sequences=1:3000,1:64,5*1:511"
-        .parse()
-        .unwrap();
+    let case: Case =
+        "attention q=bf16 kv=bf16 heads=16/4 dim=128 block=16 mask=causal sequences=1:3000,1:64,5*1:511"
+            .parse()
+            .unwrap();
     let threads: Vec<_> = (0..2)
         .map(|seed| {
             let data = AttentionData::generate(&Case { seed, ..case.clone() });
@@ -209,7 +227,8 @@ fn replay(
     let partial_out = upload(&vec![0xff; sizes.partial_out as usize]);
     let partial_max = upload(&vec![0xff; sizes.partial_max as usize]);
     let tickets = upload(&vec![0; sizes.tickets as usize]);
-    let subject = Cuda { context, stream: stream.clone(), options: PlanOptions::default(), variants: Vec::new() };
+    let subject =
+        Cuda { context, stream: stream.clone(), options: PlanOptions::default(), variants: Vec::new() };
     let call = DecodeCall {
         q: subject.address(&q),
         k_cache: subject.address(&k),
@@ -251,7 +270,8 @@ fn what_the_kernel_does_not_do_is_a_typed_refusal() {
     ] {
         let data = AttentionData::generate(&line.parse().unwrap());
         let mut out = data.poisoned_out();
-        let refused = subject.attention(&data.task().unwrap(), HostTensorMut::reborrow(&mut out.as_mut()), None);
+        let refused =
+            subject.attention(&data.task().unwrap(), HostTensorMut::reborrow(&mut out.as_mut()), None);
         assert!(matches!(refused, Err(Refusal::Unsupported(_))), "{line}: {refused:?}");
     }
 }

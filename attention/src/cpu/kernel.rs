@@ -1,14 +1,19 @@
-//! The three inner loops of attention over one chunk of keys, for a batch of one to four rows:
-//! scores (rows · keysᵀ), softmax of the scores, weighted sum of values.
+//! The inner loops of attention over one chunk of keys, for a batch of one to four rows: scores
+//! (rows · keysᵀ), softmax of the scores, weighted sums of values; and the small loops around them.
 //!
 //! A key or a value is a row of `16 · n` elements found through a list of pointers, so that these loops know
 //! neither blocks nor strides. Bits of a row are the same for every size of batch and tile: a dot product is
 //! one chain of multiply-adds for each lane and a fixed tree; a weighted sum is one chain over the keys.
+//!
+//! Registers travel in arrays that are indexed by constants only, in plain loops (see
+//! [`Kernel`]).
+#![expect(clippy::needless_range_loop, reason = "iterators over arrays of registers keep them in memory")]
 
 use super::CHUNK;
 use super::elements::Element;
-use super::lanes::{LANES, Lanes};
+use super::lanes::{Kernel, LANES, Lanes};
 use super::math;
+use std::ops::Range;
 
 /// Rows that go through the loops together.
 pub(super) const ROWS: usize = 4;
@@ -20,101 +25,121 @@ pub(super) const SCORE_STRIDE: usize = CHUNK + LANES;
 /// reach past the end.
 pub(super) type RowPointers<T> = [*const T; CHUNK + LANES];
 
-/// Dot products of `R` rows of queries with the keys `keys.start..keys.end` of a chunk, into
-/// `scores[row · SCORE_STRIDE + key]`. Up to 15 scores behind the last one are overwritten.
+/// Asks for the cache lines of `row`, `16 · vectors` elements.
+#[inline(always)]
+fn prefetch_row<L: Lanes, T>(row: *const T, vectors: usize) {
+    const LINE: usize = 64;
+    let mut line = 0;
+    while line < vectors * LANES * size_of::<T>() {
+        L::prefetch(row.cast::<u8>().wrapping_add(line));
+        line += LINE;
+    }
+}
+
+/// Dot products of some rows of queries with keys of a chunk, into `scores[row · SCORE_STRIDE + key]`. Up to
+/// 15 scores behind the last one are overwritten.
 ///
 /// # Safety
-/// - `q` is valid for reads of `R` rows `q_stride` apart, each of `16 · vectors` elements.
-/// - `pointers[keys.start..keys.end + 15]` are valid for reads of `16 · vectors` elements each.
-/// - `scores` is valid for writes of `R · SCORE_STRIDE` elements, and `keys.end ≤ CHUNK`.
-#[inline(always)]
-pub(super) unsafe fn scores<L: Lanes, T: Element>(
-    rows: usize,
-    q: *const f32,
-    q_stride: usize,
-    vectors: usize,
-    pointers: &RowPointers<T>,
-    keys: std::ops::Range<usize>,
-    scores: *mut f32,
-) {
-    // SAFETY: the caller's. The tiles are those whose accumulators fit the registers.
-    unsafe {
+/// It may be run only if
+/// - `q` is valid for reads of `rows` rows `16 · vectors` apart, each of as many elements,
+/// - `pointers[keys.start..keys.end + 15]` are valid for reads of `16 · vectors` elements each,
+/// - `scores` is valid for writes of `ROWS · SCORE_STRIDE` elements, `rows ≤ ROWS` and `keys.end ≤ CHUNK`.
+pub(super) struct Scores<'a, T> {
+    pub(super) rows: usize,
+    pub(super) q: *const f32,
+    pub(super) vectors: usize,
+    pub(super) pointers: &'a RowPointers<T>,
+    pub(super) keys: Range<usize>,
+    pub(super) scores: *mut f32,
+    /// Rows that will be read next, of so many vectors: their memory is asked for meanwhile.
+    pub(super) ahead: Option<(&'a RowPointers<T>, usize)>,
+}
+
+impl<T: Element> Kernel for Scores<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        // The tiles are those whose accumulators fit the registers.
         if L::ACCUMULATORS >= 16 {
-            match rows {
-                1 => score_tiles::<L, T, 1, 16>(q, q_stride, vectors, pointers, keys, scores),
-                2 => score_tiles::<L, T, 2, 8>(q, q_stride, vectors, pointers, keys, scores),
-                3 => score_tiles::<L, T, 3, 4>(q, q_stride, vectors, pointers, keys, scores),
-                _ => score_tiles::<L, T, 4, 4>(q, q_stride, vectors, pointers, keys, scores),
+            match self.rows {
+                1 => self.tiles::<L, 1, 16>(0),
+                2 => self.tiles::<L, 2, 8>(0),
+                3 => self.tiles::<L, 3, 4>(0),
+                _ => self.tiles::<L, 4, 4>(0),
             }
         } else {
             let mut row = 0;
-            while row < rows {
-                let (q, scores) = (q.add(row * q_stride), scores.add(row * SCORE_STRIDE));
-                if rows - row >= 2 {
-                    score_tiles::<L, T, 2, 2>(q, q_stride, vectors, pointers, keys.clone(), scores);
-                    row += 2;
-                } else {
-                    score_tiles::<L, T, 1, 4>(q, q_stride, vectors, pointers, keys.clone(), scores);
-                    row += 1;
-                }
+            while row + 2 <= self.rows {
+                self.tiles::<L, 2, 2>(row);
+                row += 2;
+            }
+            if row < self.rows {
+                self.tiles::<L, 1, 4>(row);
             }
         }
     }
 }
 
-/// [`scores`] in tiles of `R` rows and `K` keys, `R · K ≤ 16`.
-///
-/// # Safety
-/// As [`scores`].
-#[inline(always)]
-unsafe fn score_tiles<L: Lanes, T: Element, const R: usize, const K: usize>(
-    q: *const f32,
-    q_stride: usize,
-    vectors: usize,
-    pointers: &RowPointers<T>,
-    keys: std::ops::Range<usize>,
-    scores: *mut f32,
-) {
-    let mut key = keys.start;
-    while key < keys.end {
-        let mut sums = [[L::splat(0.0); K]; R];
-        // SAFETY: `key + K ≤ keys.end + 15`, so that the pointers are valid, and the scores written end
-        // before `CHUNK + 16`.
-        unsafe {
-            let keys: [*const T; K] = std::array::from_fn(|i| *pointers.get_unchecked(key + i));
-            for vector in 0..vectors {
-                let k: [L; K] = std::array::from_fn(|i| T::load(keys[i].add(vector * LANES)));
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    let q = L::load(q.add(row * q_stride + vector * LANES));
-                    for (sum, k) in sums.iter_mut().zip(k) {
-                        *sum = q.fma(k, *sum);
+impl<T: Element> Scores<'_, T> {
+    /// The rows from `first` on, in tiles of `R` rows and `K` keys, `R · K ≤ 16`.
+    #[inline(always)]
+    fn tiles<L: Lanes, const R: usize, const K: usize>(&self, first: usize) {
+        let width = self.vectors * LANES;
+        let mut key = self.keys.start;
+        while key < self.keys.end {
+            let mut sums = [[L::splat(0.0); K]; R];
+            // SAFETY: see the type; `key + K ≤ keys.end + 15`, and the scores written end before `CHUNK + 16`.
+            unsafe {
+                let q = self.q.add(first * width);
+                let scores = self.scores.add(first * SCORE_STRIDE + key);
+                let keys = &*self.pointers.as_ptr().add(key).cast::<[*const T; K]>();
+                if let Some((ahead, vectors)) = self.ahead.filter(|_| first == 0) {
+                    for i in 0..K {
+                        prefetch_row::<L, T>(*ahead.get_unchecked(key + i), vectors);
+                    }
+                }
+                for vector in 0..self.vectors {
+                    let mut k = [L::splat(0.0); K];
+                    for i in 0..K {
+                        k[i] = T::load(keys[i].add(vector * LANES));
+                    }
+                    for row in 0..R {
+                        let q = L::load(q.add(row * width + vector * LANES));
+                        for i in 0..K {
+                            sums[row][i] = q.fma(k[i], sums[row][i]);
+                        }
+                    }
+                }
+                if R * K > 4 {
+                    let mut all = [L::splat(0.0); 16];
+                    for row in 0..R {
+                        for i in 0..K {
+                            all[row * K + i] = sums[row][i];
+                        }
+                    }
+                    let mut flat = [0.0f32; 16];
+                    L::sum16(&all).store(flat.as_mut_ptr());
+                    for row in 0..R {
+                        let to = scores.add(row * SCORE_STRIDE).cast::<[f32; K]>();
+                        to.write(*flat.as_ptr().add(row * K).cast::<[f32; K]>());
+                    }
+                } else {
+                    let mut all = [L::splat(0.0); 4];
+                    for row in 0..R {
+                        for i in 0..K {
+                            all[row * K + i] = sums[row][i];
+                        }
+                    }
+                    let flat = L::sum4(&all);
+                    for row in 0..R {
+                        let to = scores.add(row * SCORE_STRIDE).cast::<[f32; K]>();
+                        to.write(*flat.as_ptr().add(row * K).cast::<[f32; K]>());
                     }
                 }
             }
-            if R * K > 4 {
-                let mut all = [L::splat(0.0); 16];
-                for (i, sum) in sums.as_flattened().iter().enumerate() {
-                    all[i] = *sum;
-                }
-                let mut flat = [0.0f32; 16];
-                L::sum16(&all).store(flat.as_mut_ptr());
-                for row in 0..R {
-                    let to = scores.add(row * SCORE_STRIDE + key);
-                    std::ptr::copy_nonoverlapping(flat.as_ptr().add(row * K), to, K);
-                }
-            } else {
-                let mut all = [L::splat(0.0); 4];
-                for (i, sum) in sums.as_flattened().iter().enumerate() {
-                    all[i] = *sum;
-                }
-                let flat = L::sum4(&all);
-                for row in 0..R {
-                    let to = scores.add(row * SCORE_STRIDE + key);
-                    std::ptr::copy_nonoverlapping(flat.as_ptr().add(row * K), to, K);
-                }
-            }
+            key += K;
         }
-        key += K;
     }
 }
 
@@ -145,55 +170,73 @@ impl Softmax {
     pub(super) const EMPTY: Self = Self { max: f32::NEG_INFINITY, sum: 0.0 };
 }
 
-/// Turns a row's dot products with a chunk into probabilities, not yet normalised, and updates its softmax.
-/// Returns the factor that the weighted sum so far must be multiplied with. Keys that the row does not see
-/// get 0. Only the sixteens `blocks` are touched; the row sees at least one key in them.
+/// Turns a row's dot products with a chunk into probabilities, not yet normalised, updates its softmax and
+/// rescales its weighted sums. Keys that the row does not see get 0. Only the sixteens `blocks` are touched;
+/// the row sees at least one key in them.
 ///
 /// # Safety
-/// `scores` is valid for reads and writes of `16 · blocks.end` elements, and `blocks.end ≤ CHUNK / 16`.
-#[inline(always)]
-pub(super) unsafe fn softmax<L: Lanes>(
-    scores: *mut f32,
-    visible: &VisibleKeys,
-    blocks: std::ops::Range<usize>,
-    terms: &ScoreTerms,
-    state: &mut Softmax,
-) -> f32 {
-    let hidden = L::splat(f32::NEG_INFINITY);
-    let mut largest = hidden;
-    for block in blocks.clone() {
-        // SAFETY: `block < CHUNK / 16`.
-        unsafe {
-            let at = scores.add(block * LANES);
-            let mut score = L::load(at).mul(L::splat(terms.scale));
-            if let Some(cap) = terms.softcap {
-                score = math::tanh(score.div(L::splat(cap))).mul(L::splat(cap));
+/// It may be run only if `scores` is valid for reads and writes of `16 · blocks.end` elements, `sums` for those of
+/// `16 · vectors` elements, and `blocks.end ≤ CHUNK / 16`.
+pub(super) struct SoftmaxRow<'a> {
+    pub(super) scores: *mut f32,
+    pub(super) visible: &'a VisibleKeys,
+    pub(super) blocks: Range<usize>,
+    pub(super) terms: ScoreTerms,
+    pub(super) state: &'a mut Softmax,
+    pub(super) sums: *mut f32,
+    pub(super) vectors: usize,
+}
+
+impl Kernel for SoftmaxRow<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self { scores, visible, blocks, terms, state, sums, vectors } = self;
+        let hidden = L::splat(f32::NEG_INFINITY);
+        let mut largest = hidden;
+        for block in blocks.clone() {
+            // SAFETY: `block < CHUNK / 16`.
+            unsafe {
+                let at = scores.add(block * LANES);
+                let mut score = L::load(at).mul(L::splat(terms.scale));
+                if let Some(cap) = terms.softcap {
+                    score = math::tanh(score.div(L::splat(cap))).mul(L::splat(cap));
+                }
+                if let Some((slope, distance)) = terms.alibi {
+                    let distance = L::splat(distance).add(L::load(KEY_INDEX.as_ptr().add(block * LANES)));
+                    score = L::splat(slope).fma(distance, score);
+                }
+                let score = L::select(*visible.get_unchecked(block), score, hidden);
+                score.store(at);
+                largest = largest.max(score);
             }
-            if let Some((slope, distance)) = terms.alibi {
-                let distance = L::splat(distance).add(L::load(KEY_INDEX.as_ptr().add(block * LANES)));
-                score = L::splat(slope).fma(distance, score);
+        }
+        let max = state.max.max(largest.max_lane());
+        // A row may see keys whose scores are all −∞ or NaN; then `max` is no number to subtract.
+        let shift = if max == f32::NEG_INFINITY { 0.0 } else { max };
+        let mut sum = L::splat(0.0);
+        for block in blocks {
+            // SAFETY: as above.
+            unsafe {
+                let at = scores.add(block * LANES);
+                let probability = math::exp(L::load(at).sub(L::splat(shift)));
+                probability.store(at);
+                sum = sum.add(probability);
             }
-            let score = L::select(*visible.get_unchecked(block), score, hidden);
-            score.store(at);
-            largest = largest.max(score);
+        }
+        let rescale = if state.max == max { 1.0 } else { math::exp1::<L>(state.max - shift) };
+        *state = Softmax { max, sum: state.sum * rescale + sum.sum() };
+        if rescale != 1.0 {
+            for vector in 0..vectors {
+                // SAFETY: see the type.
+                unsafe {
+                    let at = sums.add(vector * LANES);
+                    L::load(at).mul(L::splat(rescale)).store(at);
+                }
+            }
         }
     }
-    let max = state.max.max(largest.max_lane());
-    // A row may see keys whose scores are all −∞ or NaN; then `max` is no number to subtract.
-    let shift = if max == f32::NEG_INFINITY { 0.0 } else { max };
-    let mut sum = L::splat(0.0);
-    for block in blocks {
-        // SAFETY: as above.
-        unsafe {
-            let at = scores.add(block * LANES);
-            let probability = math::exp(L::load(at).sub(L::splat(shift)));
-            probability.store(at);
-            sum = sum.add(probability);
-        }
-    }
-    let rescale = if state.max == max { 1.0 } else { math::exp1::<L>(state.max - shift) };
-    *state = Softmax { max, sum: state.sum * rescale + sum.sum() };
-    rescale
 }
 
 /// 0, 1, 2 …
@@ -207,124 +250,183 @@ static KEY_INDEX: [f32; CHUNK] = {
     index
 };
 
-/// Adds to each of `rows` weighted sums the values `keys` of a chunk times the row's probabilities.
+/// Adds to each of some rows' weighted sums the values `keys` of a chunk times the row's probabilities.
 ///
 /// # Safety
-/// - `probabilities` is valid for reads of `rows` rows `SCORE_STRIDE` apart, each of `keys.end` elements.
-/// - `pointers[keys]` are valid for reads of `16 · vectors` elements each.
-/// - `sums` is valid for reads and writes of `rows` rows `sum_stride` apart, each of `16 · vectors` elements.
-#[inline(always)]
-pub(super) unsafe fn weighted_sums<L: Lanes, T: Element>(
-    rows: usize,
-    probabilities: *const f32,
-    vectors: usize,
-    pointers: &RowPointers<T>,
-    keys: std::ops::Range<usize>,
-    sums: *mut f32,
-    sum_stride: usize,
-) {
-    // SAFETY: the caller's. The tiles are those whose accumulators fit the registers.
-    unsafe {
+/// It may be run only if
+/// - `probabilities` is valid for reads of `rows` rows `SCORE_STRIDE` apart, each of `keys.end` elements,
+/// - `pointers[keys]` are valid for reads of `16 · vectors` elements each, `keys.end ≤ CHUNK`,
+/// - `sums` is valid for reads and writes of `rows` rows `16 · vectors` apart, each of as many elements.
+pub(super) struct WeightedSums<'a, T> {
+    pub(super) rows: usize,
+    pub(super) probabilities: *const f32,
+    pub(super) vectors: usize,
+    pub(super) pointers: &'a RowPointers<T>,
+    pub(super) keys: Range<usize>,
+    pub(super) sums: *mut f32,
+    /// Rows that will be read next, of so many vectors: their memory is asked for meanwhile.
+    pub(super) ahead: Option<(&'a RowPointers<T>, usize)>,
+}
+
+impl<T: Element> Kernel for WeightedSums<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        // The tiles are those whose accumulators fit the registers.
         if L::ACCUMULATORS >= 16 {
-            match rows {
-                1 => sum_tiles::<L, T, 1, 8>(probabilities, vectors, pointers, keys, sums, sum_stride),
-                2 => sum_tiles::<L, T, 2, 8>(probabilities, vectors, pointers, keys, sums, sum_stride),
-                3 => sum_tiles::<L, T, 3, 4>(probabilities, vectors, pointers, keys, sums, sum_stride),
-                _ => sum_tiles::<L, T, 4, 4>(probabilities, vectors, pointers, keys, sums, sum_stride),
+            match self.rows {
+                1 => self.tiles::<L, 1, 8>(0),
+                2 => self.tiles::<L, 2, 8>(0),
+                3 => self.tiles::<L, 3, 4>(0),
+                _ => self.tiles::<L, 4, 4>(0),
             }
         } else {
             let mut row = 0;
-            while row < rows {
-                let probabilities = probabilities.add(row * SCORE_STRIDE);
-                let sums = sums.add(row * sum_stride);
-                let keys = keys.clone();
-                if rows - row >= 2 {
-                    sum_tiles::<L, T, 2, 2>(probabilities, vectors, pointers, keys, sums, sum_stride);
-                    row += 2;
-                } else {
-                    sum_tiles::<L, T, 1, 4>(probabilities, vectors, pointers, keys, sums, sum_stride);
-                    row += 1;
-                }
+            while row + 2 <= self.rows {
+                self.tiles::<L, 2, 2>(row);
+                row += 2;
+            }
+            if row < self.rows {
+                self.tiles::<L, 1, 4>(row);
             }
         }
     }
 }
 
-/// [`weighted_sums`] in tiles of `R` rows and `V` vectors, then single vectors.
-///
-/// # Safety
-/// As [`weighted_sums`].
-#[inline(always)]
-unsafe fn sum_tiles<L: Lanes, T: Element, const R: usize, const V: usize>(
-    probabilities: *const f32,
-    vectors: usize,
-    pointers: &RowPointers<T>,
-    keys: std::ops::Range<usize>,
-    sums: *mut f32,
-    sum_stride: usize,
-) {
-    let mut vector = 0;
-    // SAFETY: the caller's; a tile ends at `vectors` at most.
-    unsafe {
-        while vector + V <= vectors {
-            sum_tile::<L, T, R, V>(probabilities, vector, pointers, keys.clone(), sums, sum_stride);
+impl<T: Element> WeightedSums<'_, T> {
+    /// The rows from `first` on, in tiles of `R` rows and `V` vectors, then single vectors.
+    #[inline(always)]
+    fn tiles<L: Lanes, const R: usize, const V: usize>(&self, first: usize) {
+        let mut vector = 0;
+        while vector + V <= self.vectors {
+            self.tile::<L, R, V>(first, vector);
             vector += V;
         }
-        while vector + 2 <= vectors {
-            sum_tile::<L, T, R, 2>(probabilities, vector, pointers, keys.clone(), sums, sum_stride);
-            vector += 2;
-        }
-        while vector < vectors {
-            sum_tile::<L, T, R, 1>(probabilities, vector, pointers, keys.clone(), sums, sum_stride);
+        while vector < self.vectors {
+            self.tile::<L, R, 1>(first, vector);
             vector += 1;
         }
     }
-}
 
-/// # Safety
-/// As [`weighted_sums`], for the vectors `first..first + V`.
-#[inline(always)]
-unsafe fn sum_tile<L: Lanes, T: Element, const R: usize, const V: usize>(
-    probabilities: *const f32,
-    first: usize,
-    pointers: &RowPointers<T>,
-    keys: std::ops::Range<usize>,
-    sums: *mut f32,
-    sum_stride: usize,
-) {
-    // SAFETY: the caller's.
-    unsafe {
-        let at = |row: usize, i: usize| sums.add(row * sum_stride + (first + i) * LANES);
-        let mut acc: [[L; V]; R] = std::array::from_fn(|r| std::array::from_fn(|i| L::load(at(r, i))));
-        for key in keys {
-            let value = *pointers.get_unchecked(key);
-            let values: [L; V] = std::array::from_fn(|i| T::load(value.add((first + i) * LANES)));
-            for (row, acc) in acc.iter_mut().enumerate() {
-                let probability = L::splat(*probabilities.add(row * SCORE_STRIDE + key));
-                for (acc, value) in acc.iter_mut().zip(values) {
-                    *acc = probability.fma(value, *acc);
+    #[inline(always)]
+    fn tile<L: Lanes, const R: usize, const V: usize>(&self, first: usize, vector: usize) {
+        let width = self.vectors * LANES;
+        // SAFETY: see the type.
+        unsafe {
+            let sums = self.sums.add(first * width + vector * LANES);
+            let probabilities = self.probabilities.add(first * SCORE_STRIDE);
+            let mut acc = [[L::splat(0.0); V]; R];
+            for row in 0..R {
+                for i in 0..V {
+                    acc[row][i] = L::load(sums.add(row * width + i * LANES));
                 }
             }
-        }
-        for (row, acc) in acc.iter().enumerate() {
-            for (i, acc) in acc.iter().enumerate() {
-                acc.store(at(row, i));
+            for key in self.keys.clone() {
+                if let Some((ahead, vectors)) = self.ahead
+                    && first == 0
+                    && vector == 0
+                {
+                    prefetch_row::<L, T>(*ahead.get_unchecked(key), vectors);
+                }
+                let value = self.pointers.get_unchecked(key).add(vector * LANES);
+                let mut values = [L::splat(0.0); V];
+                for i in 0..V {
+                    values[i] = T::load(value.add(i * LANES));
+                }
+                for row in 0..R {
+                    let probability = L::splat(*probabilities.add(row * SCORE_STRIDE + key));
+                    for i in 0..V {
+                        acc[row][i] = probability.fma(values[i], acc[row][i]);
+                    }
+                }
+            }
+            for row in 0..R {
+                for i in 0..V {
+                    acc[row][i].store(sums.add(row * width + i * LANES));
+                }
             }
         }
     }
 }
 
-/// Multiplies a row of `16 · vectors` elements.
+/// Converts the rows `keys` of a chunk to `f32`, row `key` to `to[key · width]`; elements from `dim` to `width`
+/// are left alone.
 ///
 /// # Safety
-/// `row` is valid for reads and writes of that many elements.
-#[inline(always)]
-pub(super) unsafe fn scale_row<L: Lanes>(row: *mut f32, vectors: usize, factor: f32) {
-    for vector in 0..vectors {
-        // SAFETY: the caller's.
-        unsafe {
-            let at = row.add(vector * LANES);
-            L::load(at).mul(L::splat(factor)).store(at);
+/// It may be run only if `pointers[keys]` are valid for reads of `dim` elements each and `to` is valid for writes of
+/// `keys.end · width` elements, `dim ≤ width`.
+pub(super) struct Convert<'a, T> {
+    pub(super) pointers: &'a RowPointers<T>,
+    pub(super) keys: Range<usize>,
+    pub(super) dim: usize,
+    pub(super) width: usize,
+    pub(super) to: *mut f32,
+}
+
+impl<T: Element> Kernel for Convert<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        for key in self.keys.clone() {
+            // SAFETY: see the type.
+            unsafe {
+                let (from, to) = (*self.pointers.get_unchecked(key), self.to.add(key * self.width));
+                for vector in 0..self.dim / LANES {
+                    T::load::<L>(from.add(vector * LANES)).store(to.add(vector * LANES));
+                }
+                for i in self.dim - self.dim % LANES..self.dim {
+                    *to.add(i) = (*from.add(i)).to_f32();
+                }
+            }
         }
+    }
+}
+
+/// Adds the softmax and weighted sums of a part of a row's keys to those of the parts before. Both rows of
+/// sums hold a multiple of sixteen elements. Safe to run.
+pub(super) struct MergeRow<'a> {
+    pub(super) total: &'a mut Softmax,
+    pub(super) total_sums: &'a mut [f32],
+    pub(super) part: Softmax,
+    pub(super) part_sums: &'a [f32],
+}
+
+impl Kernel for MergeRow<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Self { total, total_sums, part, part_sums } = self;
+        // A row that saw no key of the part. NaN is not 0 and goes on.
+        if part.sum == 0.0 {
+            return;
+        }
+        let max = total.max.max(part.max);
+        let shift = if max == f32::NEG_INFINITY { 0.0 } else { max };
+        let (keep, add) = (math::exp1::<L>(total.max - shift), math::exp1::<L>(part.max - shift));
+        *total = Softmax { max, sum: total.sum * keep + part.sum * add };
+        for (to, from) in
+            total_sums.as_chunks_mut::<LANES>().0.iter_mut().zip(part_sums.as_chunks::<LANES>().0)
+        {
+            // SAFETY: both hold sixteen elements.
+            unsafe {
+                let kept = L::load(to.as_ptr()).mul(L::splat(keep));
+                L::load(from.as_ptr()).fma(L::splat(add), kept).store(to.as_mut_ptr());
+            }
+        }
+    }
+}
+
+/// `exp(x)` of one number, as the lanes compute it. Safe to run.
+pub(super) struct Exp(pub(super) f32);
+
+impl Kernel for Exp {
+    type Output = f32;
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) -> f32 {
+        math::exp1::<L>(self.0)
     }
 }

@@ -37,6 +37,7 @@
 
 mod blocks;
 mod elements;
+mod gather;
 mod io;
 mod kernel;
 mod lanes;

@@ -1,7 +1,8 @@
-//! The work list: rows of one sequence and one key-value head in tiles, and long ones split by segments.
+//! The work list: rows of one sequence in tiles, and long ones split by segments.
 //! Host arithmetic only; `run` hands the units to threads and `tile` computes them.
 
 use super::io::{Inputs, Outputs};
+use super::lanes::Level;
 use super::run::{self, Partials, Workspace};
 use super::{CHUNK, SEGMENT};
 use crate::{Mask, PagedBatch, Problem, ProblemError, SequenceView};
@@ -12,17 +13,22 @@ use std::sync::Mutex;
 /// keys and values, few enough for their sums to stay in the second-level cache.
 pub(super) const TILE_ROWS: usize = 64;
 
+/// Rows from which on keys and values are converted to `f32` once a chunk instead of once for each four rows.
+pub(super) const CONVERT_ROWS: usize = 9;
+
 /// Multiply-adds below which another thread costs more than it helps.
 const LEAST_SHARE: u64 = 1 << 17;
 
-/// Rows of one sequence that share a key-value head, computed together.
+/// Rows of one sequence that are computed together, `[kv_heads, queries, heads]`.
 #[derive(Clone, Debug)]
 pub(super) struct Tile {
     pub(super) sequence: usize,
-    pub(super) kv_head: usize,
+    /// Several if their rows are few: the heads of a token often lie side by side, so going through the keys
+    /// once for all of them reads memory in order.
+    pub(super) kv_heads: Range<usize>,
     /// Queries, counted from the sequence's first.
     pub(super) queries: Range<usize>,
-    /// Heads, counted from the first that uses `kv_head`.
+    /// Query heads, counted from the first that uses the same key-value head.
     pub(super) heads: Range<usize>,
     /// Keys that at least one row may see.
     pub(super) keys: Range<usize>,
@@ -30,7 +36,27 @@ pub(super) struct Tile {
 
 impl Tile {
     pub(super) fn rows(&self) -> usize {
+        self.kv_heads.len() * self.rows_of_head()
+    }
+
+    /// Rows that share a key-value head.
+    pub(super) fn rows_of_head(&self) -> usize {
         self.queries.len() * self.heads.len()
+    }
+
+    /// Query of a row, counted from the sequence's first.
+    pub(super) fn query(&self, row: usize) -> usize {
+        self.queries.start + row / self.heads.len() % self.queries.len()
+    }
+
+    /// Key-value head of a row.
+    pub(super) fn kv_head(&self, row: usize) -> usize {
+        self.kv_heads.start + row / self.rows_of_head()
+    }
+
+    /// Query head of a row, of all heads.
+    pub(super) fn q_head(&self, row: usize, group: usize) -> usize {
+        self.kv_head(row) * group + self.heads.start + row % self.heads.len()
     }
 
     /// The segments in which its keys lie.
@@ -75,6 +101,8 @@ pub struct Plan<'a> {
     /// Elements that the partial results of all split tiles take.
     pub(super) partial_elements: usize,
     pub(super) workers: usize,
+    /// One that the processor has.
+    pub(super) level: Level,
     /// Buffers that runs borrow and give back, so that a layer allocates nothing.
     pub(super) workspaces: Mutex<Vec<Workspace>>,
     /// As `workspaces`, one for each run at a time.
@@ -84,13 +112,14 @@ pub struct Plan<'a> {
 impl<'a> Plan<'a> {
     /// Plans the work of a checked problem.
     pub fn new(problem: Problem<'a>) -> Self {
-        let tiles = tiles(&problem);
+        let threads = rayon::current_num_threads().max(1);
+        let tiles = tiles(&problem, threads);
         let config = problem.config();
         let dims = (config.head_dim_qk + config.head_dim_v) as u64;
         // Few rows are bound by reading keys and values: a row costs at least as much as four.
-        let cost = |tile: &Tile, keys: usize| keys as u64 * tile.rows().max(4) as u64 * dims;
+        let cost =
+            |tile: &Tile, keys: usize| keys as u64 * tile.rows().max(4 * tile.kv_heads.len()) as u64 * dims;
         let total: u64 = tiles.iter().map(|tile| cost(tile, tile.keys.len())).sum();
-        let threads = rayon::current_num_threads().max(1);
         let workers = (total / LEAST_SHARE).clamp(1, threads as u64) as usize;
 
         let mut units: Vec<(u64, Unit)> = Vec::with_capacity(tiles.len());
@@ -117,7 +146,14 @@ impl<'a> Plan<'a> {
         units.sort_by_key(|&(cost, _)| std::cmp::Reverse(cost));
         let units = units.into_iter().map(|(_, unit)| unit).collect();
         let (workspaces, partials) = Default::default();
-        Self { problem, tiles, units, splits, partial_elements, workers, workspaces, partials }
+        let level = Level::detect();
+        Self { problem, tiles, units, splits, partial_elements, workers, level, workspaces, partials }
+    }
+
+    /// The same plan for another instruction set than the best one; `None` if the processor lacks it. AVX-512,
+    /// AVX2 and NEON give the same bits.
+    pub fn with_level(self, level: Level) -> Option<Self> {
+        level.is_available().then_some(Self { level, ..self })
     }
 
     /// The problem that was planned.
@@ -138,23 +174,31 @@ impl<'a> Plan<'a> {
     }
 }
 
-fn tiles(problem: &Problem<'_>) -> Vec<Tile> {
+fn tiles(problem: &Problem<'_>, threads: usize) -> Vec<Tile> {
     let (config, batch) = (problem.config(), problem.batch());
     let group = config.group();
-    let group_tiles = group.div_ceil(TILE_ROWS);
+    // A wide group is cut into equal parts that fit a tile.
+    let heads = group.div_ceil(group.div_ceil(TILE_ROWS));
+    let tile_queries = (TILE_ROWS / heads).max(1);
+    let views = || (0..problem.num_sequences()).map(|i| (i, problem.sequence(i)));
+    // With little else to share out, every key-value head goes its own way.
+    let segments: usize = views().map(|(_, view)| view.query_len.min(1) * view.len.div_ceil(SEGMENT)).sum();
+    let shares = (2 * threads).div_ceil(segments.max(1));
     let mut tiles = Vec::new();
-    for sequence in 0..problem.num_sequences() {
-        let view = problem.sequence(sequence);
-        let heads = group.div_ceil(group_tiles);
-        let queries = (TILE_ROWS / heads).max(1);
-        for first in (0..view.query_len).step_by(queries) {
-            let queries = first..(first + queries).min(view.query_len);
+    for (sequence, view) in views() {
+        let rows = heads * view.query_len.min(tile_queries);
+        let kv_heads = match rows < CONVERT_ROWS {
+            true => (TILE_ROWS / rows.max(1)).min(config.kv_heads.div_ceil(shares)).max(1),
+            false => 1,
+        };
+        for first in (0..view.query_len).step_by(tile_queries) {
+            let queries = first..(first + tile_queries).min(view.query_len);
             let keys = visible_keys(batch, config.mask, &view, queries.clone());
-            for kv_head in 0..config.kv_heads {
+            for kv_head in (0..config.kv_heads).step_by(kv_heads) {
                 for first_head in (0..group).step_by(heads) {
                     tiles.push(Tile {
                         sequence,
-                        kv_head,
+                        kv_heads: kv_head..(kv_head + kv_heads).min(config.kv_heads),
                         queries: queries.clone(),
                         heads: first_head..(first_head + heads).min(group),
                         keys: keys.clone(),

@@ -2,9 +2,12 @@
 
 use super::CHUNK;
 use super::io::{Inputs, Outputs};
-use super::kernel::{ROWS, SCORE_STRIDE, Softmax};
+use super::kernel::{Exp, MergeRow, ROWS, SCORE_STRIDE, Softmax};
+#[cfg(target_arch = "aarch64")]
+use super::lanes::Neon;
+#[cfg(target_arch = "x86_64")]
+use super::lanes::{Avx2, Avx512};
 use super::lanes::{LANES, Lanes, Level, Portable};
-use super::math;
 use super::plan::{Plan, Split, TILE_ROWS, Tile, Unit};
 use super::tile;
 use crate::{AttentionConfig, HostTensor, HostTensorMut, RowStrides, SequenceView};
@@ -33,6 +36,14 @@ pub(super) struct RowStates {
 impl RowStates {
     fn new(width: usize) -> Self {
         Self { sums: vec![0.0; TILE_ROWS * width], softmax: vec![Softmax::EMPTY; TILE_ROWS] }
+    }
+
+    /// Adds a part of a row's keys to those before.
+    pub(super) fn add<L: Lanes>(&mut self, row: usize, part: Softmax, part_sums: &[f32]) {
+        let columns = row * part_sums.len()..(row + 1) * part_sums.len();
+        let (total, total_sums) = (&mut self.softmax[row], &mut self.sums[columns]);
+        // SAFETY: it has no conditions.
+        unsafe { L::enter(MergeRow { total, total_sums, part, part_sums }) };
     }
 
     pub(super) fn clear(&mut self) {
@@ -79,21 +90,15 @@ impl Workspace {
         let (dim, width) = (config.head_dim_qk, padded(config.head_dim_qk));
         self.total.clear();
         self.visible.clear();
-        let mut rows = self.q.chunks_exact_mut(width);
-        for query in tile.queries.clone() {
-            let visible = problem.batch().visible(config.mask, view, query);
-            for head in tile.heads.clone() {
-                self.visible.push(visible.clone());
-                let at = row_offset(problem.q_strides(), view, query, tile, head, config);
-                if let Some(row) = rows.next() {
-                    load_row(&context.inputs.q, at, &mut row[..dim]);
-                }
-            }
+        for (row, to) in self.q.chunks_exact_mut(width).take(tile.rows()).enumerate() {
+            let query = tile.query(row);
+            self.visible.push(problem.batch().visible(config.mask, view, query));
+            let head = tile.q_head(row, config.group());
+            load_row(&context.inputs.q, offset(problem.q_strides(), view, query, head), &mut to[..dim]);
         }
     }
 
     /// Normalises the rows of a finished tile and writes them, and their `lse`.
-    #[inline(always)]
     pub(super) fn store_rows<L: Lanes>(
         &mut self,
         context: &Context<'_, '_>,
@@ -103,57 +108,48 @@ impl Workspace {
         let problem = context.plan.problem();
         let config = problem.config();
         let (dim, width) = (config.head_dim_v, padded(config.head_dim_v));
-        let v_scale = context.inputs.v_scale.of(tile.kv_head);
-        let mut rows = self.total.sums.chunks_exact_mut(width).zip(&self.total.softmax);
-        for query in tile.queries.clone() {
-            for head in tile.heads.clone() {
-                let Some((sums, state)) = rows.next() else { return };
-                let sums = &mut sums[..dim];
-                let q_head = tile.kv_head * config.group() + head;
-                let mut lse = f32::NEG_INFINITY;
-                if state.sum == 0.0 {
-                    sums.fill(0.0);
-                } else {
-                    let sink = context.inputs.sinks.and_then(|sinks| sinks.get(q_head).copied());
-                    let (max, sum, keep) = match sink {
-                        None => (state.max, state.sum, 1.0),
-                        Some(sink) => {
-                            let max = state.max.max(sink);
-                            let keep = math::exp1::<L>(state.max - max);
-                            (max, state.sum * keep + math::exp1::<L>(sink - max), keep)
-                        }
-                    };
-                    lse = max + sum.ln();
-                    for value in sums.iter_mut() {
-                        *value = *value * keep / sum * v_scale;
+        let rows = self.total.sums.chunks_exact_mut(width).zip(&self.total.softmax);
+        for (row, (sums, state)) in rows.take(tile.rows()).enumerate() {
+            let (query, head) = (tile.query(row), tile.q_head(row, config.group()));
+            let v_scale = context.inputs.v_scale.of(tile.kv_head(row));
+            let sums = &mut sums[..dim];
+            let mut lse = f32::NEG_INFINITY;
+            if state.sum == 0.0 {
+                sums.fill(0.0);
+            } else {
+                let sink = context.inputs.sinks.and_then(|sinks| sinks.get(head).copied());
+                let (max, sum, keep) = match sink {
+                    None => (state.max, state.sum, 1.0),
+                    Some(sink) => {
+                        let max = state.max.max(sink);
+                        // SAFETY: it has no conditions.
+                        let exp = |x: f32| unsafe { L::enter(Exp(x)) };
+                        let keep = exp(state.max - max);
+                        (max, state.sum * keep + exp(sink - max), keep)
                     }
+                };
+                lse = max + sum.ln();
+                for value in sums.iter_mut() {
+                    *value = *value * keep / sum * v_scale;
                 }
-                let at = row_offset(problem.out_strides(), view, query, tile, head, config);
-                let lse_at = (view.query_start + query) * config.q_heads + q_head;
-                // SAFETY: the problem's rows do not overlap, each belongs to one tile, a tile is stored by
-                // one thread, and `Outputs::check` has seen that the buffers hold them.
-                unsafe {
-                    context.out.store_row(at, sums);
-                    if let Some(to) = context.lse {
-                        to.0.add(lse_at).write(lse);
-                    }
+            }
+            let at = offset(problem.out_strides(), view, query, head);
+            let lse_at = (view.query_start + query) * config.q_heads + head;
+            // SAFETY: the problem's rows do not overlap, each belongs to one tile, a tile is stored by one
+            // thread, and `Outputs::check` has seen that the buffers hold them.
+            unsafe {
+                context.out.store_row(at, sums);
+                if let Some(to) = context.lse {
+                    to.0.add(lse_at).write(lse);
                 }
             }
         }
     }
 }
 
-/// Where a query's or an output's row of one head begins.
-fn row_offset(
-    strides: RowStrides,
-    view: &SequenceView<'_>,
-    query: usize,
-    tile: &Tile,
-    head: usize,
-    config: &AttentionConfig,
-) -> usize {
-    let (row, head) = (view.query_start + query, tile.kv_head * config.group() + head);
-    (row as u64 * strides.token + head as u64 * strides.head) as usize
+/// Where the row of a query and a query head begins.
+fn offset(strides: RowStrides, view: &SequenceView<'_>, query: usize, head: usize) -> usize {
+    ((view.query_start + query) as u64 * strides.token + head as u64 * strides.head) as usize
 }
 
 fn load_row(from: &HostTensor<'_>, at: usize, to: &mut [f32]) {
@@ -279,9 +275,16 @@ pub(super) fn run(plan: &Plan<'_>, inputs: &Inputs<'_>, outputs: &mut Outputs<'_
     lock(&plan.partials).push(partials);
 }
 
+/// A plan's level is one that the processor has (`Plan::new`, `Plan::with_level`).
 fn compute(context: &Context<'_, '_>, unit: &Unit, workspace: &mut Workspace) {
-    match Level::detect() {
-        Level::Portable => tile::compute::<Portable>(context, unit, workspace),
+    match context.plan.level {
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => tile::compute::<Avx512>(context, unit, workspace),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => tile::compute::<Avx2>(context, unit, workspace),
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon => tile::compute::<Neon>(context, unit, workspace),
+        _ => tile::compute::<Portable>(context, unit, workspace),
     }
 }
 

@@ -1,23 +1,21 @@
 //! One unit of work: the rows of a tile against the keys of some segments, and the merge of segments.
 //!
-//! It finds keys and values through the block table, converts them once where many rows share them, and
-//! drives the loops of `kernel`.
+//! It knows which row sees which key, has `gather` find keys and values, and drives the loops of `kernel`.
 
 use super::elements::{E4m3, E5m2, Element};
-use super::kernel::{self, ROWS, RowPointers, SCORE_STRIDE, ScoreTerms, Softmax, VisibleKeys};
+use super::gather::{Gather, Source};
+use super::kernel::{
+    ROWS, RowPointers, SCORE_STRIDE, ScoreTerms, Scores, Softmax, SoftmaxRow, VisibleKeys, WeightedSums,
+};
 use super::lanes::{LANES, Lanes};
-use super::plan::{Tile, Unit};
+use super::plan::{CONVERT_ROWS, Tile, Unit};
 use super::run::{Context, Workspace, padded};
-use super::{CHUNK, SEGMENT, math};
-use crate::{HostTensor, KvStrides, Mask, SequenceView};
+use super::{CHUNK, SEGMENT};
+use crate::{HostTensor, Mask, SequenceView};
 use std::ops::Range;
-
-/// Rows from which on keys and values are converted to `f32` once a chunk instead of once for each four rows.
-const CONVERT_ROWS: usize = 9;
 
 /// Computes a unit. A whole tile is written to the output; the segments of a split one go to the partial
 /// results, and whoever completes the tile merges them.
-#[inline(always)]
 pub(super) fn compute<L: Lanes>(context: &Context<'_, '_>, unit: &Unit, workspace: &mut Workspace) {
     let inputs = context.inputs;
     match (inputs.k, inputs.v) {
@@ -35,7 +33,6 @@ pub(super) fn compute<L: Lanes>(context: &Context<'_, '_>, unit: &Unit, workspac
     }
 }
 
-#[inline(always)]
 fn typed<L: Lanes, T: Element>(
     context: &Context<'_, '_>,
     unit: &Unit,
@@ -44,7 +41,7 @@ fn typed<L: Lanes, T: Element>(
     v: &[T],
 ) {
     let problem = context.plan.problem();
-    let config = problem.config();
+    let (config, layout) = (problem.config(), problem.layout());
     let Some(tile) = context.plan.tiles.get(unit.tile) else { return };
     let view = problem.sequence(tile.sequence);
     workspace.load_rows(context, tile, &view);
@@ -53,17 +50,15 @@ fn typed<L: Lanes, T: Element>(
 
     for segment in unit.segments.clone() {
         workspace.segment.clear();
-        let mut run = SegmentRun { context, tile, view: &view, k, v, workspace };
-        run.segment::<L>(segment);
+        let (block_size, table) = (layout.block_size, view.table);
+        let k = Gather { cache: k, strides: layout.k, dim: config.head_dim_qk, table, block_size };
+        let v = Gather { cache: v, strides: layout.v, dim: config.head_dim_v, table, block_size };
+        SegmentRun { context, tile, view: &view, k, v, workspace }.segment::<L>(segment);
         match unit.split {
             None => {
                 for row in 0..tile.rows() {
-                    let (total, part) = (&mut workspace.total, &workspace.segment);
-                    let columns = row * width..(row + 1) * width;
-                    merge_row::<L>(
-                        (&mut total.softmax[row], &mut total.sums[columns.clone()]),
-                        (&part.softmax[row], &part.sums[columns]),
-                    );
+                    let (part, columns) = (&workspace.segment, row * width..(row + 1) * width);
+                    workspace.total.add::<L>(row, part.softmax[row], &part.sums[columns]);
                 }
             }
             Some(split) => {
@@ -86,13 +81,8 @@ fn typed<L: Lanes, T: Element>(
                 let place = unsafe { context.partial(split, index, tile.rows()) };
                 let (sums, softmax) = place.split_at(elements);
                 for row in 0..tile.rows() {
-                    let columns = row * width..(row + 1) * width;
                     let part = Softmax { max: softmax[2 * row], sum: softmax[2 * row + 1] };
-                    let total = &mut workspace.total;
-                    merge_row::<L>(
-                        (&mut total.softmax[row], &mut total.sums[columns.clone()]),
-                        (&part, &sums[columns]),
-                    );
+                    workspace.total.add::<L>(row, part, &sums[row * width..(row + 1) * width]);
                 }
             }
             true
@@ -104,176 +94,134 @@ fn typed<L: Lanes, T: Element>(
     }
 }
 
-/// Adds a segment's softmax and sums to the total's.
-#[inline(always)]
-fn merge_row<L: Lanes>(total: (&mut Softmax, &mut [f32]), part: (&Softmax, &[f32])) {
-    let ((state, sums), (part, part_sums)) = (total, part);
-    // A row that saw no key of the segment. NaN is not 0 and goes on.
-    if part.sum == 0.0 {
-        return;
-    }
-    let max = state.max.max(part.max);
-    let shift = if max == f32::NEG_INFINITY { 0.0 } else { max };
-    let (keep, add) = (math::exp1::<L>(state.max - shift), math::exp1::<L>(part.max - shift));
-    *state = Softmax { max, sum: state.sum * keep + part.sum * add };
-    for (to, from) in sums.chunks_exact_mut(LANES).zip(part_sums.chunks_exact(LANES)) {
-        // SAFETY: both hold sixteen elements.
-        unsafe {
-            let kept = L::load(to.as_ptr()).mul(L::splat(keep));
-            L::load(from.as_ptr()).fma(L::splat(add), kept).store(to.as_mut_ptr());
-        }
-    }
-}
-
-/// Keys or values of a chunk: as they are stored, or converted.
-enum Source<T> {
-    Stored(RowPointers<T>),
-    Converted(RowPointers<f32>),
-}
-
+/// A tile against the chunks of a segment.
 struct SegmentRun<'r, 'p, T> {
     context: &'r Context<'r, 'p>,
     tile: &'r Tile,
     view: &'r SequenceView<'p>,
-    k: &'r [T],
-    v: &'r [T],
+    k: Gather<'r, T>,
+    v: Gather<'r, T>,
     workspace: &'r mut Workspace,
 }
 
+/// A chunk, found and if need be converted.
+struct Chunk<T> {
+    /// Its first key's position.
+    first: usize,
+    k: Source<T>,
+    v: Source<T>,
+    /// The keys that will be used next, until they have been asked for.
+    next_k: Option<RowPointers<T>>,
+}
+
 impl<T: Element> SegmentRun<'_, '_, T> {
-    #[inline(always)]
     fn segment<L: Lanes>(&mut self, segment: usize) {
-        let config = self.context.plan.problem().config();
-        let (k_width, v_width) = (padded(config.head_dim_qk), padded(config.head_dim_v));
-        let layout = *self.context.plan.problem().layout();
+        let tile = self.tile;
+        let many_rows = tile.rows_of_head() >= CONVERT_ROWS;
+        let keys_of = |first: usize| first.max(tile.keys.start)..(first + CHUNK).min(tile.keys.end);
         for first in (segment * SEGMENT..(segment + 1) * SEGMENT).step_by(CHUNK) {
-            let keys = first.max(self.tile.keys.start)..(first + CHUNK).min(self.tile.keys.end);
+            let (keys, next) = (keys_of(first), keys_of(first + CHUNK));
             if keys.is_empty() {
                 continue;
             }
-            let k = self.source::<L>(self.k, layout.k, config.head_dim_qk, first, keys.clone(), true);
-            let v = self.source::<L>(self.v, layout.v, config.head_dim_v, first, keys, false);
-            let mut row = 0;
-            while row < self.tile.rows() {
-                let rows = ROWS.min(self.tile.rows() - row);
-                self.batch::<L>(first, row, rows, (&k, k_width / LANES), (&v, v_width / LANES));
-                row += rows;
-            }
-        }
-    }
-
-    /// Finds the rows of `keys` in the cache.
-    #[inline(always)]
-    fn source<L: Lanes>(
-        &mut self,
-        cache: &[T],
-        strides: KvStrides,
-        dim: usize,
-        first: usize,
-        keys: Range<usize>,
-        is_k: bool,
-    ) -> Source<T> {
-        let block_size = self.context.plan.problem().layout().block_size;
-        let (shift, place_mask) = (block_size.trailing_zeros(), block_size - 1);
-        let head = self.tile.kv_head as u64 * strides.head;
-        let mut pointers: RowPointers<T> = [cache.as_ptr(); CHUNK + LANES];
-        let mut last = cache.as_ptr();
-        for key in keys.clone() {
-            // Validation has checked the entries of all keys that a row can see.
-            let block = self.view.table.get(key >> shift).map_or(0, |&block| block.max(0) as u64);
-            let at = block * strides.block + (key & place_mask) as u64 * strides.token + head;
-            last = cache.as_ptr().wrapping_add(at as usize);
-            pointers[key - first] = last;
-        }
-        let range = keys.start - first..keys.end - first;
-        pointers[range.end..].fill(last);
-        if dim.is_multiple_of(LANES)
-            && (self.tile.rows() < CONVERT_ROWS || size_of::<T>() == size_of::<f32>())
-        {
-            return Source::Stored(pointers);
-        }
-        let width = padded(dim);
-        let buffer = if is_k { &mut self.workspace.k } else { &mut self.workspace.v };
-        let buffer = buffer.as_mut_ptr();
-        for key in range.clone() {
-            // SAFETY: a key's row of `dim` elements lies in the cache (`Inputs::check`), and its place in the
-            // buffer in `CHUNK` rows of `width` elements, whose padding stays 0.
-            unsafe {
-                let (from, to) = (pointers[key], buffer.add(key * width));
-                for vector in 0..dim / LANES {
-                    T::load::<L>(from.add(vector * LANES)).store(to.add(vector * LANES));
-                }
-                for i in dim - dim % LANES..dim {
-                    *to.add(i) = (*from.add(i)).to_f32();
+            for kv_head in tile.kv_heads.clone() {
+                let k = self.k.pointers(kv_head, first, keys.clone());
+                let v = self.v.pointers(kv_head, first, keys.clone());
+                let k = match self.k.converts(many_rows) {
+                    true => {
+                        let buffer = &mut self.workspace.k;
+                        Source::Converted(self.k.convert::<L>(first, keys.clone(), &k, buffer))
+                    }
+                    false => Source::Stored(k),
+                };
+                let v = match self.v.converts(many_rows) {
+                    true => {
+                        let buffer = &mut self.workspace.v;
+                        Source::Converted(self.v.convert::<L>(first, keys.clone(), &v, buffer))
+                    }
+                    false => Source::Stored(v),
+                };
+                let next_k = if kv_head + 1 < tile.kv_heads.end {
+                    Some(self.k.pointers(kv_head + 1, first, keys.clone()))
+                } else {
+                    let first_head = tile.kv_heads.start;
+                    (!next.is_empty()).then(|| self.k.pointers(first_head, first + CHUNK, next.clone()))
+                };
+                let rows = (kv_head - tile.kv_heads.start) * tile.rows_of_head();
+                let rows = rows..rows + tile.rows_of_head();
+                let mut chunk = Chunk { first, k, v, next_k };
+                for row in rows.clone().step_by(ROWS) {
+                    self.batch::<L>(&chunk, row, ROWS.min(rows.end - row));
+                    chunk.next_k = None;
                 }
             }
         }
-        let mut converted: RowPointers<f32> = [buffer; CHUNK + LANES].map(<*mut f32>::cast_const);
-        for (key, pointer) in converted.iter_mut().enumerate() {
-            let key = key.clamp(range.start, range.end - 1);
-            *pointer = buffer.wrapping_add(key * width);
-        }
-        Source::Converted(converted)
     }
 
     /// One to four rows against a chunk.
-    #[inline(always)]
-    fn batch<L: Lanes>(
-        &mut self,
-        first: usize,
-        row: usize,
-        rows: usize,
-        (k, k_vectors): (&Source<T>, usize),
-        (v, v_vectors): (&Source<T>, usize),
-    ) {
+    fn batch<L: Lanes>(&mut self, chunk: &Chunk<T>, row: usize, rows: usize) {
         let mut seen: [Range<usize>; ROWS] = std::array::from_fn(|_| 0..0);
         let mut visible = [VisibleKeys::default(); ROWS];
         let mut union: Option<Range<usize>> = None;
         for i in 0..rows {
-            seen[i] = self.visible(first, row + i, &mut visible[i]);
+            seen[i] = self.visible(chunk.first, row + i, &mut visible[i]);
             if !seen[i].is_empty() {
                 let other = union.unwrap_or(seen[i].clone());
                 union = Some(other.start.min(seen[i].start)..other.end.max(seen[i].end));
             }
         }
-        let Some(union) = union else { return };
-        let workspace = &mut *self.workspace;
+        let Some(keys) = union else { return };
+        let (k_vectors, v_vectors) = (self.k.vectors(), self.v.vectors());
         let width = v_vectors * LANES;
-        let q = workspace.q.as_ptr().wrapping_add(row * k_vectors * LANES);
+        let workspace = &mut *self.workspace;
         let scores = workspace.scores.as_mut_ptr();
-        let sums = workspace.segment.sums.as_mut_ptr().wrapping_add(row * width);
-        // SAFETY: the workspace holds `TILE_ROWS` rows of queries and sums and `ROWS` rows of scores; the
-        // pointers of `k` and `v` are valid for all keys of the tile in this chunk, and `union` lies in them.
+        // Memory that comes next is asked for: values while keys are used, then the next keys.
+        let v_ahead = match &chunk.v {
+            Source::Stored(v) => Some((v, v_vectors)),
+            Source::Converted(_) => None,
+        };
+        let k_ahead = chunk.next_k.as_ref().map(|k| (k, k_vectors));
+        // SAFETY: the workspace holds `TILE_ROWS` rows of queries and sums and `ROWS` rows of scores; `keys` lie
+        // among the tile's keys in this chunk, which `Gather` has found.
         unsafe {
-            match k {
-                Source::Stored(keys) => {
-                    kernel::scores::<L, T>(rows, q, k_vectors * LANES, k_vectors, keys, union, scores);
+            let q = workspace.q.as_ptr().add(row * k_vectors * LANES);
+            let sums = workspace.segment.sums.as_mut_ptr().add(row * width);
+            match &chunk.k {
+                Source::Stored(pointers) => {
+                    L::enter(Scores { rows, q, vectors: k_vectors, pointers, keys, scores, ahead: v_ahead });
                 }
-                Source::Converted(keys) => {
-                    kernel::scores::<L, f32>(rows, q, k_vectors * LANES, k_vectors, keys, union, scores);
+                Source::Converted(pointers) => {
+                    L::enter(Scores { rows, q, vectors: k_vectors, pointers, keys, scores, ahead: None });
                 }
             }
             for i in 0..rows {
                 if seen[i].is_empty() {
                     continue;
                 }
-                let terms = self.context.terms(self.tile, self.view, row + i, first);
-                let blocks = seen[i].start / LANES..seen[i].end.div_ceil(LANES);
-                let state = &mut workspace.segment.softmax[row + i];
-                let scores = scores.add(i * SCORE_STRIDE);
-                let rescale = kernel::softmax::<L>(scores, &visible[i], blocks, &terms, state);
-                if rescale != 1.0 {
-                    kernel::scale_row::<L>(sums.add(i * width), v_vectors, rescale);
-                }
+                L::enter(SoftmaxRow {
+                    scores: scores.add(i * SCORE_STRIDE),
+                    visible: &visible[i],
+                    blocks: seen[i].start / LANES..seen[i].end.div_ceil(LANES),
+                    terms: self.context.terms(self.tile, self.view, row + i, chunk.first),
+                    state: &mut workspace.segment.softmax[row + i],
+                    sums: sums.add(i * width),
+                    vectors: v_vectors,
+                });
             }
             let add = |first: usize, rows: usize, keys: Range<usize>| {
-                let (p, sums) = (scores.add(first * SCORE_STRIDE), sums.add(first * width));
-                match v {
-                    Source::Stored(values) => {
-                        kernel::weighted_sums::<L, T>(rows, p, v_vectors, values, keys, sums, width);
+                if keys.is_empty() {
+                    return;
+                }
+                let probabilities = scores.add(first * SCORE_STRIDE).cast_const();
+                let (sums, vectors) = (sums.add(first * width), v_vectors);
+                match &chunk.v {
+                    Source::Stored(pointers) => {
+                        let ahead = k_ahead;
+                        L::enter(WeightedSums { rows, probabilities, vectors, pointers, keys, sums, ahead });
                     }
-                    Source::Converted(values) => {
-                        kernel::weighted_sums::<L, f32>(rows, p, v_vectors, values, keys, sums, width);
+                    Source::Converted(pointers) => {
+                        let ahead = None;
+                        L::enter(WeightedSums { rows, probabilities, vectors, pointers, keys, sums, ahead });
                     }
                 }
             };
@@ -287,24 +235,18 @@ impl<T: Element> SegmentRun<'_, '_, T> {
             // its keys in rising order either way.
             let start = seen[..rows].iter().map(|keys| keys.start).max().unwrap_or(0);
             let end = seen[..rows].iter().map(|keys| keys.end).min().unwrap_or(0);
-            if start >= end {
-                for i in 0..rows {
-                    add(i, 1, seen[i].clone());
-                }
-                return;
-            }
+            let (start, end, together) = if start < end { (start, end, rows) } else { (CHUNK, CHUNK, 0) };
             for i in 0..rows {
-                add(i, 1, seen[i].start..start);
+                add(i, 1, seen[i].start..seen[i].end.min(start));
             }
-            add(0, rows, start..end);
+            add(0, together, start..end);
             for i in 0..rows {
-                add(i, 1, end..seen[i].end);
+                add(i, 1, end.max(seen[i].start)..seen[i].end);
             }
         }
     }
 
     /// Which keys of the chunk a row sees: the smallest range, and the bits.
-    #[inline(always)]
     fn visible(&self, first: usize, row: usize, bits: &mut VisibleKeys) -> Range<usize> {
         let Some(keys) = self.workspace.visible.get(row) else { return 0..0 };
         let start = keys.start.clamp(first, first + CHUNK) - first;
@@ -319,7 +261,7 @@ impl<T: Element> SegmentRun<'_, '_, T> {
         }
         let problem = self.context.plan.problem();
         let Some(mask) = problem.batch().mask_bits else { return start..end };
-        let query = self.view.query_start + self.tile.queries.start + row / self.tile.heads.len();
+        let query = self.view.query_start + self.tile.query(row);
         let (mut least, mut most) = (end, start);
         for block in start / LANES..end.div_ceil(LANES) {
             let key = first + block * LANES;
@@ -335,7 +277,6 @@ impl<T: Element> SegmentRun<'_, '_, T> {
 }
 
 /// Calls `f` with each run of set bits, in rising order.
-#[inline(always)]
 fn for_each_run(bits: &VisibleKeys, keys: Range<usize>, f: impl Fn(Range<usize>)) {
     let is_set = |key: usize| bits[key / LANES] >> (key % LANES) & 1 == 1;
     let mut key = keys.start;
@@ -354,17 +295,15 @@ fn for_each_run(bits: &VisibleKeys, keys: Range<usize>, f: impl Fn(Range<usize>)
 
 impl Context<'_, '_> {
     /// What is done to the scores of a row of a tile with the chunk that begins at `first`.
-    #[inline(always)]
     fn terms(&self, tile: &Tile, view: &SequenceView<'_>, row: usize, first: usize) -> ScoreTerms {
         let problem = self.plan.problem();
         let config = problem.config();
         let alibi = self.inputs.alibi_slopes.map(|slopes| {
-            let q_head = tile.kv_head * config.group() + tile.heads.start + row % tile.heads.len();
-            let query = tile.queries.start + row / tile.heads.len();
-            let distance = first as i64 - problem.batch().position(view, query);
+            let distance = first as i64 - problem.batch().position(view, tile.query(row));
+            let q_head = tile.q_head(row, config.group());
             (slopes.get(q_head).copied().unwrap_or(0.0), distance as f32)
         });
-        let scale = config.scale * self.inputs.k_scale.of(tile.kv_head);
+        let scale = config.scale * self.inputs.k_scale.of(tile.kv_head(row));
         ScoreTerms { scale, softcap: config.softcap, alibi }
     }
 }

@@ -82,10 +82,14 @@ impl StepBatch {
         }
         if block_tables.len() != limits.num_groups {
             let (has, needs) = (block_tables.len(), limits.num_groups);
-            return Err(format!("sequence {sequence} has {has} block tables; the model has {needs} KV groups"));
+            return Err(format!(
+                "sequence {sequence} has {has} block tables; the model has {needs} KV groups"
+            ));
         }
         for (group, table) in self.groups.iter_mut().zip(block_tables) {
-            group.push(table, *start..end, limits.block_size).map_err(|e| format!("sequence {sequence} {e}"))?;
+            group
+                .push(table, *start..end, limits.block_size)
+                .map_err(|e| format!("sequence {sequence} {e}"))?;
         }
         for token in tokens {
             match *token {
@@ -127,7 +131,8 @@ impl GroupBatch {
             self.slots.push(i64::from(block) * block_size as i64 + (position % block_size) as i64);
         }
         self.indices.extend(table.iter().map(|&block| i32::try_from(block).unwrap_or(-1)));
-        let end = i32::try_from(self.indices.len()).map_err(|_| "makes the block tables too long".to_owned())?;
+        let end =
+            i32::try_from(self.indices.len()).map_err(|_| "makes the block tables too long".to_owned())?;
         self.indptr.push(end);
         Ok(())
     }

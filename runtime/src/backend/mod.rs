@@ -119,7 +119,11 @@ pub trait Backend: Send + Sync + Sized + 'static {
     ///
     /// # Errors
     /// [`BackendError::Attention`] if the batch contradicts itself.
-    fn prepare<'a>(&'a self, spec: &'a AttentionSpec, batch: &'a StepBatch) -> Result<Self::Step<'a>, BackendError>;
+    fn prepare<'a>(
+        &'a self,
+        spec: &'a AttentionSpec,
+        batch: &'a StepBatch,
+    ) -> Result<Self::Step<'a>, BackendError>;
 
     /// Moves blocks as the cache manager says, in its order.
     ///
@@ -210,7 +214,12 @@ pub trait Backend: Send + Sync + Sized + 'static {
     ///
     /// # Errors
     /// As of [`linear`](Self::linear).
-    fn silu_mul(&self, gate: &Self::Tensor, up: &Self::Tensor, out: &mut Self::Tensor) -> Result<(), BackendError>;
+    fn silu_mul(
+        &self,
+        gate: &Self::Tensor,
+        up: &Self::Tensor,
+        out: &mut Self::Tensor,
+    ) -> Result<(), BackendError>;
 
     /// `x += y`.
     ///

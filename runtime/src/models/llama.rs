@@ -32,7 +32,12 @@ struct Layer<W> {
 }
 
 impl<B: Backend> Model<B> for Llama<B> {
-    fn forward(&self, backend: &B, step: &B::Step<'_>, cache: &mut B::Cache) -> Result<B::Tensor, BackendError> {
+    fn forward(
+        &self,
+        backend: &B,
+        step: &B::Step<'_>,
+        cache: &mut B::Cache,
+    ) -> Result<B::Tensor, BackendError> {
         let ModelConfig { hidden_size, intermediate_size, q_heads, kv_heads, head_dim, .. } = self.config;
         let eps = self.config.rms_norm_eps;
         let rows = backend.rows(step);
@@ -70,7 +75,11 @@ impl<B: Backend> Model<B> for Llama<B> {
 }
 
 impl<B: Backend> Llama<B> {
-    pub(super) fn load(config: &ModelConfig, weights: &WeightSource, backend: &B) -> Result<Self, LoadModelError> {
+    pub(super) fn load(
+        config: &ModelConfig,
+        weights: &WeightSource,
+        backend: &B,
+    ) -> Result<Self, LoadModelError> {
         let ModelConfig { vocab_size, hidden_size, .. } = *config;
         let weight = |name: &str, shape: &[usize]| -> Result<B::Weight, LoadModelError> {
             Ok(backend.upload(weights.tensor(name, shape)?)?)
@@ -86,7 +95,11 @@ impl<B: Backend> Llama<B> {
                 .map(|index| Layer::load(config, index, &weight))
                 .collect::<Result<_, _>>()?,
             norm: weight("model.norm.weight", &[hidden_size])?,
-            output: Linear { weight: weight(output, &embedding_shape)?, bias: None, out_features: vocab_size },
+            output: Linear {
+                weight: weight(output, &embedding_shape)?,
+                bias: None,
+                out_features: vocab_size,
+            },
             config: config.clone(),
         })
     }

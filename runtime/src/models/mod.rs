@@ -14,7 +14,12 @@ pub trait Model<B: Backend>: Send + Sync {
     ///
     /// # Errors
     /// [`BackendError`] if the device fails.
-    fn forward(&self, backend: &B, step: &B::Step<'_>, cache: &mut B::Cache) -> Result<B::Tensor, BackendError>;
+    fn forward(
+        &self,
+        backend: &B,
+        step: &B::Step<'_>,
+        cache: &mut B::Cache,
+    ) -> Result<B::Tensor, BackendError>;
 }
 
 /// Why a model could not be brought to a device.

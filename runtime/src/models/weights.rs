@@ -42,7 +42,8 @@ impl WeightSource {
 /// Uniform numbers of a size at which activations neither vanish nor explode; norms are near one.
 fn made_up(name: &str, shape: &[usize]) -> Vec<f32> {
     let count = shape.iter().product();
-    let mut state = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+    let mut state =
+        name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
     let mut uniform = move || {
         // SplitMix64 (Steele et al. 2014).
         state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);

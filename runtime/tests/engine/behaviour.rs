@@ -1,6 +1,8 @@
 //! What the engine does with a request, one behaviour a test.
 
-use crate::support::{Log, VOCAB, cache_config, engine, engine_config, hash_logits, letter, text_of};
+use crate::support::{
+    HashExecutor, Log, VOCAB, cache_config, engine, engine_config, hash_logits, letter, text_of,
+};
 use pagewise_kvcache::{CacheConfig, KvCacheManager};
 use pagewise_runtime::engine::{Engine, EngineConfig};
 use pagewise_runtime::executor::{Executor, ExecutorError, StepOutput};
@@ -8,6 +10,7 @@ use pagewise_runtime::plan::StepPlan;
 use pagewise_runtime::request::{
     Completion, Event, FinishReason, PositionLogprobs, Request, RequestOutput, SamplingParams,
 };
+use std::sync::{Arc, Mutex};
 
 fn greedy(max_tokens: usize) -> SamplingParams {
     SamplingParams { max_tokens, temperature: 0.0, ignore_eos: true, ..Default::default() }
@@ -311,8 +314,8 @@ fn a_request_that_outgrows_the_whole_cache_fails_with_the_sizes() {
 #[test]
 fn without_a_tokenizer_there_is_no_text() {
     let cache = roomy();
-    let log = std::sync::Arc::new(std::sync::Mutex::new(Log::default()));
-    let executor = crate::support::HashExecutor::new(&cache, log);
+    let log = Arc::new(Mutex::new(Log::default()));
+    let executor = HashExecutor::new(&cache, log);
     let manager = KvCacheManager::new(cache).unwrap();
     let mut engine = Engine::new(engine_config(), Box::new(manager), Box::new(executor), None);
     let output =
@@ -446,4 +449,37 @@ fn wide_characters_are_shown_whole() {
         }
     }
     assert_eq!(shown, text_of(&tokens));
+}
+
+#[test]
+fn recorded_plans_replay_to_the_same_tokens() {
+    let cache = cache_config(2, 14);
+    let (mut engine, log) = engine(EngineConfig { max_batch_tokens: 6, ..engine_config() }, cache.clone());
+    for first in 0..5 {
+        engine.add(Request { prompt: vec![first, 9, 9, first], params: greedy(12) }).unwrap();
+    }
+    let events = run(&mut engine);
+    let tokens: Vec<u32> = events
+        .iter()
+        .filter_map(|event| if let Event::Token { token_id, .. } = event { Some(*token_id) } else { None })
+        .collect();
+    assert!(engine.stats().scheduler.preemptions > 0 && tokens.len() == 60);
+
+    let plans = std::mem::take(&mut log.lock().unwrap().plans);
+    let mut executor = HashExecutor::new(&cache, Arc::default());
+    let mut replayed = Vec::new();
+    for plan in &plans {
+        let output = executor.execute(plan).unwrap();
+        let best = |row: &[f32]| (0..VOCAB).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap() as u32;
+        replayed.extend(output.logits.chunks(VOCAB).map(best));
+    }
+    assert_eq!(replayed, tokens);
+}
+
+#[test]
+fn an_engine_can_move_to_another_thread() {
+    let (mut engine, _) = engine(engine_config(), roomy());
+    let request = Request { prompt: vec![1, 2], params: greedy(4) };
+    let results = std::thread::spawn(move || engine.generate(vec![request]).unwrap()).join().unwrap();
+    assert_eq!(results[0].as_ref().unwrap().outputs[0].token_ids, plain_greedy(&[1, 2], 4));
 }

@@ -1,9 +1,10 @@
 //! The engine with a model that is a hash of its context: what it does with requests, and many random
-//! schedules.
+//! schedules; and with small real models, under preemption.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod behaviour;
+mod real_model;
 mod scheduling;
 mod simulation;
 mod support;

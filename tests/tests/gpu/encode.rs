@@ -1,5 +1,7 @@
 //! Element types as bytes, written independently of the kernels: what rounding to nearest even gives.
 
+use std::sync::LazyLock;
+
 use pagewise_attention::DType;
 
 /// The number that a stored element stands for.
@@ -39,22 +41,34 @@ fn decode_fp8(dtype: DType, code: u8) -> f64 {
     sign * magnitude
 }
 
-/// Tries every code and keeps the nearest.
+/// The values of the codes 0, 1, 2 … that are finite, in rising order.
+fn finite_values(dtype: DType) -> &'static [f64] {
+    static E4M3: LazyLock<Vec<f64>> = LazyLock::new(|| list(DType::F8E4M3));
+    static E5M2: LazyLock<Vec<f64>> = LazyLock::new(|| list(DType::F8E5M2));
+    fn list(dtype: DType) -> Vec<f64> {
+        (0..0x80).map(|code| decode_fp8(dtype, code)).take_while(|value| value.is_finite()).collect()
+    }
+    if dtype == DType::F8E4M3 { &E4M3 } else { &E5M2 }
+}
+
+/// Compares with the values on either side and keeps the nearer one.
 fn encode_fp8(dtype: DType, value: f32) -> u8 {
     if value.is_nan() {
         return 0x7f;
     }
     let magnitude = f64::from(value.abs());
-    let finite = (0..0x7fu8).filter(|&code| decode_fp8(dtype, code).is_finite());
-    let distance = |code: &u8| (decode_fp8(dtype, *code) - magnitude).abs();
-    let largest = finite.clone().max().expect("there are finite codes");
-    let nearest = if magnitude >= decode_fp8(dtype, largest) {
-        largest
-    } else {
-        // Codes rise with their numbers, so of two equally near ones the even code has the even mantissa.
-        finite
-            .min_by(|a, b| distance(a).total_cmp(&distance(b)).then((a & 1).cmp(&(b & 1))))
-            .expect("there are finite codes")
-    };
+    let values = finite_values(dtype);
+    let above = values.partition_point(|&other| other < magnitude).min(values.len() - 1);
+    let below = above.saturating_sub(1);
+    let (up, down) = ((values[above] - magnitude).abs(), (magnitude - values[below]).abs());
+    if magnitude >= values[values.len() - 1] {
+        return (values.len() - 1) as u8 | if value.is_sign_negative() { 0x80 } else { 0 };
+    }
+    // Of two equally near codes the even one has the even mantissa.
+    let nearest = match up.total_cmp(&down) {
+        std::cmp::Ordering::Less => above,
+        std::cmp::Ordering::Greater => below,
+        std::cmp::Ordering::Equal => above - above % 2 * usize::from(above != below),
+    } as u8;
     if value.is_sign_negative() { nearest | 0x80 } else { nearest }
 }

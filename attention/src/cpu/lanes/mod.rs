@@ -3,12 +3,40 @@
 //! One AVX-512 register, two of AVX2, four of NEON or a plain array: lane `i` of an operation has the same
 //! bits on all of them that fuse multiply-add, because the number of lanes and the tree of a sum are fixed.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 
+#[cfg(target_arch = "x86_64")]
+pub(super) use avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+pub(super) use avx512::Avx512;
+#[cfg(target_arch = "aarch64")]
+pub(super) use neon::Neon;
 pub(super) use portable::Portable;
 
 /// Number of lanes.
 pub(super) const LANES: usize = 16;
+
+/// An inner loop that is compiled once for each instruction set.
+///
+/// `run` and everything that it calls on the way to an intrinsic must be `#[inline(always)]` functions: a
+/// closure, or an iterator adapter that takes one, is compiled without the instruction set, and every
+/// instruction in it becomes a call.
+pub(super) trait Kernel {
+    /// What it gives.
+    type Output;
+
+    /// The loop.
+    ///
+    /// # Safety
+    /// What the type says about its fields.
+    unsafe fn run<L: Lanes>(self) -> Self::Output;
+}
 
 /// Sixteen `f32` lanes.
 ///
@@ -17,6 +45,12 @@ pub(super) const LANES: usize = 16;
 pub(super) trait Lanes: Copy {
     /// Accumulators that a tile of dot products or weighted sums can keep in registers.
     const ACCUMULATORS: usize;
+
+    /// Runs a kernel in a function for which the instruction set is enabled.
+    ///
+    /// # Safety
+    /// The kernel's.
+    unsafe fn enter<K: Kernel>(kernel: K) -> K::Output;
 
     /// All lanes the same.
     fn splat(value: f32) -> Self;
@@ -100,21 +134,65 @@ pub(super) trait Lanes: Copy {
 
     /// Asks for the cache line at `at`, which need not be valid.
     #[inline(always)]
-    fn prefetch<T>(at: *const T) {
-        let _ = at;
-    }
+    fn prefetch<T>(_at: *const T) {}
 }
 
-/// The instruction set in use.
+/// An instruction set that the CPU backend is written for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Level {
+    /// AVX-512 F, BW, DQ and VL (x86-64).
+    Avx512,
+    /// AVX2, FMA and F16C (x86-64).
+    Avx2,
+    /// NEON (AArch64).
+    Neon,
     /// Plain Rust, whatever the compiler makes of it.
     Portable,
 }
 
 impl Level {
+    /// All of them, the fastest of each architecture first.
+    pub const ALL: [Self; 4] = [Self::Avx512, Self::Avx2, Self::Neon, Self::Portable];
+
+    /// Whether this processor has it.
+    pub fn is_available(self) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => {
+                is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+                    && Self::Avx2.is_available()
+            }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => {
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c")
+            }
+            Self::Neon => cfg!(target_arch = "aarch64"),
+            Self::Portable => true,
+            #[cfg(not(target_arch = "x86_64"))]
+            Self::Avx512 | Self::Avx2 => false,
+        }
+    }
+
     /// The best one that this processor has.
     pub fn detect() -> Self {
-        Self::Portable
+        Self::ALL.into_iter().find(|level| level.is_available()).unwrap_or(Self::Portable)
+    }
+
+    /// The name used in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Avx512 => "avx512",
+            Self::Avx2 => "avx2",
+            Self::Neon => "neon",
+            Self::Portable => "portable",
+        }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,7 +2,7 @@
 //! Multiply-add rounds twice here: without the instruction, rounding once costs a library call a lane.
 
 use super::super::elements::{E4m3, E5m2, Element};
-use super::{LANES, Lanes};
+use super::{Kernel, LANES, Lanes};
 use half::{bf16, f16};
 use std::array::from_fn;
 
@@ -29,6 +29,12 @@ impl Portable {
 
 impl Lanes for Portable {
     const ACCUMULATORS: usize = 4;
+
+    #[inline(always)]
+    unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
+        // SAFETY: the caller's.
+        unsafe { kernel.run::<Self>() }
+    }
 
     #[inline(always)]
     fn splat(value: f32) -> Self {

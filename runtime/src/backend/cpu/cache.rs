@@ -94,9 +94,7 @@ impl Pool {
         let layout = CacheLayout::nhd(num_blocks, spec.block_size, config);
         layout.validate(config)?;
         let buffer = |extent: u64| Buffer::new(config.kv_dtype, extent, hint);
-        let pair = |_| {
-            Ok(KvPair::new(buffer(layout.k_extent(config))?, buffer(layout.v_extent(config))?))
-        };
+        let pair = |_| Ok(KvPair::new(buffer(layout.k_extent(config))?, buffer(layout.v_extent(config))?));
         let buffers = (0..spec.num_buffers()).map(pair).collect::<Result<_, BackendError>>()?;
         Ok(Self { layout, buffers })
     }
@@ -115,7 +113,8 @@ impl Buffer {
             DType::F16 => Self::F16(bytemuck::allocation::try_zeroed_vec(count).map_err(|()| fail())?),
             DType::Bf16 => Self::Bf16(bytemuck::allocation::try_zeroed_vec(count).map_err(|()| fail())?),
             DType::F8E4M3 | DType::F8E5M2 => {
-                let problem = format!("the CPU engine does not keep its cache in {dtype}; use f32, f16 or bf16");
+                let problem =
+                    format!("the CPU engine does not keep its cache in {dtype}; use f32, f16 or bf16");
                 return Err(ProblemError::Input { input: "--kv-dtype", problem }.into());
             }
         })

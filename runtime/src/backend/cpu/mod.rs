@@ -76,7 +76,11 @@ impl Backend for CpuBackend {
         CpuCache::new(spec)
     }
 
-    fn prepare<'a>(&'a self, spec: &'a AttentionSpec, batch: &'a StepBatch) -> Result<CpuStep<'a>, BackendError> {
+    fn prepare<'a>(
+        &'a self,
+        spec: &'a AttentionSpec,
+        batch: &'a StepBatch,
+    ) -> Result<CpuStep<'a>, BackendError> {
         let layout = |config| CacheLayout::nhd(spec.num_blocks, spec.block_size, config);
         let layouts: Vec<_> = spec.groups.iter().map(layout).collect();
         let mut plans = Vec::with_capacity(spec.groups.len());
@@ -103,7 +107,12 @@ impl Backend for CpuBackend {
         CpuTensor { data: vec![0.0; rows * width], width }
     }
 
-    fn embed(&self, step: &CpuStep<'_>, table: &WeightTensor, out: &mut CpuTensor) -> Result<(), BackendError> {
+    fn embed(
+        &self,
+        step: &CpuStep<'_>,
+        table: &WeightTensor,
+        out: &mut CpuTensor,
+    ) -> Result<(), BackendError> {
         Ok(dense::embed(table.host(), &step.batch.tokens, &mut out.data)?)
     }
 

@@ -86,7 +86,7 @@ fn converse(chat: &mut Chat) -> Result<(), Failure> {
             "/quit" | "/exit" => return Ok(()),
             "/clear" => chat.clear(),
             command if command.starts_with('/') => {
-                eprintln!("{command} is unknown; there are /clear and /quit")
+                eprintln!("{command} is unknown; there are /clear and /quit");
             }
             message => {
                 // Without a history a line is as good; it only cannot be called back.

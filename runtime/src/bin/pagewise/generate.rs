@@ -20,10 +20,11 @@ Examples:
   echo '{\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}], \"n\": 2}' |
       pagewise generate --prompts - --json --model ./SmolLM2-135M-Instruct
 
-A line of --prompts is a JSON object with one of \"prompt\" (text), \"prompt_token_ids\" (a list) and \"messages\"
-(a chat), and any of the sampling options under their names here, with _ for -. Options of the command line
-are the lines' defaults. With --json one line comes out for each that goes in, in order; a line that cannot be
-served gives {\"index\", \"error\"} in its place, and the exit code is 1.";
+A line of --prompts is a JSON object with one of \"prompt\" (text), \"prompt_token_ids\" (a list)
+and \"messages\" (a chat), and any of the sampling options under their names here, with _ for -.
+Options of the command line are the lines' defaults. With --json one line comes out for each that
+goes in, in order; a line that cannot be served gives {\"index\", \"error\"} in its place, and the
+exit code is 1.";
 
 /// Continue a prompt, or a file of prompts as one batch
 #[derive(Args, Debug)]

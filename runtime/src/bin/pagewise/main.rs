@@ -12,7 +12,7 @@ mod options;
 mod prompt;
 
 use std::fmt::Display;
-use std::io;
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
 use clap::{ArgAction, Parser, Subcommand};
@@ -20,7 +20,7 @@ use tracing_subscriber::EnvFilter;
 
 /// Language models on PagedAttention.
 #[derive(Debug, Parser)]
-#[command(name = "pagewise", version, about, max_term_width = 110)]
+#[command(name = "pagewise", version, about, max_term_width = 100)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -99,7 +99,13 @@ fn log_to_stderr(verbose: u8) {
         _ => "info,pagewise=trace",
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(ours));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).without_time().init();
+    let colours = io::stderr().is_terminal();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(colours)
+        .without_time()
+        .init();
 }
 
 #[cfg(test)]

@@ -9,7 +9,8 @@ use pagewise_runtime::request::{EarlyStopping, SamplingParams};
 
 use crate::Failure;
 
-/// Where the model comes from and what it runs on.
+/// Where the model comes from and what it runs on. Hidden options are those that the engine of this version
+/// refuses; they are known so that the refusal can say why.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Model and memory")]
 pub(crate) struct ModelOptions {
@@ -35,7 +36,7 @@ pub(crate) struct ModelOptions {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     kv_memory: Option<u64>,
     /// Host memory for the blocks of sequences that make room for others, such as 4GiB
-    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "0")]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "0", hide = true)]
     swap_space: u64,
     /// How a sequence makes room for others when the cache is full
     #[arg(long, value_enum, default_value_t = PreemptionName::Auto)]
@@ -139,6 +140,7 @@ impl From<DTypeName> for Option<DType> {
 enum PreemptionName {
     Auto,
     Recompute,
+    #[value(hide = true)]
     Swap,
 }
 
@@ -153,7 +155,7 @@ enum LoadFormatName {
 #[derive(Args, Clone, Debug, Default, PartialEq)]
 #[command(next_help_heading = "Sampling")]
 pub(crate) struct SamplingOptions {
-    /// Most tokens to generate
+    /// Most tokens to generate [default: 16; in a chat 1024]
     #[arg(long, value_name = "N")]
     pub(crate) max_tokens: Option<usize>,
     /// Divides the logits; 0 always takes the likeliest token [default: the model's, else 1]
@@ -205,13 +207,13 @@ pub(crate) struct SamplingOptions {
     #[arg(long, value_name = "ID:X,...", value_delimiter = ',', value_parser = parse_bias)]
     pub(crate) logit_bias: Option<Vec<(u32, f32)>>,
     /// Search with this many beams instead of sampling
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", hide = true)]
     pub(crate) beam_width: Option<usize>,
     /// Exponent of the length by which a beam's score is divided
-    #[arg(long, value_name = "X", value_parser = parse_finite, allow_negative_numbers = true)]
+    #[arg(long, hide = true, value_name = "X", value_parser = parse_finite, allow_negative_numbers = true)]
     pub(crate) length_penalty: Option<f32>,
     /// When a beam search ends: true, false or never
-    #[arg(long, value_name = "WHEN", value_parser = parse_early_stopping)]
+    #[arg(long, hide = true, value_name = "WHEN", value_parser = parse_early_stopping)]
     pub(crate) early_stopping: Option<EarlyStopping>,
 }
 

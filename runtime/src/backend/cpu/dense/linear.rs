@@ -167,16 +167,14 @@ const ALONE: usize = 64 << 10;
 impl Cut {
     /// Items small enough that threads end together, large enough that each is worth taking.
     fn new(rows: usize, k: usize, features: usize, element: usize, threads: usize) -> Self {
-        if threads == 1 || features * k * element.max(rows) < ALONE {
-            let panel = (PANEL_BYTES / (k * element).max(1)).next_multiple_of(PANEL_STEP);
-            return Self { features: panel, rows };
+        let steps = |features: usize| features.next_multiple_of(PANEL_STEP).max(PANEL_STEP);
+        let largest = steps(PANEL_BYTES / (k * element).max(1));
+        if threads == 1 {
+            return Self { features: largest, rows };
         }
         let wanted = threads * 8;
-        let even = features.div_ceil(wanted).next_multiple_of(PANEL_STEP);
-        let largest = (PANEL_BYTES / (k * element).max(1)).next_multiple_of(PANEL_STEP);
-        let panel = even.min(largest);
-        let panels = features.div_ceil(panel);
-        let blocks = wanted.div_ceil(panels).min(rows.div_ceil(ROW_STEP)).max(1);
+        let panel = steps(features.div_ceil(wanted)).min(largest);
+        let blocks = wanted.div_ceil(features.div_ceil(panel).max(1)).clamp(1, rows.div_ceil(ROW_STEP));
         Self { features: panel, rows: rows.div_ceil(blocks).next_multiple_of(8).min(rows) }
     }
 }

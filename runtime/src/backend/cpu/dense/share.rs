@@ -6,29 +6,47 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Calls `body` once for each of `0..items`, in any order, on as many threads as there are.
 ///
-/// The calling thread starts at once and takes items from a common counter; other threads join in as they
-/// wake up, and a late one finds nothing left, so that a slow wake-up costs nothing but its help.
+/// Each thread walks through a range of its own, so that what it does next lies behind what it does now, and
+/// then helps with the others'. The calling thread starts at once; a thread that wakes up late finds less left
+/// to do, so that a slow wake-up costs nothing but its help.
 pub(super) fn share(items: usize, body: impl Fn(usize) + Sync) {
     let threads = rayon::current_num_threads().min(items);
-    let next = AtomicUsize::new(0);
-    join(threads, &|| {
-        loop {
-            let item = next.fetch_add(1, Ordering::Relaxed);
-            if item >= items {
-                return;
+    if threads <= 1 {
+        return (0..items).for_each(body);
+    }
+    let ranges: Vec<Range> = (0..threads)
+        .map(|t| Range { next: AtomicUsize::new(items * t / threads), end: items * (t + 1) / threads })
+        .collect();
+    join(0..threads, &|thread| {
+        for range in ranges.iter().cycle().skip(thread).take(threads) {
+            while let Some(item) = range.take() {
+                body(item);
             }
-            body(item);
         }
     });
 }
 
-/// Runs `work` on up to `threads` threads, the calling one among them.
-fn join(threads: usize, work: &(impl Fn() + Sync)) {
-    if threads <= 1 {
-        work();
+/// Items that nobody has taken yet. Alone in its cache lines, since its thread takes from it all the time.
+#[repr(align(128))]
+struct Range {
+    next: AtomicUsize,
+    end: usize,
+}
+
+impl Range {
+    fn take(&self) -> Option<usize> {
+        let item = self.next.fetch_add(1, Ordering::Relaxed);
+        (item < self.end).then_some(item)
+    }
+}
+
+/// Calls `work` for each of the numbers, each on a thread of its own if it is free, the first on this one.
+fn join(threads: std::ops::Range<usize>, work: &(impl Fn(usize) + Sync)) {
+    if threads.len() <= 1 {
+        threads.for_each(work);
     } else {
-        // The calling thread works first and hands out on the way, so that every branch does its share.
-        rayon::join(|| join(threads - threads / 2, work), || join(threads / 2, work));
+        let middle = threads.start + threads.len().div_ceil(2);
+        rayon::join(|| join(threads.start..middle, work), || join(middle..threads.end, work));
     }
 }
 

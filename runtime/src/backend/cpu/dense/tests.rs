@@ -1,6 +1,7 @@
 //! Dense layers against plain f64 loops, and their bits against themselves.
 
-use super::instruction_set::InstructionSet;
+use super::elementwise::silu_mul_on;
+use super::norm::rms_norm_on;
 use super::*;
 use half::{bf16, f16};
 use pagewise_attention::HostTensor;
@@ -216,4 +217,182 @@ fn several_projections_have_the_bits_of_each_alone() {
             assert!(out.iter().all(|x| x.is_finite()));
         }
     }
+}
+
+/// Rows longer than a panel of weights, no features at all, one thread and more threads than features.
+#[test]
+fn shapes_at_the_edges_agree_with_the_definition() {
+    let mut r = Random(10);
+    for (rows, k, features) in [(1, 150_001, 2), (3, 140_000, 1), (2, 64, 0), (1, 1, 1), (200, 1, 3)] {
+        let (x, w) = (r.floats(rows * k), Stored::new(2, r.floats(features * k)));
+        let case = Case { seed: 10, rows, k, features, dtype: 2, bias: None };
+        for threads in [1, 5] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            for set in InstructionSet::available().iter().filter(|s| s.fused()) {
+                let out = pool.install(|| case.run(*set, &x, &w, None));
+                let element = |i: usize| {
+                    fused(&x[i / features * k..][..k], |j| w.get(i % features * k + j) as f32).to_bits()
+                };
+                assert_eq!(
+                    bits(&out),
+                    (0..rows * features).map(element).collect::<Vec<_>>(),
+                    "{case:?} {set}"
+                );
+            }
+        }
+    }
+}
+
+/// Rounding: K/16 sums of squares in a lane, a square root, a division, two products: all in all at most
+/// K/16 + 12 units of 2⁻²⁴ (half of those of the sum, which stands under a root; the portable path rounds twice).
+#[test]
+fn rms_norm_agrees_with_f64_and_rows_with_themselves() {
+    let mut r = Random(11);
+    for width in [1, 7, 16, 96, 576, 1537] {
+        for dtype in 0..3 {
+            let (rows, eps) = (1 + r.below(90), 1e-5f32);
+            let x: Vec<f32> = r.floats(rows * width).iter().map(|x| x * 30.0).collect();
+            let weight = Stored::new(dtype, r.floats(width));
+            for set in InstructionSet::available() {
+                let mut out = vec![f32::NAN; x.len()];
+                rms_norm_on(*set, &x, weight.view(), eps, &mut out).unwrap();
+                for (i, got) in out.iter().enumerate() {
+                    let row = &x[i / width * width..][..width];
+                    let mean = row.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / width as f64;
+                    let expected = weight.get(i % width) * f64::from(x[i]) / (mean + f64::from(eps)).sqrt();
+                    let tolerance = (width as f64 / 16.0 + 12.0) * 2f64.powi(-24) * expected.abs();
+                    assert!((f64::from(*got) - expected).abs() <= tolerance, "{set} {width} [{i}]: {got}");
+                }
+                let mut alone = vec![f32::NAN; width];
+                rms_norm_on(*set, &x[..width], weight.view(), eps, &mut alone).unwrap();
+                assert_eq!(bits(&alone), bits(&out[..width]), "{set} {width}");
+            }
+        }
+    }
+}
+
+/// The exponential within 2 units of 2⁻²⁴·2, the sum, the division and the product one half each.
+#[test]
+fn silu_agrees_with_f64_at_any_size_of_its_argument() {
+    let mut r = Random(12);
+    let mut gate: Vec<f32> = r.floats(5000).iter().map(|x| x * 20.0).collect();
+    gate.extend([0.0, -0.0, 1e-30, -1e-30, 88.0, -88.0, -103.0, 200.0, -200.0, 3e38, -3e38, f32::INFINITY]);
+    let up = r.floats(gate.len());
+    let mut before: Option<Vec<f32>> = None;
+    for set in InstructionSet::available() {
+        let mut out = vec![f32::NAN; gate.len()];
+        silu_mul_on(*set, &gate, &up, &mut out).unwrap();
+        for ((g, u), got) in gate.iter().zip(&up).zip(&out) {
+            let (g, u) = (f64::from(*g), f64::from(*u));
+            let expected = g / (1.0 + (-g).exp()) * u;
+            let tolerance = 6.0 * 2f64.powi(-24) * expected.abs() + 1e-36;
+            let near = (f64::from(*got) - expected).abs() <= tolerance || f64::from(*got) == expected;
+            assert!(near, "{set}: silu({g}) · {u} = {got}, not {expected}");
+        }
+        for i in [0, 1, 17, 4999] {
+            let mut alone = [f32::NAN];
+            silu_mul_on(*set, &gate[i..=i], &up[i..=i], &mut alone).unwrap();
+            assert_eq!(alone[0].to_bits(), out[i].to_bits(), "{set} [{i}]");
+        }
+        if set.fused() {
+            assert_eq!(bits(before.get_or_insert_with(|| out.clone())), bits(&out), "{set}");
+        }
+        let mut out = [0.0];
+        silu_mul_on(*set, &[f32::NAN], &[1.0], &mut out).unwrap();
+        assert!(out[0].is_nan(), "{set}");
+    }
+}
+
+/// One product and one sum or difference: 2 roundings of |a cos| + |b sin|; the angle is rounded to f32, which
+/// the oracle repeats, and cosine and sine once more.
+#[test]
+fn rope_rotates_halves_by_position() {
+    let mut r = Random(13);
+    for (heads, half) in [(1, 1), (9, 32), (3, 40), (32, 64)] {
+        let frequencies: Vec<f32> = (0..half).map(|i| 10_000f32.powf(-(i as f32) / half as f32)).collect();
+        let positions: Vec<i32> = (0..40).map(|_| r.below(100_000) as i32).collect();
+        let x = r.floats(positions.len() * heads * 2 * half);
+        let mut out = x.clone();
+        rope(&mut out, heads, &RopeAngles::new(&frequencies, &positions)).unwrap();
+        for (i, got) in out.iter().enumerate() {
+            let (row, d) = (i / (heads * 2 * half), i % (2 * half));
+            let angle = f64::from(positions[row] as f32 * frequencies[d % half]);
+            let (other, sin) =
+                if d < half { (x[i + half], -angle.sin()) } else { (x[i - half], angle.sin()) };
+            let (own, other) = (f64::from(x[i]) * angle.cos(), f64::from(other) * sin);
+            let tolerance = 3.0 * 2f64.powi(-24) * (own.abs() + other.abs());
+            assert!((f64::from(*got) - own - other).abs() <= tolerance, "{heads} {half} [{i}]: {got}");
+        }
+        let width = heads * 2 * half;
+        let mut alone = x[..width].to_vec();
+        rope(&mut alone, heads, &RopeAngles::new(&frequencies, &positions[..1])).unwrap();
+        assert_eq!(bits(&alone), bits(&out[..width]));
+    }
+}
+
+#[test]
+fn add_adds_every_element_once() {
+    let mut r = Random(14);
+    for n in [0, 1, 100, 100_003] {
+        let (x, y) = (r.floats(n), r.floats(n));
+        let mut sum = y.clone();
+        add(&x, &mut sum).unwrap();
+        assert!(sum.iter().zip(x.iter().zip(&y)).all(|(sum, (x, y))| *sum == x + y));
+    }
+}
+
+#[test]
+fn embed_widens_rows_and_refuses_what_is_not_there() {
+    let mut r = Random(15);
+    for dtype in 0..3 {
+        let table = Stored::new(dtype, r.floats(50 * 24));
+        let ids = [0, 49, 7, 7];
+        let mut out = vec![f32::NAN; ids.len() * 24];
+        embed(table.view(), &ids, &mut out).unwrap();
+        for (i, got) in out.iter().enumerate() {
+            assert_eq!(f64::from(*got), table.get(ids[i / 24] as usize * 24 + i % 24));
+        }
+        let error = embed(table.view(), &[50], &mut out[..24]).unwrap_err();
+        assert_eq!(error, DenseError::TokenId { id: 50, vocabulary: 50 });
+    }
+}
+
+#[test]
+fn argmax_takes_the_first_of_equals_and_never_nan() {
+    assert_eq!(argmax(&[]), None);
+    assert_eq!(argmax(&[f32::NAN; 20]), None);
+    assert_eq!(argmax(&[f32::NEG_INFINITY, f32::NAN]), Some(0));
+    let mut r = Random(16);
+    for n in [1, 15, 16, 17, 1000] {
+        let mut x = r.floats(n);
+        let at = r.below(n);
+        x[at] = 2.0;
+        x[n - 1] = 2.0;
+        x[0] = f32::NAN;
+        let expected = if at == 0 { n - 1 } else { at };
+        assert_eq!(argmax(&x), if n == 1 { None } else { Some(expected) }, "{n}");
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused_and_nothing_written() {
+    let (x, w) = ([1.0f32; 12], [1.0f32; 8]);
+    let mut out = [f32::NAN; 6];
+    let weight = HostTensor::F32(&w);
+    let refused = |rows, weight, bias, out: &mut [f32]| linear(&x, rows, weight, bias, out).unwrap_err();
+    assert!(matches!(refused(5, weight, None, &mut out), DenseError::Rows { .. }));
+    assert!(matches!(refused(3, HostTensor::F32(&w[1..]), None, &mut out), DenseError::Length { .. }));
+    assert!(matches!(refused(3, weight, Some(weight), &mut out), DenseError::Length { .. }));
+    assert!(matches!(refused(3, weight, None, &mut out[1..]), DenseError::Rows { .. }));
+    assert!(matches!(refused(3, HostTensor::F8E4M3(&[0; 8]), None, &mut out), DenseError::DType { .. }));
+    assert!(out.iter().all(|x| x.is_nan()));
+    assert!(linear(&x, 3, weight, None, &mut out).is_ok());
+    assert!(linear(&[], 0, weight, None, &mut []).is_ok());
+    // Rows of no inputs: sums of nothing, and the bias.
+    let mut out = [f32::NAN; 4];
+    linear(&[], 2, HostTensor::F32(&[]), Some(HostTensor::F32(&[3.0, 4.0])), &mut out).unwrap();
+    assert_eq!(out, [3.0, 4.0, 3.0, 4.0]);
+    assert!(rms_norm(&x, HostTensor::F32(&w[..5]), 1e-5, &mut [0.0; 12]).is_err());
+    assert!(silu_mul(&x, &w, &mut [0.0; 12]).is_err() && add(&x, &mut [0.0; 11]).is_err());
+    assert!(rope(&mut [0.0; 12], 1, &RopeAngles::new(&[1.0], &[0])).is_err());
 }

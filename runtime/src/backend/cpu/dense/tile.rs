@@ -230,6 +230,7 @@ struct Rows<T> {
 ///
 /// # Safety
 /// That of [`Lanes`]; `x` has `MR` rows and `weight` has `NR` rows of `count` such steps.
+#[expect(clippy::needless_range_loop, reason = "indices of three arrays each, and of memory")]
 #[inline(always)]
 unsafe fn steps<L: Lanes, T: Weight, const MR: usize, const NR: usize>(
     acc: &mut [[L::All; NR]; MR],

@@ -1,0 +1,110 @@
+//! The GPU under measurement: memory with known contents, and the time of a graph.
+
+use std::sync::Arc;
+
+use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr};
+use pagewise_attention::cuda::{Context, RawStream, cudarc};
+
+/// Bytes that a run of one shape cycles through, ten times an L2.
+pub const ROTATION: usize = 512 << 20;
+
+/// bf16 numbers whose repetition fills the caches: known on the host, so that results can be checked.
+const PATTERN: usize = (4 << 20) + 128 * 37;
+
+pub struct Gpu<'a> {
+    pub context: &'a Context,
+    pub engine: Arc<CudaContext>,
+    pub stream: Arc<CudaStream>,
+    pub pattern: Vec<half::bf16>,
+    device_pattern: CudaSlice<half::bf16>,
+}
+
+impl<'a> Gpu<'a> {
+    pub fn new(context: &'a Context) -> Self {
+        let engine = Arc::clone(context.cudarc().unwrap());
+        // SAFETY: one stream only.
+        unsafe { engine.disable_event_tracking() };
+        let stream = engine.new_stream().unwrap();
+        let mut random = Random(7);
+        let pattern: Vec<half::bf16> = (0..PATTERN).map(|_| half::bf16::from_f64(random.unit())).collect();
+        let device_pattern = stream.clone_htod(&pattern).unwrap();
+        Self { context, engine, stream, pattern, device_pattern }
+    }
+
+    pub fn raw_stream(&self) -> RawStream {
+        self.stream.cu_stream().into()
+    }
+
+    pub fn address<T>(&self, slice: &CudaSlice<T>) -> u64 {
+        slice.device_ptr(&self.stream).0
+    }
+
+    /// So many elements, element `i` being that of the pattern at `i` modulo its length.
+    pub fn filled(&self, elements: usize) -> CudaSlice<half::bf16> {
+        // SAFETY: every element is written below.
+        let mut slice = unsafe { self.stream.alloc::<half::bf16>(elements) }.unwrap();
+        let mut from = 0;
+        while from < elements {
+            let len = PATTERN.min(elements - from);
+            let mut target = slice.slice_mut(from..from + len);
+            self.stream.memcpy_dtod(&self.device_pattern.slice(..len), &mut target).unwrap();
+            from += len;
+        }
+        slice
+    }
+
+    /// The same element on the host.
+    pub fn element(&self, index: usize) -> f64 {
+        self.pattern[index % PATTERN].to_f64()
+    }
+
+    /// Microseconds of one launch: `launch(i)` for i in 0..launches is captured, replayed to warm up, and then
+    /// timed; the median of seven replays.
+    pub fn time(&self, launches: usize, mut launch: impl FnMut(usize)) -> f64 {
+        self.stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+        (0..launches).for_each(&mut launch);
+        let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let graph = self.stream.end_capture(flags).unwrap().unwrap();
+        graph.launch().unwrap();
+        graph.launch().unwrap();
+        let mut times: Vec<f64> = (0..7)
+            .map(|_| {
+                let event = || self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).unwrap();
+                let start = event();
+                graph.launch().unwrap();
+                let end = event();
+                f64::from(start.elapsed_ms(&end).unwrap()) * 1e3 / launches as f64
+            })
+            .collect();
+        times.sort_by(f64::total_cmp);
+        times[3]
+    }
+}
+
+/// SplitMix64.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Uniform in [-1, 1).
+    pub fn unit(&mut self) -> f64 {
+        (self.next() >> 11) as f64 / (1u64 << 52) as f64 - 1.0
+    }
+
+    /// The numbers below `count` in random order.
+    pub fn permutation(&mut self, count: usize) -> Vec<i32> {
+        let mut list: Vec<i32> = (0..count as i32).collect();
+        for index in (1..count).rev() {
+            list.swap(index, (self.next() % (index as u64 + 1)) as usize);
+        }
+        list
+    }
+}

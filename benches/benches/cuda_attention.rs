@@ -1,0 +1,47 @@
+//! Decode attention and `write_kv` on an NVIDIA GPU, beside what the same card can do at best in the same run.
+//!
+//! `cargo bench -p pagewise-benches --bench cuda_attention [-- WORDS]`; with words, only shapes whose name
+//! contains one of them. First the read ceiling (our plainest kernel over memory in order) and the floor (pages
+//! in random order through a table, merge included), each at its best choice of grid; then `write_kv` against a
+//! device copy; then the shapes of `peers/h100_decode.tsv`, each checked against plain code before it is timed.
+//! Times are of CUDA graph replays over as many caches as keep the L2 from serving them.
+//! `PAGEWISE_BENCH_JSON` names a file for the figures.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub, reason = "a bench")]
+
+#[path = "cuda/decode.rs"]
+mod decode;
+#[path = "cuda/gpu.rs"]
+mod gpu;
+#[path = "cuda/yardsticks.rs"]
+mod yardsticks;
+
+use gpu::Gpu;
+use pagewise_attention::cuda::{Context, devices};
+
+fn main() {
+    let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
+    if let Err(error) = devices() {
+        eprintln!("SKIPPED: no NVIDIA GPU to measure: {error}");
+        return;
+    }
+    let context = Context::primary(0).unwrap();
+    println!("{}", context.device());
+    let gpu = Gpu::new(&context);
+    let wanted = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word.as_str()));
+
+    let yardsticks = yardsticks::measure(&gpu);
+    let write = if wanted("write_kv") { Some(decode::write_kv(&gpu, &yardsticks)) } else { None };
+    let shapes = decode::all_shapes(&gpu, &yardsticks, wanted);
+
+    if let Some(path) = std::env::var_os("PAGEWISE_BENCH_JSON") {
+        let json = serde_json::json!({
+            "gpu": context.device().name,
+            "driver": context.device().driver.to_string(),
+            "read_ceiling_gb_s": yardsticks.ceiling,
+            "floor": yardsticks.floor.iter().map(|(bytes, us)| serde_json::json!({ "bytes": bytes, "us": us })).collect::<Vec<_>>(),
+            "write_kv": write,
+            "decode": shapes,
+        });
+        std::fs::write(path, serde_json::to_string_pretty(&json).unwrap() + "\n").unwrap();
+    }
+}
