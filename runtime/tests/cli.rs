@@ -362,7 +362,7 @@ fn help_and_version_go_to_stdout() {
 fn doctor_speaks_of_every_backend() {
     let run = pagewise(&["doctor"], "");
     assert_eq!(run.code, Some(0), "{}", run.stderr);
-    for part in ["--backend auto", "cpu", "threads: ", "cuda", "wgpu", "write_kv in "] {
+    for part in ["--backend auto", "cpu", "threads: ", "cuda", "wgpu", "write_kv "] {
         assert!(run.stdout.contains(part), "{part}: {}", run.stdout);
     }
 }
