@@ -1,19 +1,22 @@
 //! The bits of an output row depend on that row alone: not on its batch, the chunking of its prompt, the block
 //! size, the layout, the form of the tables or the threads.
+#![expect(clippy::unwrap_used, reason = "a test may stop where it stands")]
 
 use pagewise_attention::conformance::{
-    AttentionData, Buffer, Case, CaseMask, Layout, Random, SequenceShape, Tables, fresh_seed,
+    self, AttentionData, Buffer, Case, CaseMask, Layout, Random, SequenceShape, Tables, fresh_seed,
 };
-use pagewise_attention::cpu::{Inputs, Outputs, Plan};
+use pagewise_attention::cpu::{Inputs, Level, Outputs, Plan};
 use pagewise_attention::{
     AttentionConfig, CacheLayout, DType, HostTensor, HostTensorMut, MaskBits, PagedBatch, Problem,
 };
 
+/// A sequence's length, queries of all its positions, keys and values, as `[len, heads, dim]`.
+type Dense = (usize, Vec<f32>, Vec<f32>, Vec<f32>);
+
 /// Dense queries, keys and values of some sequences, from which the same problem can be cut in many ways.
 struct Sequences {
     config: AttentionConfig,
-    /// For each sequence: length, queries of all its positions, keys, values, as `[len, heads, dim]`.
-    dense: Vec<(usize, Vec<f32>, Vec<f32>, Vec<f32>)>,
+    dense: Vec<Dense>,
     slopes: Vec<f32>,
     sinks: Vec<f32>,
     /// Mask bits of each query position, if the mask is `Bits`.
@@ -216,6 +219,33 @@ fn long_contexts_split_over_threads() {
         for (i, query) in last.iter().enumerate() {
             let alone = in_pool(threads, || sequences.run(&[*query], 16, false, random));
             assert!(alone == expected[2 * i..2 * i + 2], "sequence {i} alone, {threads} threads");
+        }
+    }
+}
+
+#[test]
+fn instruction_sets_with_fused_multiply_add() {
+    let mut random = Random::new(fresh_seed());
+    for _ in 0..40 {
+        let operation = conformance::Operation::Attention;
+        let case = Case { operation, ..conformance::random_case(&mut random) };
+        let data = AttentionData::generate(&case);
+        let task = data.task().unwrap();
+        let inputs = Inputs {
+            k_scale: task.k_scale.into(),
+            v_scale: task.v_scale.into(),
+            alibi_slopes: task.alibi_slopes,
+            sinks: task.sinks,
+            ..Inputs::new(task.q, task.k, task.v)
+        };
+        let run = |level: Level| {
+            let mut out = data.poisoned_out();
+            Plan::new(task.problem).with_level(level)?.run(&inputs, &mut Outputs::new(out.as_mut())).unwrap();
+            Some((0..out.len()).map(|i| out.bits(i)).collect::<Vec<_>>())
+        };
+        // Where there is only one such set, there is nothing to compare.
+        if let (Some(wide), Some(narrow)) = (run(Level::Avx512), run(Level::Avx2)) {
+            assert!(wide == narrow, "{case}");
         }
     }
 }

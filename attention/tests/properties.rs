@@ -68,7 +68,7 @@ prop_compose! {
 }
 
 fn check(case: &Case) -> Result<(), TestCaseError> {
-    match conformance::run_case(&mut Cpu, case).outcome {
+    match conformance::run_case(&mut Cpu::default(), case).outcome {
         Outcome::Passed(_) => Ok(()),
         Outcome::Failed(reason) | Outcome::Skipped(reason) => {
             Err(TestCaseError::fail(format!("{reason}\n    PAGEWISE_CASE=\"{case}\"")))
@@ -115,6 +115,6 @@ fn one_case() {
     let line = std::env::var("PAGEWISE_CASE").unwrap_or_else(|_| {
         "attention q=f32 kv=bf16 heads=4/2 dim=64 block=16 mask=causal sequences=3:40 seed=1".into()
     });
-    let result = conformance::run_case(&mut Cpu, &line.parse().unwrap());
+    let result = conformance::run_case(&mut Cpu::default(), &line.parse().unwrap());
     assert!(matches!(result.outcome, Outcome::Passed(_)), "{result:?}");
 }

@@ -1,4 +1,5 @@
 //! Every way in which a problem can be refused: one row of the table each, and nothing is written.
+#![expect(clippy::panic, reason = "a test may stop where it stands")]
 
 use half::f16;
 use pagewise_attention::cpu::{self, Inputs, KvPair, KvScale, Outputs, Partial, Plan};
@@ -30,8 +31,8 @@ fn variant(error: &ProblemError) -> String {
 
 /// Each problem must be refused with the named variant and a message that contains the words.
 #[track_caller]
-fn refused<T: std::fmt::Debug>(result: Result<T, ProblemError>, name: &str, words: &str) {
-    let error = result.expect_err(name);
+fn refused<T>(result: Result<T, ProblemError>, name: &str, words: &str) {
+    let Err(error) = result else { panic!("{name}: not refused") };
     assert_eq!(variant(&error), name, "{error}");
     assert!(error.to_string().contains(words), "'{error}' does not say '{words}'");
 }

@@ -12,17 +12,50 @@ use std::time::{Duration, Instant};
 
 /// Name and case. The first is the goal of the CPU backend: at least 70% of the read bandwidth.
 const CASES: &[(&str, &str)] = &[
-    ("decode-8x4096-bf16", "attention q=f32 kv=bf16 heads=32/8 dim=128 block=16 mask=causal sequences=8*1:4096 seed=1"),
-    ("decode-8x4096-f16", "attention q=f32 kv=f16 heads=32/8 dim=128 block=16 mask=causal sequences=8*1:4096 seed=1"),
-    ("decode-8x4096-hnd", "attention q=f32 kv=bf16 heads=32/8 dim=128 block=16 mask=causal layout=hnd sequences=8*1:4096 seed=1"),
-    ("decode-8x4096-fp8", "attention q=f32 kv=fp8_e4m3 heads=32/8 dim=128 block=16 mask=causal scale=head sequences=8*1:4096 seed=1"),
-    ("decode-8x2048-f32", "attention q=f32 kv=f32 heads=32/8 dim=128 block=16 mask=causal sequences=8*1:2048 seed=1"),
-    ("decode-1x16384-bf16", "attention q=f32 kv=bf16 heads=32/8 dim=128 block=16 mask=causal sequences=1:16384 seed=1"),
-    ("smollm2-decode-1x512", "attention q=f32 kv=bf16 heads=9/3 dim=64 block=16 mask=causal sequences=1:512 seed=1"),
-    ("smollm2-decode-16x512", "attention q=f32 kv=bf16 heads=9/3 dim=64 block=16 mask=causal sequences=16*1:512 seed=1"),
-    ("smollm2-prefill-512", "attention q=f32 kv=bf16 heads=9/3 dim=64 block=16 mask=causal sequences=512:512 seed=1"),
-    ("smollm2-prefill-512-f32", "attention q=f32 kv=f32 heads=9/3 dim=64 block=16 mask=causal sequences=512:512 seed=1"),
-    ("llama-prefill-1024", "attention q=f32 kv=bf16 heads=32/8 dim=128 block=16 mask=causal sequences=1024:1024 seed=1"),
+    (
+        "decode-8x4096-bf16",
+        "attention q=f32 kv=bf16 heads=32/8 dim=128 block=16 mask=causal sequences=8*1:4096 seed=1",
+    ),
+    (
+        "decode-8x4096-f16",
+        "attention q=f32 kv=f16 heads=32/8 dim=128 block=16 mask=causal sequences=8*1:4096 seed=1",
+    ),
+    (
+        "decode-8x4096-hnd",
+        "attention q=f32 kv=bf16 heads=32/8 dim=128 block=16 mask=causal layout=hnd sequences=8*1:4096 seed=1",
+    ),
+    (
+        "decode-8x4096-fp8",
+        "attention q=f32 kv=fp8_e4m3 heads=32/8 dim=128 block=16 mask=causal scale=head sequences=8*1:4096 seed=1",
+    ),
+    (
+        "decode-8x2048-f32",
+        "attention q=f32 kv=f32 heads=32/8 dim=128 block=16 mask=causal sequences=8*1:2048 seed=1",
+    ),
+    (
+        "decode-1x16384-bf16",
+        "attention q=f32 kv=bf16 heads=32/8 dim=128 block=16 mask=causal sequences=1:16384 seed=1",
+    ),
+    (
+        "smollm2-decode-1x512",
+        "attention q=f32 kv=bf16 heads=9/3 dim=64 block=16 mask=causal sequences=1:512 seed=1",
+    ),
+    (
+        "smollm2-decode-16x512",
+        "attention q=f32 kv=bf16 heads=9/3 dim=64 block=16 mask=causal sequences=16*1:512 seed=1",
+    ),
+    (
+        "smollm2-prefill-512",
+        "attention q=f32 kv=bf16 heads=9/3 dim=64 block=16 mask=causal sequences=512:512 seed=1",
+    ),
+    (
+        "smollm2-prefill-512-f32",
+        "attention q=f32 kv=f32 heads=9/3 dim=64 block=16 mask=causal sequences=512:512 seed=1",
+    ),
+    (
+        "llama-prefill-1024",
+        "attention q=f32 kv=bf16 heads=32/8 dim=128 block=16 mask=causal sequences=1024:1024 seed=1",
+    ),
 ];
 
 fn main() {

@@ -198,6 +198,26 @@ fn look_up(criterion: &mut Criterion) {
     }
 }
 
+/// What the memory itself costs, to compare the spread look-up with: a block that is looked up reads an index
+/// bucket, a node, its tokens and the block's state, 116 bytes a block in all. So many reads, each of a place
+/// that the one before decides, spread over as much memory.
+fn memory_for_scale(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("for scale: 124 dependent reads from as much memory");
+    for blocks in POOLS {
+        let words: Vec<u32> = (0..blocks as u32 * 29).map(|word| word.wrapping_mul(2_654_435_761)).collect();
+        let mut at = 0;
+        bench(&mut group, blocks, 1, |index| {
+            timed(|| {
+                for step in 0..4 * 31 {
+                    at = (words[at] as usize ^ (index * 124 + step).wrapping_mul(0x9e37_79b9)) % words.len();
+                }
+                black_box(at);
+            })
+        });
+    }
+    group.finish();
+}
+
 fn swap(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("swap 32 blocks out and in");
     for blocks in POOLS {
@@ -223,6 +243,6 @@ criterion_group! {
         .sample_size(30)
         .warm_up_time(Duration::from_millis(500))
         .measurement_time(Duration::from_secs(2));
-    targets = append, append_and_report, fork_and_free, allocate_and_free, look_up, swap
+    targets = append, append_and_report, fork_and_free, allocate_and_free, look_up, memory_for_scale, swap
 }
 criterion_main!(operations);

@@ -3,7 +3,7 @@
 //!
 //! ```sh
 //! cargo install cargo-fuzz
-//! cd kvcache && cargo +nightly fuzz run state_machine fuzz/corpus/state_machine fuzz/seeds/state_machine
+//! cd kvcache && cargo +nightly fuzz run state_machine fuzz/corpus/state_machine tests/seeds
 //! ```
 
 #![no_main]

@@ -86,10 +86,10 @@ fn one_case() {
     machine.finish();
 }
 
-/// What the fuzzer has found worth keeping, in `fuzz/seeds`.
+/// What the fuzzer has found worth keeping.
 #[test]
 fn the_seeds_of_the_fuzz_target_pass() {
-    let seeds = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/seeds/state_machine");
+    let seeds = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/seeds");
     let mut replayed = 0;
     for seed in std::fs::read_dir(seeds).unwrap() {
         Machine::run(&std::fs::read(seed.unwrap().path()).unwrap());

@@ -109,6 +109,26 @@ fn truncating_uncomputed_slots_is_always_possible() {
 }
 
 #[test]
+fn a_gang_does_not_count_on_hits_that_its_first_member_may_evict() {
+    // Found by the state machine: the first prompt's new blocks evicted what the second one's window needed.
+    for blocks in 12..40 {
+        for first in 1..20 {
+            let mut cache = windowed(2, blocks, &[None, Some(4)]);
+            if cache.allocate(id(1), prompt(&tokens(0, 9))).is_err() {
+                continue;
+            }
+            cache.mark_computed(id(1), &tokens(0, 9)).unwrap();
+            free(&mut cache, 1);
+            let (one, two) = (tokens(100, first), tokens(0, 9));
+            if cache.can_allocate(&[prompt(&one), prompt(&two)]) == pagewise_kvcache::Admission::Now {
+                cache.allocate(id(2), prompt(&one)).unwrap();
+                cache.allocate(id(3), prompt(&two)).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
 fn one_admission_answer_covers_all_groups() {
     let cache = windowed(4, 9, &[Some(4), None, Some(8)]);
     use pagewise_kvcache::Admission::{Never, Now};

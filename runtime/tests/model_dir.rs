@@ -1,4 +1,5 @@
 //! The reference models and their files are read as they are meant.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking, its helpers too")]
 
 use pagewise_attention::{DType, HostTensor};
 use pagewise_runtime::model_dir::{Architecture, ModelDir, RopeScaling, Weights};

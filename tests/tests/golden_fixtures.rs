@@ -1,6 +1,8 @@
 //! The fixtures' golden values: logits and greedy tokens of small random models, as transformers computed
 //! them (`tests/fixtures/make_fixtures.py`), reproduced through blocks and block tables.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
 use pagewise_attention::DType;
 use pagewise_runtime::backend::AttentionSpec;
 use pagewise_runtime::backend::cpu::CpuBackend;
@@ -77,13 +79,19 @@ impl Bench {
     }
 
     fn below(&mut self, bound: usize) -> usize {
-        self.random = self.random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.random =
+            self.random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.random >> 33) as usize % bound
     }
 
     fn sequence(&self, id: u64, prompt: &[u32]) -> Sequence {
         let groups = self.config.kv_groups().0.len();
-        Sequence { id: SequenceId(id), tokens: prompt.to_vec(), computed: 0, tables: vec![Vec::new(); groups] }
+        Sequence {
+            id: SequenceId(id),
+            tokens: prompt.to_vec(),
+            computed: 0,
+            tables: vec![Vec::new(); groups],
+        }
     }
 
     /// Computes the next tokens of each sequence in one step; returns the logits of all their positions.
@@ -97,7 +105,8 @@ impl Bench {
                     table.push(self.free.pop().unwrap());
                 }
             }
-            let tokens = sequence.tokens[sequence.computed..end].iter().map(|&t| TokenInput::Known(t)).collect();
+            let tokens =
+                sequence.tokens[sequence.computed..end].iter().map(|&t| TokenInput::Known(t)).collect();
             plan.chunks.push(Chunk {
                 sequence: sequence.id,
                 tokens,
@@ -122,7 +131,10 @@ fn check_row(label: &str, row: &[f32], golden: &[f64]) {
     let largest = golden.iter().fold(0.0f64, |m, x| m.max(x.abs()));
     for (i, (&got, &want)) in row.iter().zip(golden).enumerate() {
         let error = (f64::from(got) - want).abs();
-        assert!(error <= TOLERANCE * largest, "{label}: logit {i} is {got}, golden {want} (largest {largest})");
+        assert!(
+            error <= TOLERANCE * largest,
+            "{label}: logit {i} is {got}, golden {want} (largest {largest})"
+        );
     }
     assert_eq!(row.len(), golden.len(), "{label}");
 }
@@ -168,14 +180,17 @@ fn all_prompts_in_one_random_batch() {
         for block_size in BLOCK_SIZES {
             let golden = golden(name).prompts;
             let mut bench = Bench::new(&fixture(name), block_size, 11 + block_size as u64);
-            let mut sequences: Vec<Sequence> =
-                (0..2 * golden.len()).map(|i| bench.sequence(i as u64, &golden[i % golden.len()].prompt)).collect();
+            let mut sequences: Vec<Sequence> = (0..2 * golden.len())
+                .map(|i| bench.sequence(i as u64, &golden[i % golden.len()].prompt))
+                .collect();
             let mut rows: Vec<Vec<Vec<f32>>> = vec![Vec::new(); sequences.len()];
-            let goal = |i: usize| golden[i % golden.len()].prompt.len() + golden[i % golden.len()].greedy.len() - 1;
+            let goal =
+                |i: usize| golden[i % golden.len()].prompt.len() + golden[i % golden.len()].greedy.len() - 1;
             while (0..sequences.len()).any(|i| rows[i].len() < goal(i)) {
                 let mut chosen = Vec::new();
                 for (i, sequence) in sequences.iter_mut().enumerate() {
-                    let waiting = (sequence.tokens.len() - sequence.computed).min(goal(i) - sequence.computed);
+                    let waiting =
+                        (sequence.tokens.len() - sequence.computed).min(goal(i) - sequence.computed);
                     if waiting > 0 && bench.below(4) > 0 {
                         chosen.push((i, 1 + bench.below(waiting), sequence));
                     }
@@ -184,7 +199,8 @@ fn all_prompts_in_one_random_batch() {
                     continue;
                 }
                 let indices: Vec<usize> = chosen.iter().map(|(i, ..)| *i).collect();
-                let mut work: Vec<_> = chosen.into_iter().map(|(_, count, sequence)| (sequence, count)).collect();
+                let mut work: Vec<_> =
+                    chosen.into_iter().map(|(_, count, sequence)| (sequence, count)).collect();
                 let output = bench.step(&mut work);
                 for ((i, new), (sequence, _)) in indices.into_iter().zip(output).zip(work) {
                     rows[i].extend(new);

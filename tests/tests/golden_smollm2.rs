@@ -2,6 +2,8 @@
 //!
 //! The model is not in the repository: `scripts/fetch-smollm2` brings it, and `scripts/test` calls that.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
 use pagewise_runtime::load::{LoadOptions, LoadedModel, load};
 use pagewise_runtime::request::{FinishReason, Request, SamplingParams};
 use pagewise_tests::smollm2_f32;
@@ -33,7 +35,8 @@ fn model(change: impl FnOnce(&mut LoadOptions)) -> Option<LoadedModel> {
 }
 
 fn greedy(item: &Item, max_tokens: usize) -> Request {
-    let params = SamplingParams { max_tokens, temperature: 0.0, logprobs: Some(5), ..SamplingParams::default() };
+    let params =
+        SamplingParams { max_tokens, temperature: 0.0, logprobs: Some(5), ..SamplingParams::default() };
     Request { prompt: item.prompt.clone(), params }
 }
 
@@ -51,7 +54,12 @@ fn greedy_tokens_and_text() {
         let ended = item.new.len() < golden.max_new_tokens;
         assert_eq!(completion.finish_reason, if ended { FinishReason::Stop } else { FinishReason::Length });
         let shown = completion.text.unwrap();
-        assert_eq!(shown, item.new_text.strip_suffix("<|im_end|>").unwrap_or(&item.new_text), "{:?}", item.text);
+        assert_eq!(
+            shown,
+            item.new_text.strip_suffix("<|im_end|>").unwrap_or(&item.new_text),
+            "{:?}",
+            item.text
+        );
 
         // The likeliest tokens of the first step: differences of log-probabilities are differences of logits.
         let first = &completion.logprobs.unwrap()[0];

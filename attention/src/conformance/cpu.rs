@@ -5,8 +5,21 @@ use crate::cpu::{self, Inputs, KvPair, KvScale, Outputs, Partial, Plan};
 use crate::{HostTensorMut, ProblemError};
 
 /// The CPU backend, on the rayon pool that the runner is in.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Cpu;
+#[derive(Clone, Copy, Debug)]
+pub struct Cpu(cpu::Level);
+
+impl Cpu {
+    /// On a certain instruction set, which the processor must have.
+    pub const fn with_level(level: cpu::Level) -> Self {
+        Self(level)
+    }
+}
+
+impl Default for Cpu {
+    fn default() -> Self {
+        Self(cpu::Level::detect())
+    }
+}
 
 impl<'a> From<Scale<'a>> for KvScale<'a> {
     fn from(scale: Scale<'a>) -> Self {
@@ -26,7 +39,7 @@ impl From<ProblemError> for Refusal {
 
 impl Subject for Cpu {
     fn name(&self) -> String {
-        format!("cpu ({:?})", cpu::Level::detect())
+        format!("cpu ({})", self.0.name())
     }
 
     fn attention(
@@ -42,7 +55,9 @@ impl Subject for Cpu {
             sinks: task.sinks,
             ..Inputs::new(task.q, task.k, task.v)
         };
-        Ok(Plan::new(task.problem).run(&inputs, &mut Outputs { out, lse })?)
+        let plan = Plan::new(task.problem).with_level(self.0);
+        let plan = plan.ok_or_else(|| Refusal::Unsupported(format!("no {} here", self.0.name())))?;
+        Ok(plan.run(&inputs, &mut Outputs { out, lse })?)
     }
 
     fn write_kv(

@@ -25,14 +25,46 @@ pub(super) const SCORE_STRIDE: usize = CHUNK + LANES;
 /// reach past the end.
 pub(super) type RowPointers<T> = [*const T; CHUNK + LANES];
 
-/// Asks for the cache lines of `row`, `16 · vectors` elements.
-#[inline(always)]
-fn prefetch_row<L: Lanes, T>(row: *const T, vectors: usize) {
-    const LINE: usize = 64;
-    let mut line = 0;
-    while line < vectors * LANES * size_of::<T>() {
-        L::prefetch(row.cast::<u8>().wrapping_add(line));
-        line += LINE;
+/// Rows of keys and values that will be read soon, in the order in which they lie in memory: that is what a
+/// processor's own prefetching follows, and it reaches further than the few lines that a core can ask for.
+pub(super) struct Ahead<'a, T> {
+    /// Keys and values: a token's row of the first head.
+    pub(super) rows: [&'a RowPointers<T>; 2],
+    /// Elements from a head to the next.
+    pub(super) head_strides: [usize; 2],
+    /// Elements of a row.
+    pub(super) dims: [usize; 2],
+    pub(super) heads: usize,
+    /// The tokens, as places in their chunk.
+    pub(super) tokens: Range<usize>,
+    /// Whether a head's tokens lie side by side, rather than a token's heads.
+    pub(super) head_major: bool,
+    /// What comes next: keys (0) or values (1), token, head.
+    pub(super) next: (usize, usize, usize),
+}
+
+impl<T> Ahead<'_, T> {
+    /// Asks for the memory of the next row.
+    #[inline(always)]
+    fn step<L: Lanes>(&mut self) {
+        const LINE: usize = 64;
+        let (tensor, token, head) = self.next;
+        if tensor == 2 {
+            return;
+        }
+        let row = self.rows[tensor][token].wrapping_add(head * self.head_strides[tensor]).cast::<u8>();
+        let mut line = 0;
+        while line < self.dims[tensor] * size_of::<T>() {
+            L::prefetch(row.wrapping_add(line));
+            line += LINE;
+        }
+        self.next = match self.head_major {
+            true if token + 1 < self.tokens.end => (tensor, token + 1, head),
+            true if head + 1 < self.heads => (tensor, self.tokens.start, head + 1),
+            false if head + 1 < self.heads => (tensor, token, head + 1),
+            false if token + 1 < self.tokens.end => (tensor, token + 1, 0),
+            _ => (tensor + 1, self.tokens.start, 0),
+        };
     }
 }
 
@@ -44,22 +76,22 @@ fn prefetch_row<L: Lanes, T>(row: *const T, vectors: usize) {
 /// - `q` is valid for reads of `rows` rows `16 · vectors` apart, each of as many elements,
 /// - `pointers[keys.start..keys.end + 15]` are valid for reads of `16 · vectors` elements each,
 /// - `scores` is valid for writes of `ROWS · SCORE_STRIDE` elements, `rows ≤ ROWS` and `keys.end ≤ CHUNK`.
-pub(super) struct Scores<'a, T> {
+pub(super) struct Scores<'a, 'n, T, N> {
     pub(super) rows: usize,
     pub(super) q: *const f32,
     pub(super) vectors: usize,
     pub(super) pointers: &'a RowPointers<T>,
     pub(super) keys: Range<usize>,
     pub(super) scores: *mut f32,
-    /// Rows that will be read next, of so many vectors: their memory is asked for meanwhile.
-    pub(super) ahead: Option<(&'a RowPointers<T>, usize)>,
+    /// For each key, one more row is asked for.
+    pub(super) ahead: Option<&'a mut Ahead<'n, N>>,
 }
 
-impl<T: Element> Kernel for Scores<'_, T> {
+impl<T: Element, N> Kernel for Scores<'_, '_, T, N> {
     type Output = ();
 
     #[inline(always)]
-    unsafe fn run<L: Lanes>(self) {
+    unsafe fn run<L: Lanes>(mut self) {
         // The tiles are those whose accumulators fit the registers.
         if L::ACCUMULATORS >= 16 {
             match self.rows {
@@ -81,10 +113,10 @@ impl<T: Element> Kernel for Scores<'_, T> {
     }
 }
 
-impl<T: Element> Scores<'_, T> {
+impl<T: Element, N> Scores<'_, '_, T, N> {
     /// The rows from `first` on, in tiles of `R` rows and `K` keys, `R · K ≤ 16`.
     #[inline(always)]
-    fn tiles<L: Lanes, const R: usize, const K: usize>(&self, first: usize) {
+    fn tiles<L: Lanes, const R: usize, const K: usize>(&mut self, first: usize) {
         let width = self.vectors * LANES;
         let mut key = self.keys.start;
         while key < self.keys.end {
@@ -94,9 +126,9 @@ impl<T: Element> Scores<'_, T> {
                 let q = self.q.add(first * width);
                 let scores = self.scores.add(first * SCORE_STRIDE + key);
                 let keys = &*self.pointers.as_ptr().add(key).cast::<[*const T; K]>();
-                if let Some((ahead, vectors)) = self.ahead.filter(|_| first == 0) {
-                    for i in 0..K {
-                        prefetch_row::<L, T>(*ahead.get_unchecked(key + i), vectors);
+                if let Some(ahead) = self.ahead.as_mut().filter(|_| first == 0) {
+                    for _ in 0..K {
+                        ahead.step::<L>();
                     }
                 }
                 for vector in 0..self.vectors {
@@ -257,22 +289,22 @@ static KEY_INDEX: [f32; CHUNK] = {
 /// - `probabilities` is valid for reads of `rows` rows `SCORE_STRIDE` apart, each of `keys.end` elements,
 /// - `pointers[keys]` are valid for reads of `16 · vectors` elements each, `keys.end ≤ CHUNK`,
 /// - `sums` is valid for reads and writes of `rows` rows `16 · vectors` apart, each of as many elements.
-pub(super) struct WeightedSums<'a, T> {
+pub(super) struct WeightedSums<'a, 'n, T, N> {
     pub(super) rows: usize,
     pub(super) probabilities: *const f32,
     pub(super) vectors: usize,
     pub(super) pointers: &'a RowPointers<T>,
     pub(super) keys: Range<usize>,
     pub(super) sums: *mut f32,
-    /// Rows that will be read next, of so many vectors: their memory is asked for meanwhile.
-    pub(super) ahead: Option<(&'a RowPointers<T>, usize)>,
+    /// For each key, one more row is asked for.
+    pub(super) ahead: Option<&'a mut Ahead<'n, N>>,
 }
 
-impl<T: Element> Kernel for WeightedSums<'_, T> {
+impl<T: Element, N> Kernel for WeightedSums<'_, '_, T, N> {
     type Output = ();
 
     #[inline(always)]
-    unsafe fn run<L: Lanes>(self) {
+    unsafe fn run<L: Lanes>(mut self) {
         // The tiles are those whose accumulators fit the registers.
         if L::ACCUMULATORS >= 16 {
             match self.rows {
@@ -294,10 +326,10 @@ impl<T: Element> Kernel for WeightedSums<'_, T> {
     }
 }
 
-impl<T: Element> WeightedSums<'_, T> {
+impl<T: Element, N> WeightedSums<'_, '_, T, N> {
     /// The rows from `first` on, in tiles of `R` rows and `V` vectors, then single vectors.
     #[inline(always)]
-    fn tiles<L: Lanes, const R: usize, const V: usize>(&self, first: usize) {
+    fn tiles<L: Lanes, const R: usize, const V: usize>(&mut self, first: usize) {
         let mut vector = 0;
         while vector + V <= self.vectors {
             self.tile::<L, R, V>(first, vector);
@@ -310,7 +342,7 @@ impl<T: Element> WeightedSums<'_, T> {
     }
 
     #[inline(always)]
-    fn tile<L: Lanes, const R: usize, const V: usize>(&self, first: usize, vector: usize) {
+    fn tile<L: Lanes, const R: usize, const V: usize>(&mut self, first: usize, vector: usize) {
         let width = self.vectors * LANES;
         // SAFETY: see the type.
         unsafe {
@@ -323,11 +355,8 @@ impl<T: Element> WeightedSums<'_, T> {
                 }
             }
             for key in self.keys.clone() {
-                if let Some((ahead, vectors)) = self.ahead
-                    && first == 0
-                    && vector == 0
-                {
-                    prefetch_row::<L, T>(*ahead.get_unchecked(key), vectors);
+                if let Some(ahead) = self.ahead.as_mut().filter(|_| first == 0 && vector == 0) {
+                    ahead.step::<L>();
                 }
                 let value = self.pointers.get_unchecked(key).add(vector * LANES);
                 let mut values = [L::splat(0.0); V];

@@ -39,7 +39,7 @@ pub(super) fn tanh<L: Lanes>(x: L) -> L {
     let large = L::select_less(x, zero, zero.sub(large), large);
     let square = x.mul(x);
     let mut p = L::splat(-5.704_988_7e-3);
-    for coefficient in [2.063_908_9e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328_2e-1] {
+    for coefficient in [2.063_909e-2, -5.373_971_6e-2, 1.333_144_2e-1, -0.333_332_8] {
         p = p.fma(square, L::splat(coefficient));
     }
     let small = p.mul(square).fma(x, x);

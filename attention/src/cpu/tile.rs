@@ -5,7 +5,7 @@
 use super::elements::{E4m3, E5m2, Element};
 use super::gather::{Gather, Source};
 use super::kernel::{
-    ROWS, RowPointers, SCORE_STRIDE, ScoreTerms, Scores, Softmax, SoftmaxRow, VisibleKeys, WeightedSums,
+    Ahead, ROWS, SCORE_STRIDE, ScoreTerms, Scores, Softmax, SoftmaxRow, VisibleKeys, WeightedSums,
 };
 use super::lanes::{LANES, Lanes};
 use super::plan::{CONVERT_ROWS, Tile, Unit};
@@ -104,14 +104,12 @@ struct SegmentRun<'r, 'p, T> {
     workspace: &'r mut Workspace,
 }
 
-/// A chunk, found and if need be converted.
+/// A chunk of one head, found and if need be converted.
 struct Chunk<T> {
     /// Its first key's position.
     first: usize,
     k: Source<T>,
     v: Source<T>,
-    /// The keys that will be used next, until they have been asked for.
-    next_k: Option<RowPointers<T>>,
 }
 
 impl<T: Element> SegmentRun<'_, '_, T> {
@@ -120,10 +118,26 @@ impl<T: Element> SegmentRun<'_, '_, T> {
         let many_rows = tile.rows_of_head() >= CONVERT_ROWS;
         let keys_of = |first: usize| first.max(tile.keys.start)..(first + CHUNK).min(tile.keys.end);
         for first in (segment * SEGMENT..(segment + 1) * SEGMENT).step_by(CHUNK) {
-            let (keys, next) = (keys_of(first), keys_of(first + CHUNK));
+            let keys = keys_of(first);
             if keys.is_empty() {
                 continue;
             }
+            // Few rows wait for memory, so the next chunk of all heads is asked for while this one is used.
+            let next = if many_rows { 0..0 } else { keys_of(first + CHUNK) };
+            let start = first + CHUNK;
+            let rows = (!next.is_empty()).then(|| {
+                let head = tile.kv_heads.start;
+                [self.k.pointers(head, start, next.clone()), self.v.pointers(head, start, next.clone())]
+            });
+            let mut ahead = rows.as_ref().map(|[k, v]| Ahead {
+                rows: [k, v],
+                head_strides: [self.k.strides.head as usize, self.v.strides.head as usize],
+                dims: [self.k.dim, self.v.dim],
+                heads: tile.kv_heads.len(),
+                tokens: next.start - start..next.end - start,
+                head_major: self.k.strides.head > self.k.strides.token,
+                next: (0, next.start - start, 0),
+            });
             for kv_head in tile.kv_heads.clone() {
                 let k = self.k.pointers(kv_head, first, keys.clone());
                 let v = self.v.pointers(kv_head, first, keys.clone());
@@ -141,25 +155,24 @@ impl<T: Element> SegmentRun<'_, '_, T> {
                     }
                     false => Source::Stored(v),
                 };
-                let next_k = if kv_head + 1 < tile.kv_heads.end {
-                    Some(self.k.pointers(kv_head + 1, first, keys.clone()))
-                } else {
-                    let first_head = tile.kv_heads.start;
-                    (!next.is_empty()).then(|| self.k.pointers(first_head, first + CHUNK, next.clone()))
-                };
+                let chunk = Chunk { first, k, v };
                 let rows = (kv_head - tile.kv_heads.start) * tile.rows_of_head();
                 let rows = rows..rows + tile.rows_of_head();
-                let mut chunk = Chunk { first, k, v, next_k };
                 for row in rows.clone().step_by(ROWS) {
-                    self.batch::<L>(&chunk, row, ROWS.min(rows.end - row));
-                    chunk.next_k = None;
+                    self.batch::<L>(&chunk, row, ROWS.min(rows.end - row), ahead.as_mut());
                 }
             }
         }
     }
 
     /// One to four rows against a chunk.
-    fn batch<L: Lanes>(&mut self, chunk: &Chunk<T>, row: usize, rows: usize) {
+    fn batch<L: Lanes>(
+        &mut self,
+        chunk: &Chunk<T>,
+        row: usize,
+        rows: usize,
+        mut ahead: Option<&mut Ahead<'_, T>>,
+    ) {
         let mut seen: [Range<usize>; ROWS] = std::array::from_fn(|_| 0..0);
         let mut visible = [VisibleKeys::default(); ROWS];
         let mut union: Option<Range<usize>> = None;
@@ -175,12 +188,6 @@ impl<T: Element> SegmentRun<'_, '_, T> {
         let width = v_vectors * LANES;
         let workspace = &mut *self.workspace;
         let scores = workspace.scores.as_mut_ptr();
-        // Memory that comes next is asked for: values while keys are used, then the next keys.
-        let v_ahead = match &chunk.v {
-            Source::Stored(v) => Some((v, v_vectors)),
-            Source::Converted(_) => None,
-        };
-        let k_ahead = chunk.next_k.as_ref().map(|k| (k, k_vectors));
         // SAFETY: the workspace holds `TILE_ROWS` rows of queries and sums and `ROWS` rows of scores; `keys` lie
         // among the tile's keys in this chunk, which `Gather` has found.
         unsafe {
@@ -188,10 +195,12 @@ impl<T: Element> SegmentRun<'_, '_, T> {
             let sums = workspace.segment.sums.as_mut_ptr().add(row * width);
             match &chunk.k {
                 Source::Stored(pointers) => {
-                    L::enter(Scores { rows, q, vectors: k_vectors, pointers, keys, scores, ahead: v_ahead });
+                    let ahead = ahead.as_deref_mut();
+                    L::enter(Scores { rows, q, vectors: k_vectors, pointers, keys, scores, ahead });
                 }
                 Source::Converted(pointers) => {
-                    L::enter(Scores { rows, q, vectors: k_vectors, pointers, keys, scores, ahead: None });
+                    let ahead = ahead.as_deref_mut();
+                    L::enter(Scores { rows, q, vectors: k_vectors, pointers, keys, scores, ahead });
                 }
             }
             for i in 0..rows {
@@ -208,19 +217,17 @@ impl<T: Element> SegmentRun<'_, '_, T> {
                     vectors: v_vectors,
                 });
             }
-            let add = |first: usize, rows: usize, keys: Range<usize>| {
+            let mut add = |first: usize, rows: usize, keys: Range<usize>| {
                 if keys.is_empty() {
                     return;
                 }
                 let probabilities = scores.add(first * SCORE_STRIDE).cast_const();
-                let (sums, vectors) = (sums.add(first * width), v_vectors);
+                let (sums, vectors, ahead) = (sums.add(first * width), v_vectors, ahead.as_deref_mut());
                 match &chunk.v {
                     Source::Stored(pointers) => {
-                        let ahead = k_ahead;
                         L::enter(WeightedSums { rows, probabilities, vectors, pointers, keys, sums, ahead });
                     }
                     Source::Converted(pointers) => {
-                        let ahead = None;
                         L::enter(WeightedSums { rows, probabilities, vectors, pointers, keys, sums, ahead });
                     }
                 }
@@ -236,12 +243,12 @@ impl<T: Element> SegmentRun<'_, '_, T> {
             let start = seen[..rows].iter().map(|keys| keys.start).max().unwrap_or(0);
             let end = seen[..rows].iter().map(|keys| keys.end).min().unwrap_or(0);
             let (start, end, together) = if start < end { (start, end, rows) } else { (CHUNK, CHUNK, 0) };
-            for i in 0..rows {
-                add(i, 1, seen[i].start..seen[i].end.min(start));
+            for (i, keys) in seen[..rows].iter().enumerate() {
+                add(i, 1, keys.start..keys.end.min(start));
             }
             add(0, together, start..end);
-            for i in 0..rows {
-                add(i, 1, end.max(seen[i].start)..seen[i].end);
+            for (i, keys) in seen[..rows].iter().enumerate() {
+                add(i, 1, end.max(keys.start)..keys.end);
             }
         }
     }
@@ -254,22 +261,23 @@ impl<T: Element> SegmentRun<'_, '_, T> {
         if start >= end {
             return 0..0;
         }
-        for block in start / LANES..end.div_ceil(LANES) {
+        let blocks = start / LANES..end.div_ceil(LANES);
+        for (block, bits) in blocks.clone().zip(&mut bits[blocks.clone()]) {
             let from = start.saturating_sub(block * LANES);
             let to = (end - block * LANES).min(LANES);
-            bits[block] = ((1u32 << to) - (1u32 << from)) as u16;
+            *bits = ((1u32 << to) - (1u32 << from)) as u16;
         }
         let problem = self.context.plan.problem();
         let Some(mask) = problem.batch().mask_bits else { return start..end };
         let query = self.view.query_start + self.tile.query(row);
         let (mut least, mut most) = (end, start);
-        for block in start / LANES..end.div_ceil(LANES) {
+        for (block, bits) in blocks.clone().zip(&mut bits[blocks]) {
             let key = first + block * LANES;
             let word = mask.words.get(query * mask.row_words + key / 32).copied().unwrap_or(0);
-            bits[block] &= (word >> (key % 32)) as u16;
-            if bits[block] != 0 {
-                least = least.min(block * LANES + bits[block].trailing_zeros() as usize);
-                most = (block + 1) * LANES - bits[block].leading_zeros() as usize;
+            *bits &= (word >> (key % 32)) as u16;
+            if *bits != 0 {
+                least = least.min(block * LANES + bits.trailing_zeros() as usize);
+                most = (block + 1) * LANES - bits.leading_zeros() as usize;
             }
         }
         least..most.max(least)
@@ -277,7 +285,7 @@ impl<T: Element> SegmentRun<'_, '_, T> {
 }
 
 /// Calls `f` with each run of set bits, in rising order.
-fn for_each_run(bits: &VisibleKeys, keys: Range<usize>, f: impl Fn(Range<usize>)) {
+fn for_each_run(bits: &VisibleKeys, keys: Range<usize>, mut f: impl FnMut(Range<usize>)) {
     let is_set = |key: usize| bits[key / LANES] >> (key % LANES) & 1 == 1;
     let mut key = keys.start;
     while key < keys.end {

@@ -165,7 +165,7 @@ impl Engine {
                     message: format!("the model could not compute a step: {reason}"),
                 };
                 // Copies that the device never finished must not stay pending.
-                let confirmed = self.cache.confirm_block_ops();
+                let confirmed = self.cache.abandon_block_ops();
                 let (dropped, freed) = self.scheduler.drop_resident(&mut *self.cache);
                 for id in dropped {
                     self.fail(id, error.clone(), &mut events);
@@ -181,7 +181,7 @@ impl Engine {
                 }
                 // Where the step broke off is unknown: leave nothing pending.
                 self.cache.take_block_ops();
-                while self.cache.confirm_block_ops().is_ok() {}
+                while self.cache.abandon_block_ops().is_ok() {}
                 Err(error)
             }
         }

@@ -13,11 +13,14 @@ use serde_json::Value as Json;
 use std::{collections::BTreeMap, fmt, path::Path, sync::Arc};
 
 const NAME: &str = "chat template";
-/// One unit pays for an instruction or for 64 bytes of data: enough for conversations of many megabytes, and
-/// used up within about a second.
-const FUEL: u64 = 4_000_000;
+/// One unit pays for an instruction or for 64 bytes of data: enough for conversations of some megabytes, and
+/// used up within a second.
+const FUEL: u64 = 1_000_000;
 /// Of macros, includes and nested blocks.
 const RECURSION: usize = 100;
+/// Values nest as deeply as the fuel allows, one level for about two units, and the engine walks and frees them by
+/// recursion, with up to 500 bytes of stack a level. Pages that are not touched are not taken.
+const STACK_BYTES: usize = 512 << 20;
 /// Tokens that templates can name.
 const SPECIAL_TOKENS: [&str; 7] =
     ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
@@ -83,6 +86,23 @@ impl ChatTemplate {
         messages: &[ChatMessage],
         add_generation_prompt: bool,
     ) -> Result<String, TemplateError> {
+        std::thread::scope(|scope| {
+            let work = || {
+                quiet::catch(|| self.render_here(messages, add_generation_prompt))
+                    .unwrap_or_else(|problem| Err(TemplateError::Failed(problem)))
+            };
+            let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, work);
+            let thread =
+                thread.map_err(|error| TemplateError::Failed(format!("no thread for it: {error}")))?;
+            thread.join().unwrap_or_else(|_| Err(TemplateError::Failed("it panicked".to_owned())))
+        })
+    }
+
+    fn render_here(
+        &self,
+        messages: &[ChatMessage],
+        add_generation_prompt: bool,
+    ) -> Result<String, TemplateError> {
         let message = |m: &ChatMessage| context! { role => m.role.as_str(), content => m.content.as_str() };
         let messages: Vec<Value> = messages.iter().map(message).collect();
         let tokens = self.special_tokens.iter().map(|(name, token)| (*name, Value::from(token.as_str())));
@@ -93,12 +113,10 @@ impl ChatTemplate {
             documents => Value::from(()),
             ..Value::from(tokens.collect::<BTreeMap<_, _>>())
         };
-        let call = || self.environment.get_template(NAME).and_then(|template| template.render(input));
-        match quiet::catch(call) {
-            Ok(Ok(text)) => Ok(text),
-            Ok(Err(error)) => Err(refusal(&error).unwrap_or_else(|| TemplateError::Failed(describe(&error)))),
-            Err(problem) => Err(TemplateError::Failed(problem)),
-        }
+        self.environment
+            .get_template(NAME)
+            .and_then(|template| template.render(input))
+            .map_err(|error| refusal(&error).unwrap_or_else(|| TemplateError::Failed(describe(&error))))
     }
 }
 

@@ -118,8 +118,11 @@ fn refusals_and_failures_say_why() {
 /// Each would run for ever, fill the memory or overflow the stack.
 #[test]
 fn hostile_templates_fail() {
-    let nest =
-        "{% set ns = namespace(x=[]) %}{% for i in range(100000) %}{% set ns.x = [ns.x] %}{% endfor %}";
+    let (open, close) = ("[".repeat(20), "]".repeat(20));
+    let nest = |times: usize, rest: &str| {
+        let step = format!("{{% set ns.x = {open}ns.x{close} %}}");
+        format!("{{% set ns = namespace(x=[]) %}}{{% for i in range({times}) %}}{step}{{% endfor %}}{rest}")
+    };
     let hostile = [
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}".to_owned(),
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}".to_owned(),
@@ -129,7 +132,10 @@ fn hostile_templates_fail() {
         "{{ ([1] * 1000000000) | tojson }}".to_owned(),
         "{{ ([1] * 1000000000) | join }}".to_owned(),
         "{{ '%1000000000d' | format(1) }}".to_owned(),
-        format!("{nest}{{{{ ns.x | tojson }}}}"),
+        nest(25000, "{{ ns.x | tojson }}"),
+        nest(25000, "{{ ns.x }}{{ nothing.more }}"),
+        nest(25000, "{{ ns.x == [ns.x] }}{{ nothing.more }}"),
+        nest(99999, ""),
         "{{ strftime_now('%2000000000Y') }}".to_owned(),
     ];
     for template in hostile {

@@ -3,6 +3,7 @@
 //! Prompts are random token ids, answers have a fixed length (end tokens are ignored), sampling is greedy and
 //! the prefix cache is off, so that every token is computed and nothing depends on what the model says.
 
+use std::io;
 use std::time::{Duration, Instant};
 
 use clap::{Args, Subcommand};
@@ -10,8 +11,8 @@ use pagewise_runtime::load::{LoadedModel, load};
 use pagewise_runtime::request::{Request, SamplingParams};
 use serde_json::json;
 
-use crate::Failure;
 use crate::options::ModelOptions;
+use crate::{Failure, generate};
 
 /// What to measure.
 #[derive(Args, Debug)]
@@ -75,10 +76,10 @@ impl Bench {
         let mut model = load(&options, &mut |_| {}).map_err(|error| Failure::error(error.to_string()))?;
         for &parallel in &bench.parallel {
             let figures = bench.measure(&mut model, parallel)?;
-            if bench.json {
-                println!("{}", bench.json_line(&model, &figures));
+            let line = if bench.json {
+                bench.json_line(&model, &figures).to_string()
             } else {
-                println!(
+                format!(
                     "{:4} x ({} + {}): prompt {:7.1} tok/s, decode {:7.1} tok/s, generated over all time {:7.1} tok/s, first token {:6.1} ms",
                     figures.parallel,
                     bench.prompt_tokens,
@@ -87,8 +88,9 @@ impl Bench {
                     figures.decode_per_second,
                     figures.generated_per_second,
                     figures.first_token_ms
-                );
-            }
+                )
+            };
+            generate::write(&mut io::stdout().lock(), &format!("{line}\n"))?;
         }
         Ok(())
     }

@@ -163,7 +163,7 @@ fn wgpu(report: &mut Report) {
     report.line("wgpu", "not in this binary (the feature wgpu is off)");
 }
 
-/// `kernels: write_kv in 30 variants (write_kv_f32_f32_v4, …)`: by family, which is a name up to its first type.
+/// `kernels and their variants: decode 4, write_kv 30`: by family, which is a name up to its first type.
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 fn kernel_summary<'a>(names: impl Iterator<Item = &'a str>) -> String {
     let mut families: std::collections::BTreeMap<String, usize> = std::collections::BTreeMap::new();
@@ -173,6 +173,6 @@ fn kernel_summary<'a>(names: impl Iterator<Item = &'a str>) -> String {
         *families.entry(family.join("_")).or_default() += 1;
     }
     let families: Vec<String> =
-        families.iter().map(|(family, variants)| format!("{family} in {variants} variants")).collect();
-    format!("kernels: {}", families.join(", "))
+        families.iter().map(|(family, variants)| format!("{family} {variants}")).collect();
+    format!("kernels and their variants: {}", families.join(", "))
 }

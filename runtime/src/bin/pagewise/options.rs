@@ -3,7 +3,7 @@
 use std::num::NonZeroUsize;
 
 use clap::{Args, ValueEnum};
-use pagewise_attention::DType;
+use pagewise_attention::{DType, MAX_BLOCK_SIZE};
 use pagewise_runtime::load::{BackendChoice, CacheSize, LoadFormat, LoadOptions};
 use pagewise_runtime::request::{EarlyStopping, SamplingParams};
 
@@ -27,11 +27,11 @@ pub(crate) struct ModelOptions {
     #[arg(long, value_enum, default_value_t = DTypeName::Auto)]
     kv_dtype: DTypeName,
     /// Tokens a block of the KV cache: a power of two
-    #[arg(long, value_name = "TOKENS", default_value_t = 16)]
+    #[arg(long, value_name = "TOKENS", default_value = "16", value_parser = parse_block_size)]
     block_size: usize,
     /// Blocks of the KV cache [default: as many as the longest sequences can need, within a quarter of the memory]
     #[arg(long, value_name = "N", conflicts_with = "kv_memory")]
-    kv_blocks: Option<usize>,
+    kv_blocks: Option<NonZeroUsize>,
     /// Memory of the KV cache, such as 512MiB or 2GiB
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     kv_memory: Option<u64>,
@@ -49,7 +49,7 @@ pub(crate) struct ModelOptions {
     max_batch_tokens: NonZeroUsize,
     /// Longest sequence, prompt and answer together [default: the model's own limit]
     #[arg(long, value_name = "TOKENS")]
-    max_model_len: Option<usize>,
+    max_model_len: Option<NonZeroUsize>,
     /// Compute every prompt afresh, even where its beginning is in the cache
     #[arg(long)]
     no_prefix_cache: bool,
@@ -80,13 +80,13 @@ impl ModelOptions {
             kv_dtype: self.kv_dtype.into(),
             block_size: self.block_size,
             cache_size: match (self.kv_blocks, self.kv_memory) {
-                (Some(blocks), _) => CacheSize::Blocks(blocks),
+                (Some(blocks), _) => CacheSize::Blocks(blocks.get()),
                 (None, Some(bytes)) => CacheSize::Bytes(bytes),
                 (None, None) => CacheSize::Auto,
             },
             max_num_seqs: self.max_num_seqs.get(),
             max_batch_tokens: self.max_batch_tokens.get(),
-            max_model_len: self.max_model_len,
+            max_model_len: self.max_model_len.map(NonZeroUsize::get),
             prefix_cache: !self.no_prefix_cache,
             threads: self.threads.map(NonZeroUsize::get),
             load_format: match self.load_format {
@@ -281,6 +281,12 @@ impl SamplingOptions {
             early_stopping: self.early_stopping.unwrap_or(base.early_stopping),
         }
     }
+}
+
+/// A power of two that a block of the cache can hold.
+fn parse_block_size(text: &str) -> Result<usize, String> {
+    let size = text.parse::<usize>().ok().filter(|size| size.is_power_of_two() && *size <= MAX_BLOCK_SIZE);
+    size.ok_or_else(|| format!("it must be a power of two from 1 to {MAX_BLOCK_SIZE}"))
 }
 
 /// `2GiB`, `1.5GB`, `512M` (MiB) or plain bytes.

@@ -9,8 +9,8 @@
 //!
 //! - a dot product is sixteen chains of fused multiply-adds, lane `l` over the elements `k ≡ l (mod 16)` in
 //!   ascending order, the last step filled up with zeros, and one tree over the lanes: `l + 8`, `l + 4`,
-//!   `l + 2`, `l + 1`; [`lanes`] says how each instruction set holds the lanes;
-//! - tiles ([`tile`]) only choose *which* dot products are computed side by side;
+//!   `l + 2`, `l + 1`; `lanes` says how each instruction set holds the lanes;
+//! - tiles (`tile`) only choose *which* dot products are computed side by side;
 //! - everything else is element by element, with explicit fused multiply-adds.
 //!
 //! The portable path rounds products before it adds them, so its bits are its own, and invariant too.
