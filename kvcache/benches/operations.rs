@@ -100,7 +100,7 @@ fn timed(work: impl FnOnce()) -> Duration {
     start.elapsed()
 }
 
-/// One token to one of 128 running sequences in turn, as a decode step does; every 16th takes a block.
+/// One token to one of 16 running sequences in turn, as a decode step does; every 16th takes a block.
 fn append(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("append one token");
     for blocks in POOLS {

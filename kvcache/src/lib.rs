@@ -64,8 +64,8 @@
 //! 3. **Run** the model over [`block_table`](CacheManager::block_table)s, one per sequence and KV group.
 //! 4. **Report.** [`confirm_block_ops`](CacheManager::confirm_block_ops) once for each take (also if the ops were
 //!    empty), and [`mark_computed`](CacheManager::mark_computed) with the tokens that were computed. Should the
-//!    device have failed, [`abandon_block_ops`](CacheManager::abandon_block_ops) instead, and free the sequences
-//!    of the step.
+//!    device have failed, [`abandon_block_ops`](CacheManager::abandon_block_ops) instead, and free every
+//!    sequence that holds a destination of the failed ops.
 //!
 //! # Rules to know
 //!

@@ -66,13 +66,12 @@ impl KvCacheManager {
     /// empty, there is no KV group, a window is 0, or the watermark is not in `0.0 .. 1.0`.
     pub fn new(config: CacheConfig) -> Result<Self, CacheError> {
         check(&config)?;
-        let pool = |name: &str, blocks: usize| {
-            BlockPool::new(blocks).ok_or_else(|| {
-                CacheError::Config(format!(
-                    "the bookkeeping of {blocks} {name} blocks does not fit in memory; use fewer"
-                ))
-            })
+        let too_many = |name: &str, blocks: usize| {
+            let message =
+                format!("the bookkeeping of {blocks} {name} blocks does not fit in memory; use fewer");
+            CacheError::Config(message)
         };
+        let pool = |name: &str, blocks: usize| BlockPool::new(blocks).ok_or_else(|| too_many(name, blocks));
         let expected_nodes = if config.prefix_cache { config.device_blocks } else { 0 };
         Ok(Self {
             geometry: Geometry::new(&config),
@@ -80,7 +79,8 @@ impl KvCacheManager {
             memory: Memory {
                 device: pool("device", config.device_blocks)?,
                 host: pool("host", config.host_blocks)?,
-                tree: PrefixTree::new(config.block_size, config.groups.len(), expected_nodes),
+                tree: PrefixTree::new(config.block_size, config.groups.len(), expected_nodes)
+                    .ok_or_else(|| too_many("device", expected_nodes))?,
                 copies: CopyQueue::default(),
                 stats: CacheStats::default(),
             },

@@ -68,19 +68,24 @@ pub(crate) struct PrefixTree {
 }
 
 impl PrefixTree {
-    /// An empty tree whose index is good for `expected` nodes before it has to grow.
-    pub(crate) fn new(block_size: usize, groups: usize, expected: usize) -> Self {
-        Self {
+    /// An empty tree whose index is good for `expected` nodes before it has to grow; `None` if there is no
+    /// memory for the index.
+    pub(crate) fn new(block_size: usize, groups: usize, expected: usize) -> Option<Self> {
+        let size = expected.max(16).next_power_of_two();
+        let mut buckets = Vec::new();
+        buckets.try_reserve_exact(size).ok()?;
+        buckets.resize(size, NO_NODE);
+        Some(Self {
             block_size,
             groups,
             nodes: Vec::new(),
             contents: Vec::new(),
             vacant: NO_NODE,
-            buckets: vec![NO_NODE; expected.max(16).next_power_of_two()],
+            buckets,
             indexed: 0,
             roots: HashMap::new(),
             keyed: Keyed::default(),
-        }
+        })
     }
 
     /// The root of a salt, if anything is known under it.
@@ -292,7 +297,7 @@ mod tests {
 
     #[test]
     fn nodes_are_found_by_content_and_vanish_with_their_last_reference() {
-        let mut tree = PrefixTree::new(2, 1, 4);
+        let mut tree = PrefixTree::new(2, 1, 4).unwrap();
         let root = tree.acquire_root(9);
         let a = tree.acquire_child(root, &[1, 2]);
         let b = tree.acquire_child(a, &[3, 4]);
@@ -311,7 +316,7 @@ mod tests {
 
     #[test]
     fn colliding_hashes_never_mix_contents() {
-        let mut tree = PrefixTree::new(1, 1, 4);
+        let mut tree = PrefixTree::new(1, 1, 4).unwrap();
         tree.collide();
         let (salt_a, salt_b) = (tree.acquire_root(1), tree.acquire_root(2));
         let mut nodes = Vec::new();
@@ -335,7 +340,7 @@ mod tests {
 
     #[test]
     fn the_index_grows_with_the_nodes() {
-        let mut tree = PrefixTree::new(1, 1, 1);
+        let mut tree = PrefixTree::new(1, 1, 1).unwrap();
         let root = tree.acquire_root(0);
         let nodes: Vec<_> = (0..1000).map(|token| tree.acquire_child(root, &[token])).collect();
         for (token, &node) in nodes.iter().enumerate() {
@@ -346,7 +351,7 @@ mod tests {
 
     #[test]
     fn a_node_remembers_one_block_for_each_group() {
-        let mut tree = PrefixTree::new(1, 2, 1);
+        let mut tree = PrefixTree::new(1, 2, 1).unwrap();
         let root = tree.acquire_root(0);
         let node = tree.acquire_child(root, &[5]);
         tree.set_block(node, 0, 40);

@@ -26,3 +26,8 @@ pub mod request;
 pub mod sampling;
 pub mod scheduler;
 pub mod text;
+
+/// The example of the crate's README, compiled with the documentation's tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -181,7 +181,7 @@ pub fn load(
 
     let weights = match options.load_format {
         LoadFormat::Auto => WeightSource::Files { weights: Weights::open(&path)?, dtype: options.dtype },
-        LoadFormat::Dummy => WeightSource::Dummy { dtype: options.dtype.unwrap_or(DType::Bf16) },
+        LoadFormat::Dummy => dummy_weights(&config, options.dtype.unwrap_or(DType::Bf16))?,
     };
     progress(LoadProgress::Stage("reading the tokenizer"));
     let tokenizer = Tokenizer::open(&path)?;
@@ -190,7 +190,7 @@ pub fn load(
     progress(LoadProgress::Stage("mapping the weights"));
     let backend = CpuBackend::new(options.threads)?;
     let embedding = [config.vocab_size, config.hidden_size];
-    let weight_dtype = weights.tensor("model.embed_tokens.weight", &embedding)?.dtype();
+    let weight_dtype = weights.dtype("model.embed_tokens.weight", &embedding)?;
     let model = load_model(&config, &weights, &backend)?;
 
     progress(LoadProgress::Stage("making the KV cache"));
@@ -249,6 +249,27 @@ pub fn choose_backend(choice: BackendChoice) -> Result<&'static str, LoadError> 
     }
 }
 
+/// Weights made up for a configuration, if the machine has room for them.
+fn dummy_weights(config: &ModelConfig, dtype: DType) -> Result<WeightSource, LoadError> {
+    let product = |sizes: &[usize]| sizes.iter().fold(1u64, |all, &size| all.saturating_mul(size as u64));
+    let embedding = product(&[config.vocab_size, config.hidden_size]);
+    let attention = product(&[config.hidden_size, config.head_dim, 2 * config.q_heads + 2 * config.kv_heads]);
+    let mlp = product(&[3, config.hidden_size, config.intermediate_size]);
+    let layers = attention.saturating_add(mlp).saturating_mul(config.num_layers() as u64);
+    let elements = embedding.saturating_mul(2).saturating_add(layers);
+    // Each is made in f32 before it is converted; the embedding or the MLP is the largest.
+    let bytes =
+        elements.saturating_mul(dtype.size() as u64).saturating_add(4 * embedding.max(mlp).min(1 << 60));
+    match machine_memory() {
+        Some(memory) if bytes > memory => {
+            let problem =
+                format!("made-up weights of this shape take {bytes} bytes; the machine has {memory}");
+            Err(LoadError::Option { option: "--load-format dummy", problem })
+        }
+        _ => Ok(WeightSource::Dummy { dtype }),
+    }
+}
+
 fn max_model_len(options: &LoadOptions, config: &ModelConfig) -> Result<usize, LoadError> {
     let refuse = |option, problem| Err(LoadError::Option { option, problem });
     match options.max_model_len {
@@ -278,8 +299,13 @@ fn attention_spec(
     Ok(spec)
 }
 
+/// Bytes that the cache manager keeps for a block, at most: reference counts, links, and its place in the
+/// prefix cache without the tokens themselves.
+const BOOKKEEPING_BYTES: usize = 64;
+
 fn num_blocks(options: &LoadOptions, spec: &AttentionSpec, max_model_len: usize) -> Result<usize, LoadError> {
-    let block_bytes = spec.block_bytes().max(1) as u64;
+    let bookkeeping = BOOKKEEPING_BYTES + size_of::<u32>() * spec.block_size;
+    let block_bytes = (spec.block_bytes() + bookkeeping) as u64;
     let memory = machine_memory();
     let (option, blocks) = match options.cache_size {
         CacheSize::Blocks(blocks) => ("--kv-blocks", blocks as u64),

@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 use memory::SimulatedMemory;
 use pagewise_kvcache::{CacheConfig, KvCacheManager, KvGroup, PinId, PoolUsage, SequenceId};
 
-/// Bytes that [`Setup::decode`] reads.
+/// Bytes that [`Setup::config`] reads.
 pub(crate) const SETUP_BYTES: usize = 6;
 
 /// The environment variable that holds a case to run again.

@@ -94,8 +94,8 @@ pub struct Linear<W> {
 ///
 /// A row of any result depends on the same row of the inputs alone; on the CPU that holds to the bit.
 pub trait Backend: Send + Sync + Sized + 'static {
-    /// Weights on the device.
-    type Weight: Send + Sync;
+    /// Weights on the device; a clone is another handle to the same memory.
+    type Weight: Clone + Send + Sync;
     /// Activations on the device.
     type Tensor: Send;
     /// The blocks of all layers on the device, and those on the host to swap with.
@@ -260,6 +260,6 @@ pub enum BackendError {
         hint: &'static str,
     },
     /// The device's threads could not be started.
-    #[error("the CPU thread pool could not be started: {0}")]
+    #[error("--threads: the CPU's threads could not be started: {0}")]
     Threads(String),
 }

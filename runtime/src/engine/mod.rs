@@ -103,6 +103,12 @@ impl Engine {
                 "stop strings need a tokenizer, which this model was loaded without; use stop_token_ids";
             return Err(RequestError { param: Some("stop"), message: message.into() });
         }
+        let best_of = params.best_of.is_some();
+        let name_best_of = |error: RequestError| match error.param {
+            Some("n") if best_of => RequestError { param: Some("best_of"), ..error },
+            _ => error,
+        };
+        self.scheduler.check_samples(params.samples()).map_err(name_best_of)?;
         let id = RequestId(self.next_request);
         let state = RequestState::new(&prompt, params, self.detokenizer.as_ref());
         let group = NewGroup {
@@ -111,11 +117,7 @@ impl Engine {
             prompt_logits: state.prompt_logprobs.is_some(),
             prompt,
         };
-        let best_of = state.params.best_of.is_some();
-        self.scheduler.add(group, &*self.cache).map_err(|error| match error.param {
-            Some("n") if best_of => RequestError { param: Some("best_of"), ..error },
-            _ => error,
-        })?;
+        self.scheduler.add(group, &*self.cache).map_err(name_best_of)?;
         self.next_request += 1;
         self.requests.insert(id, state);
         Ok(id)

@@ -85,21 +85,18 @@ impl<B: Backend> Llama<B> {
             Ok(backend.upload(weights.tensor(name, shape)?)?)
         };
         let embedding_shape = [vocab_size, hidden_size];
+        let embedding = weight("model.embed_tokens.weight", &embedding_shape)?;
         let output = match config.tie_word_embeddings {
-            true => "model.embed_tokens.weight",
-            false => "lm_head.weight",
+            true => embedding.clone(),
+            false => weight("lm_head.weight", &embedding_shape)?,
         };
         Ok(Self {
-            embedding: weight("model.embed_tokens.weight", &embedding_shape)?,
+            embedding,
             layers: (0..config.num_layers())
                 .map(|index| Layer::load(config, index, &weight))
                 .collect::<Result<_, _>>()?,
             norm: weight("model.norm.weight", &[hidden_size])?,
-            output: Linear {
-                weight: weight(output, &embedding_shape)?,
-                bias: None,
-                out_features: vocab_size,
-            },
+            output: Linear { weight: output, bias: None, out_features: vocab_size },
             config: config.clone(),
         })
     }

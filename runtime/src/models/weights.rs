@@ -21,6 +21,17 @@ pub enum WeightSource {
 }
 
 impl WeightSource {
+    /// The type that the weight of this name comes out in; nothing is converted or made up to find it.
+    ///
+    /// # Errors
+    /// As of [`tensor`](Self::tensor).
+    pub fn dtype(&self, name: &str, shape: &[usize]) -> Result<DType, ModelError> {
+        match self {
+            Self::Files { weights, dtype: None } => Ok(weights.tensor(name, shape)?.dtype()),
+            Self::Files { dtype: Some(dtype), .. } | Self::Dummy { dtype } => Ok(*dtype),
+        }
+    }
+
     /// The weight of this name, which must have this shape.
     ///
     /// # Errors

@@ -21,19 +21,27 @@ impl Scheduler {
             );
             return refuse("prompt", message);
         }
-        let most = self.most_sequences();
-        if new.samples > most {
-            let message = format!(
-                "{} completions are to be sampled together, but only {most} sequences may run at a time; lower n or \
-                 best_of, or raise --max-num-seqs and --max-batch-tokens",
-                new.samples
-            );
-            return refuse("n", message);
-        }
+        self.check_samples(new.samples)?;
         if cache.can_allocate(&[self.prompt(&new.prompt, false)]) == Admission::Never {
             return Err(prompt_exceeds_cache(length, cache));
         }
         Ok(())
+    }
+
+    /// Whether so many samples of one prompt may ever run together. Asked before anything is made for each.
+    ///
+    /// # Errors
+    /// [`RequestError`] on `n`.
+    pub(crate) fn check_samples(&self, samples: usize) -> Result<(), RequestError> {
+        let most = self.most_sequences();
+        if samples <= most {
+            return Ok(());
+        }
+        let message = format!(
+            "{samples} completions are to be sampled together, but only {most} sequences may run at a time; lower n or \
+             best_of, or raise --max-num-seqs and --max-batch-tokens"
+        );
+        Err(RequestError { param: Some("n"), message })
     }
 
     /// Sequences that may be resident: each needs a token of the budget in every step.

@@ -26,13 +26,12 @@ pub struct StreamDecoder {
     settled: usize,
     /// Bytes of the window's text that have been given out.
     given: usize,
-    in_byte_run: bool,
 }
 
 impl StreamDecoder {
     /// At the beginning of a text.
     pub fn new(tokenizer: &Tokenizer) -> Self {
-        Self { tokenizer: tokenizer.clone(), window: Vec::new(), settled: 0, given: 0, in_byte_run: false }
+        Self { tokenizer: tokenizer.clone(), window: Vec::new(), settled: 0, given: 0 }
     }
 
     /// Takes the next token and gives out what is now certain; empty in the midst of a character.
@@ -42,8 +41,7 @@ impl StreamDecoder {
             return String::new();
         }
         self.window.push(id);
-        self.in_byte_run = role == TokenRole::Byte;
-        if self.in_byte_run {
+        if role == TokenRole::Byte {
             return String::new();
         }
         let text = self.decode(0);
@@ -53,7 +51,7 @@ impl StreamDecoder {
         self.given = self.given.max(whole);
         if whole == text.len() {
             self.advance(self.settled, 0);
-        } else if self.window.len() - self.settled > MAX_UNFINISHED {
+        } else if self.window.len().saturating_sub(self.settled) > MAX_UNFINISHED {
             self.advance(self.window.len() - MAX_UNFINISHED / 2, REPLACEMENT.len_utf8());
         }
         piece
@@ -73,6 +71,7 @@ impl StreamDecoder {
         // A beginning without text would pass for the beginning of the whole text.
         if first > 0 && text.len() > held_back {
             self.window.drain(..first);
+            self.settled = self.settled.saturating_sub(first);
             self.given = text.len() - held_back;
         }
         if held_back == 0 {

@@ -222,6 +222,10 @@ impl CacheManager for Audited {
         let value = self.0.confirm_block_ops();
         self.audit(value)
     }
+    fn abandon_block_ops(&mut self) -> Result<(), CacheError> {
+        let value = self.0.abandon_block_ops();
+        self.audit(value)
+    }
     fn block_table(&self, sequence: SequenceId, group: usize) -> Option<&[BlockId]> {
         self.0.block_table(sequence, group)
     }

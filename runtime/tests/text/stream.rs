@@ -80,6 +80,20 @@ fn a_character_appears_with_its_last_byte() {
     assert_eq!((pieces.concat(), rest), (format!("{BROKEN}a"), BROKEN.to_string()));
 }
 
+/// Runs of bytes that never become characters, with letters between: the window moves on in their midst.
+#[test]
+fn long_broken_runs_between_letters_are_shown_in_full() {
+    let tokenizer = tiny::byte_level();
+    let mut ids = Vec::new();
+    for broken in [12, 30, 5, 17, 40] {
+        ids.push(u32::from(b'a'));
+        ids.extend(std::iter::repeat_n(0x80, broken));
+    }
+    let (pieces, rest) = stream(&tokenizer, &ids);
+    let bytes: Vec<u8> = ids.iter().map(|&id| id as u8).collect();
+    assert_eq!(pieces.concat() + &rest, String::from_utf8_lossy(&bytes));
+}
+
 #[test]
 fn the_first_space_goes_and_the_others_stay() {
     let tokenizer = tiny::sentencepiece();

@@ -13,6 +13,9 @@ use pagewise_attention::cpu::{self as attention, Inputs, KvPair, Outputs, Plan};
 use pagewise_attention::{CacheLayout, HostTensor, HostTensorMut, Problem, WriteKv};
 use pagewise_kvcache::BlockOps;
 
+/// More threads than any machine has cores.
+const MAX_THREADS: usize = 1024;
+
 /// A pool of threads and nothing else: the CPU has no memory of its own to manage.
 #[derive(Debug)]
 pub struct CpuBackend {
@@ -25,6 +28,10 @@ impl CpuBackend {
     /// # Errors
     /// [`BackendError::Threads`] if they cannot be started.
     pub fn new(threads: Option<usize>) -> Result<Self, BackendError> {
+        if let Some(wanted) = threads.filter(|&wanted| wanted > MAX_THREADS) {
+            let problem = format!("{wanted} threads are asked for; at most {MAX_THREADS} can be had");
+            return Err(BackendError::Threads(problem));
+        }
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads.unwrap_or(0))
             .thread_name(|i| format!("pagewise-cpu-{i}"))

@@ -229,7 +229,10 @@ impl Field<'_> {
     }
 
     fn messages(self) -> Result<Vec<Message>, LineError> {
-        self.list("messages, which have a role and a content, both strings", |item| {
+        if self.value.as_array().is_some_and(Vec::is_empty) {
+            return Err(self.wrong("at least one message"));
+        }
+        self.list("messages, which have a role and a content, both strings, and nothing else", |item| {
             let fields = item.as_object()?;
             let text = |name| fields.get(name).and_then(Value::as_str).map(str::to_owned);
             let message = Message { role: text("role")?, content: text("content")? };
@@ -259,6 +262,9 @@ fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a truth value",
+        Value::Number(number) if number.as_f64().is_some_and(|x| number.is_f64() && x.fract() == 0.0) => {
+            "a number of that size or form"
+        }
         Value::Number(number) if number.is_f64() => "a fraction",
         Value::Number(number) if number.is_i64() && !number.is_u64() => "a negative number",
         Value::Number(_) => "a number",
@@ -431,7 +437,7 @@ mod tests {
             ("{}", Some("prompt"), "the line needs one of prompt, prompt_token_ids and messages"),
             (r#"{"prompt": 7}"#, Some("prompt"), "prompt must be a string, not a number"),
             (
-                r#"{"prompt": "a", "messages": []}"#,
+                r#"{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}"#,
                 Some("messages"),
                 "prompt and messages exclude each other",
             ),
@@ -464,6 +470,7 @@ mod tests {
             (r#"{"prompt": "a", "logit_bias": [1]}"#, Some("logit_bias"), "an object"),
             (r#"{"prompt": "a", "early_stopping": "yes"}"#, Some("early_stopping"), "\"never\""),
             (r#"{"messages": [{"role": "user"}]}"#, Some("messages"), "messages[0]"),
+            (r#"{"messages": []}"#, Some("messages"), "at least one message"),
             (r#"{"messages": [{"role": "user", "content": "a", "x": 1}]}"#, Some("messages"), "messages[0]"),
         ];
         for (line, param, message) in table {
