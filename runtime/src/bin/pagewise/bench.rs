@@ -7,10 +7,11 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use clap::{Args, Subcommand};
-use pagewise_runtime::load::{LoadedModel, load};
+use pagewise_runtime::load::LoadedModel;
 use pagewise_runtime::request::{Request, SamplingParams};
 use serde_json::json;
 
+use crate::loading::load_model;
 use crate::options::ModelOptions;
 use crate::{Failure, generate};
 
@@ -73,7 +74,7 @@ impl Bench {
         let What::Engine(bench) = self.what;
         let mut options = bench.model.load_options()?;
         options.prefix_cache = false;
-        let mut model = load(&options, &mut |_| {}).map_err(|error| Failure::error(error.to_string()))?;
+        let mut model = load_model(&options, 0)?;
         for &parallel in &bench.parallel {
             let figures = bench.measure(&mut model, parallel)?;
             let line = if bench.json {

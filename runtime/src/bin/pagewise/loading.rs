@@ -13,7 +13,13 @@ pub(crate) fn load_model(options: &LoadOptions, verbose: u8) -> Result<LoadedMod
     let mut display = Display::new(verbose == 0);
     let loaded = load(options, &mut |progress| display.show(progress));
     display.bar.finish_and_clear();
-    loaded.map_err(Failure::error)
+    let loaded = loaded.map_err(Failure::error)?;
+    if let Some(threads) = options.threads {
+        // The backend has a pool of its own; sampling runs in the process's, which is ours to size here. Were it
+        // in use already, it would keep its size and nothing else would change.
+        let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    }
+    Ok(loaded)
 }
 
 struct Display {
