@@ -17,11 +17,12 @@ mod device;
 mod error;
 mod launch;
 mod plan;
+mod split;
 mod write_kv;
 
 pub use context::Context;
 pub use cudarc;
-pub use decode::DecodeCall;
+pub use decode::{CacheScales, DecodeCall};
 pub use device::{
     ComputeCapability, CudaVersion, Device, MIN_COMPUTE_CAPABILITY, MIN_CUDA_VERSION, devices,
     driver_release, driver_version,
@@ -29,5 +30,6 @@ pub use device::{
 pub use error::CudaError;
 pub use launch::RawStream;
 pub use pagewise_ptx as ptx;
-pub use plan::{DecodePlan, PlanOptions, Shrink};
+pub use plan::{DecodePlan, PlanBound, PlanOptions, StepLimits};
+pub use split::Shrink;
 pub use write_kv::{Element, KvScales, WriteKvCall, WriteKvSlices, WriteKvVariant};

@@ -9,13 +9,14 @@ use serde_json::{Value, json};
 use crate::gpu::{Gpu, ROTATION, Random};
 use crate::yardsticks::Yardsticks;
 
-const DIM: usize = 128;
 const BLOCK: usize = 16;
 
 /// One line of the table of peers.
 pub struct Shape {
     q_heads: usize,
     kv_heads: usize,
+    dim: usize,
+    kv_dtype: DType,
     pub name: String,
     lens: Vec<i32>,
     best_peer: String,
@@ -26,7 +27,12 @@ pub struct Shape {
 impl Shape {
     /// Bytes of K and V that it reads.
     pub fn bytes(&self) -> f64 {
-        4.0 * (self.kv_heads * DIM) as f64 * self.lens.iter().map(|len| f64::from(*len)).sum::<f64>()
+        2.0 * (self.kv_heads * self.dim * self.kv_dtype.size()) as f64 * self.lens.iter().map(|len| f64::from(*len)).sum::<f64>()
+    }
+
+    /// Whether it is one of the 52 that the geometric means are of.
+    fn counts(&self) -> bool {
+        self.dim == 128 && self.kv_dtype == DType::Bf16
     }
 }
 
@@ -38,15 +44,19 @@ pub fn shapes() -> Vec<Shape> {
     let rows = text.lines().filter(|line| line.starts_with(|c: char| c.is_ascii_digit()));
     rows.map(|line| {
         let fields: Vec<&str> = line.split('\t').collect();
-        let [q_heads, kv_heads, name, best_peer, best_us, vllm_us] = fields[..] else { panic!("{line}") };
+        let [q_heads, kv_heads, dim, kv, name, best_peer, best_us, vllm_us] = fields[..] else { panic!("{line}") };
         let lens = match name.split_once('x') {
             Some((sequences, keys)) => vec![keys.parse().unwrap(); sequences.parse().unwrap()],
             None => ragged.clone(),
         };
+        let kv_dtype = if kv == "e4m3" { DType::F8E4M3 } else { kv.parse().unwrap() };
+        let kind = if (dim, kv) == ("128", "bf16") { String::new() } else { format!(" d{dim} {kv}") };
         Shape {
             q_heads: q_heads.parse().unwrap(),
             kv_heads: kv_heads.parse().unwrap(),
-            name: format!("{q_heads}/{kv_heads} {name}"),
+            dim: dim.parse().unwrap(),
+            kv_dtype,
+            name: format!("{q_heads}/{kv_heads} {name}{kind}"),
             lens,
             best_peer: best_peer.to_owned(),
             best_us: best_us.parse().unwrap(),
@@ -59,7 +69,7 @@ pub fn shapes() -> Vec<Shape> {
 pub fn all_shapes(gpu: &Gpu<'_>, yardsticks: &Yardsticks, wanted: impl Fn(&str) -> bool) -> Vec<Value> {
     let mut results = Vec::new();
     let (mut peers, mut vllm, mut floors) = (Vec::new(), Vec::new(), Vec::new());
-    println!("decode bf16 d128, block 16: us, GB/s, % of ceiling, x floor, x best peer, x vLLM");
+    println!("decode bf16, d128 if not said otherwise, block 16: us, GB/s, % of ceiling, x floor, x best peer, x vLLM");
     for shape in shapes().iter().filter(|shape| wanted(&shape.name)) {
         let mut best = f64::INFINITY;
         for hnd in [false, true] {
@@ -85,9 +95,12 @@ pub fn all_shapes(gpu: &Gpu<'_>, yardsticks: &Yardsticks, wanted: impl Fn(&str) 
                 "speedup_over_best_peer": shape.best_us / us, "speedup_over_vllm": shape.vllm_us / us,
                 "relative_error": error, "items": items,
             }));
-            if !hnd {
+            if !hnd && shape.counts() {
                 floors.push(us / floor);
             }
+        }
+        if !shape.counts() {
+            continue;
         }
         // Peers are the best of both layouts; so are we.
         peers.push(shape.best_us / best);
@@ -112,8 +125,8 @@ pub struct Prepared<'a, 'b> {
     max_blocks: usize,
     sets: usize,
     tables: Vec<Vec<i32>>,
-    k_cache: CudaSlice<half::bf16>,
-    v_cache: CudaSlice<half::bf16>,
+    k_cache: CudaSlice<u8>,
+    v_cache: CudaSlice<u8>,
     q: CudaSlice<half::bf16>,
     device_tables: CudaSlice<i32>,
     /// First element of a row of the output, and what it should be.
@@ -121,23 +134,27 @@ pub struct Prepared<'a, 'b> {
 }
 
 /// V begins elsewhere in the pattern, so that it is not K.
-const V_SHIFT: usize = 8 * 1001;
+const V_SHIFT: usize = 16 * 1001;
 
 impl<'a, 'b> Prepared<'a, 'b> {
     pub fn new(gpu: &'a Gpu<'b>, shape: &Shape, hnd: bool) -> Self {
         let sequences = shape.lens.len();
-        let config = AttentionConfig::new(shape.q_heads, shape.kv_heads, DIM, DType::Bf16);
+        let (dim, kv_dtype) = (shape.dim, shape.kv_dtype);
+        let config = AttentionConfig {
+            kv_dtype,
+            ..AttentionConfig::new(shape.q_heads, shape.kv_heads, dim, DType::Bf16)
+        };
         let blocks_of = |len: i32| (len as usize).div_ceil(BLOCK);
         let blocks_per_set: usize = shape.lens.iter().map(|len| blocks_of(*len)).sum();
-        let set_bytes = blocks_per_set * BLOCK * shape.kv_heads * DIM * 4;
+        let set_bytes = blocks_per_set * BLOCK * shape.kv_heads * dim * 2 * kv_dtype.size();
         let sets = (ROTATION / set_bytes).clamp(1, 128);
         let blocks = sets * blocks_per_set;
         let layout = match hnd {
             false => CacheLayout::nhd(blocks, BLOCK, &config),
             true => CacheLayout::hnd(blocks, BLOCK, &config),
         };
-        let k_cache = gpu.filled(layout.k_extent(&config) as usize);
-        let v_cache = gpu.filled(layout.v_extent(&config) as usize + V_SHIFT);
+        let k_cache = gpu.filled(kv_dtype, layout.k_extent(&config) as usize);
+        let v_cache = gpu.filled(kv_dtype, layout.v_extent(&config) as usize + V_SHIFT);
 
         // Blocks in random order, dealt to the sets and their sequences.
         let order = Random(11).permutation(blocks);
@@ -155,16 +172,16 @@ impl<'a, 'b> Prepared<'a, 'b> {
             .collect();
         let q_rows: Vec<half::bf16> = {
             let mut random = Random(5);
-            (0..sequences * shape.q_heads * DIM).map(|_| half::bf16::from_f64(random.unit() * 2.0)).collect()
+            (0..sequences * shape.q_heads * dim).map(|_| half::bf16::from_f64(random.unit() * 2.0)).collect()
         };
         let mut expected = Vec::new();
         for sequence in [0, sequences - 1] {
             for head in [0, shape.q_heads - 1] {
-                let first = (sequence * shape.q_heads + head) * DIM;
+                let first = (sequence * shape.q_heads + head) * dim;
                 let table = &tables[0][sequence * max_blocks..][..max_blocks];
                 let (len, kv_head) = (shape.lens[sequence] as usize, head / config.group());
-                let q = &q_rows[first..first + DIM];
-                let row = attend(gpu, &layout, V_SHIFT, q, table, len, kv_head, config.scale);
+                let q = &q_rows[first..first + dim];
+                let row = attend(gpu, &config, &layout, q, &table[..len.div_ceil(BLOCK)], len, kv_head);
                 expected.push((first, row));
             }
         }
@@ -196,7 +213,7 @@ impl<'a, 'b> Prepared<'a, 'b> {
         let batch = PagedBatch::padded(&query_start, &self.lens, &self.tables[0], max_blocks);
         let problem = Problem::new(&self.config, self.layout, batch).unwrap();
         let plan = DecodePlan::new(&problem, gpu.context.device(), options).unwrap();
-        let sizes = plan.workspace().unwrap();
+        let sizes = plan.workspace();
         let stream = &gpu.stream;
         let out = stream.clone_htod(&vec![half::bf16::NAN; self.q.len()]).unwrap();
         let work = stream.clone_htod(&plan.work()).unwrap();
@@ -206,14 +223,14 @@ impl<'a, 'b> Prepared<'a, 'b> {
         let call = |set: usize| DecodeCall {
             q: gpu.address(&self.q),
             k_cache: gpu.address(&self.k_cache),
-            v_cache: gpu.address(&self.v_cache) + 2 * V_SHIFT as u64,
+            v_cache: gpu.address(&self.v_cache) + (self.config.kv_dtype.size() * V_SHIFT) as u64,
             tables: gpu.address(&self.device_tables) + (4 * set * sequences * max_blocks) as u64,
             out: gpu.address(&out),
-            lse: 0,
             work: gpu.address(&work),
             partial_out: gpu.address(&partial_out),
             partial_max: gpu.address(&partial_max),
             tickets: gpu.address(&tickets),
+            ..DecodeCall::default()
         };
         let launch = |set: usize| {
             // SAFETY: all addresses are those of live slices that hold what the plan reaches, on one stream.
@@ -225,7 +242,7 @@ impl<'a, 'b> Prepared<'a, 'b> {
         let mut error = 0.0f64;
         for (first, expected) in &self.expected {
             let largest = expected.iter().fold(0.0f64, |largest, x| largest.max(x.abs()));
-            for (found, expected) in found[*first..first + DIM].iter().zip(expected) {
+            for (found, expected) in found[*first..first + self.config.head_dim_v].iter().zip(expected) {
                 let difference = (found.to_f64() - expected).abs() / largest;
                 error = if difference.is_nan() { f64::INFINITY } else { error.max(difference) };
             }
@@ -245,17 +262,16 @@ fn item_keys() -> Option<u32> {
 }
 
 /// One row of attention in f64, by the definition.
-#[expect(clippy::too_many_arguments, reason = "a check of one row, used once")]
 fn attend(
     gpu: &Gpu<'_>,
+    config: &AttentionConfig,
     layout: &CacheLayout,
-    v_shift: usize,
     q: &[half::bf16],
     table: &[i32],
     len: usize,
     head: usize,
-    scale: f32,
 ) -> Vec<f64> {
+    let element = |index| gpu.element(config.kv_dtype, index);
     let place = |strides: pagewise_attention::KvStrides, key: usize| {
         table[key / BLOCK] as usize * strides.block as usize
             + key % BLOCK * strides.token as usize
@@ -264,18 +280,18 @@ fn attend(
     let scores: Vec<f64> = (0..len)
         .map(|key| {
             let first = place(layout.k, key);
-            let dot: f64 = q.iter().enumerate().map(|(d, q)| q.to_f64() * gpu.element(first + d)).sum();
-            dot * f64::from(scale)
+            let dot: f64 = q.iter().enumerate().map(|(d, q)| q.to_f64() * element(first + d)).sum();
+            dot * f64::from(config.scale)
         })
         .collect();
     let largest = scores.iter().fold(f64::NEG_INFINITY, |largest, score| largest.max(*score));
-    let mut out = vec![0.0; DIM];
+    let mut out = vec![0.0; config.head_dim_v];
     let mut sum = 0.0;
     for (key, score) in scores.iter().enumerate() {
         let weight = (score - largest).exp();
         sum += weight;
-        let first = place(layout.v, key) + v_shift;
-        out.iter_mut().enumerate().for_each(|(d, out)| *out += weight * gpu.element(first + d));
+        let first = place(layout.v, key) + V_SHIFT;
+        out.iter_mut().enumerate().for_each(|(d, out)| *out += weight * element(first + d));
     }
     out.iter().map(|out| out / sum).collect()
 }
@@ -283,17 +299,17 @@ fn attend(
 /// `write_kv` of 8192 tokens into random slots, against a device copy of as many bytes.
 pub fn write_kv(gpu: &Gpu<'_>, yardsticks: &Yardsticks) -> Value {
     let stream = &gpu.stream;
-    let (tokens, heads) = (8192usize, 8usize);
-    let config = AttentionConfig::new(heads, heads, DIM, DType::Bf16);
+    let (tokens, heads, dim) = (8192usize, 8usize, 128usize);
+    let config = AttentionConfig::new(heads, heads, dim, DType::Bf16);
     let sets = 16;
     let layout = CacheLayout::nhd(sets * tokens / BLOCK, BLOCK, &config);
-    let row = heads * DIM;
-    let source = gpu.filled(2 * sets * tokens * row);
-    let k_cache = gpu.filled(layout.k_extent(&config) as usize);
-    let v_cache = gpu.filled(layout.v_extent(&config) as usize);
+    let row = heads * dim;
+    let source = gpu.filled(DType::Bf16, 2 * sets * tokens * row);
+    let k_cache = gpu.filled(DType::Bf16, layout.k_extent(&config) as usize);
+    let v_cache = gpu.filled(DType::Bf16, layout.v_extent(&config) as usize);
     let slots: Vec<i64> = Random(9).permutation(sets * tokens).into_iter().map(i64::from).collect();
     let slots = stream.clone_htod(&slots).unwrap();
-    let strides = RowStrides::packed(heads, DIM);
+    let strides = RowStrides::packed(heads, dim);
     let call = |set: usize| WriteKvCall {
         config: &config,
         layout: &layout,
@@ -314,8 +330,9 @@ pub fn write_kv(gpu: &Gpu<'_>, yardsticks: &Yardsticks) -> Value {
         unsafe { gpu.context.write_kv_raw(&call(set), gpu.raw_stream()) }.unwrap();
     });
     let bytes = (2 * 2 * tokens * row * 2) as f64;
-    let half = tokens * row * 2;
-    let mut copy = gpu.filled(sets * half);
+    // Bytes of K and V of one set.
+    let half = 2 * tokens * row * 2;
+    let mut copy = gpu.filled(DType::Bf16, sets * half / 2);
     let copy_us = gpu.time(sets, |set| {
         let mut target = copy.slice_mut(set * half..(set + 1) * half);
         stream.memcpy_dtod(&source.slice(set * half..(set + 1) * half), &mut target).unwrap();

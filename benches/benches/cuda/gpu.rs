@@ -4,20 +4,53 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr};
+use pagewise_attention::DType;
 use pagewise_attention::cuda::{Context, RawStream, cudarc};
 
 /// Bytes that a run of one shape cycles through, ten times an L2.
 pub const ROTATION: usize = 512 << 20;
 
-/// bf16 numbers whose repetition fills the caches: known on the host, so that results can be checked.
+/// Elements whose repetition fills the caches: known on the host, so that results can be checked.
 const PATTERN: usize = (4 << 20) + 128 * 37;
+
+/// The pattern in one type, on both sides.
+struct Pattern {
+    dtype: DType,
+    values: Vec<f32>,
+    device: CudaSlice<u8>,
+}
+
+impl Pattern {
+    fn new(stream: &Arc<CudaStream>, dtype: DType) -> Self {
+        let mut random = Random(7);
+        let (values, bytes): (Vec<f32>, Vec<u8>) = match dtype {
+            DType::F8E4M3 => {
+                // Any sign and mantissa, exponents of numbers below 2.
+                let bytes: Vec<u8> = (0..PATTERN).map(|_| random.next() as u8 & 0xbf).collect();
+                (bytes.iter().map(|&byte| e4m3(byte)).collect(), bytes)
+            }
+            _ => {
+                let numbers: Vec<half::bf16> = (0..PATTERN).map(|_| half::bf16::from_f64(random.unit())).collect();
+                let bytes = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
+                (numbers.iter().map(|number| number.to_f32()).collect(), bytes)
+            }
+        };
+        Self { dtype, values, device: stream.clone_htod(&bytes).unwrap() }
+    }
+}
+
+/// The value of an fp8 number with 4 exponent bits (bias 7) and 3 of mantissa.
+fn e4m3(byte: u8) -> f32 {
+    let (exponent, mantissa) = (i32::from(byte >> 3 & 15), f32::from(byte & 7));
+    let size = if exponent == 0 { mantissa / 512.0 } else { (8.0 + mantissa) * 2f32.powi(exponent - 10) };
+    if byte & 0x80 == 0 { size } else { -size }
+}
 
 pub struct Gpu<'a> {
     pub context: &'a Context,
     pub engine: Arc<CudaContext>,
     pub stream: Arc<CudaStream>,
-    pub pattern: Vec<half::bf16>,
-    device_pattern: CudaSlice<half::bf16>,
+    patterns: [Pattern; 2],
 }
 
 impl<'a> Gpu<'a> {
@@ -26,10 +59,12 @@ impl<'a> Gpu<'a> {
         // SAFETY: one stream only.
         unsafe { engine.disable_event_tracking() };
         let stream = engine.new_stream().unwrap();
-        let mut random = Random(7);
-        let pattern: Vec<half::bf16> = (0..PATTERN).map(|_| half::bf16::from_f64(random.unit())).collect();
-        let device_pattern = stream.clone_htod(&pattern).unwrap();
-        Self { context, engine, stream, pattern, device_pattern }
+        let patterns = [DType::Bf16, DType::F8E4M3].map(|dtype| Pattern::new(&stream, dtype));
+        Self { context, engine, stream, patterns }
+    }
+
+    fn pattern(&self, dtype: DType) -> &Pattern {
+        self.patterns.iter().find(|pattern| pattern.dtype == dtype).expect("a type with a pattern")
     }
 
     pub fn raw_stream(&self) -> RawStream {
@@ -41,22 +76,23 @@ impl<'a> Gpu<'a> {
     }
 
     /// So many elements, element `i` being that of the pattern at `i` modulo its length.
-    pub fn filled(&self, elements: usize) -> CudaSlice<half::bf16> {
+    pub fn filled(&self, dtype: DType, elements: usize) -> CudaSlice<u8> {
+        let (size, pattern) = (dtype.size(), self.pattern(dtype));
         // SAFETY: every element is written below.
-        let mut slice = unsafe { self.stream.alloc::<half::bf16>(elements) }.unwrap();
+        let mut slice = unsafe { self.stream.alloc::<u8>(elements * size) }.unwrap();
         let mut from = 0;
         while from < elements {
             let len = PATTERN.min(elements - from);
-            let mut target = slice.slice_mut(from..from + len);
-            self.stream.memcpy_dtod(&self.device_pattern.slice(..len), &mut target).unwrap();
+            let mut target = slice.slice_mut(from * size..(from + len) * size);
+            self.stream.memcpy_dtod(&pattern.device.slice(..len * size), &mut target).unwrap();
             from += len;
         }
         slice
     }
 
     /// The same element on the host.
-    pub fn element(&self, index: usize) -> f64 {
-        self.pattern[index % PATTERN].to_f64()
+    pub fn element(&self, dtype: DType, index: usize) -> f64 {
+        f64::from(self.pattern(dtype).values[index % PATTERN])
     }
 
     /// Microseconds of one launch: `launch(i)` for i in 0..launches is captured, replayed to warm up, and then

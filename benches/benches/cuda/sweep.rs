@@ -5,7 +5,7 @@
 
 use std::time::Instant;
 
-use pagewise_attention::cuda::ptx::decode::{DecodeTuning, LoadHint};
+use pagewise_attention::cuda::ptx::decode::{DecodeTuning, Prefetch};
 use pagewise_attention::cuda::{PlanOptions, Shrink};
 use serde_json::{Value, json};
 
@@ -30,11 +30,27 @@ const SHAPES: [(&str, bool); 14] = [
     ("32/32 64x4096", true),
 ];
 
+/// Warps, stages and thread blocks a multiprocessor: what a Hopper GPU has shared memory for.
+const RINGS: [(u32, u32, u32); 11] = [
+    (4, 3, 2),
+    (4, 2, 3),
+    (4, 6, 1),
+    (8, 3, 1),
+    (8, 2, 1),
+    (2, 6, 2),
+    (2, 3, 4),
+    (2, 4, 3),
+    (4, 4, 1),
+    (1, 6, 4),
+    (1, 4, 6),
+];
+
 pub fn run(gpu: &Gpu<'_>) -> Vec<Value> {
     let started = Instant::now();
     let seconds = std::env::var("PAGEWISE_SWEEP_SECONDS").ok().and_then(|text| text.parse().ok());
     let budget: f64 = seconds.unwrap_or(150.0);
     let all = shapes();
+    let default = DecodeTuning::for_row_bytes(256);
     let mut results = Vec::new();
     for (name, hnd) in SHAPES {
         if started.elapsed().as_secs_f64() > budget {
@@ -49,34 +65,26 @@ pub fn run(gpu: &Gpu<'_>) -> Vec<Value> {
                 return;
             }
             let (us, error, items) = prepared.measure(options);
-            let tuning = options.tuning.unwrap_or_default();
+            let tuning = options.tuning.unwrap_or(default);
             results.push(json!({
                 "shape": name, "hnd": hnd, "us": us, "gb_s": shape.bytes() / us / 1e3, "peer": shape.best_us / us,
-                "warps": tuning.warps, "blocks": tuning.blocks_per_multiprocessor, "merge": tuning.merge_group,
-                "load": format!("{:?}", tuning.load), "item_keys": options.item_keys,
+                "warps": tuning.warps, "stages": tuning.stages, "blocks": tuning.blocks_per_multiprocessor,
+                "merge": tuning.merge_group, "prefetch": format!("{:?}", tuning.prefetch), "item_keys": options.item_keys,
                 "shrink": options.shrink.map(|s| [s.shares, s.smallest]), "items": items, "error": error,
             }));
             tried.push((us, options));
             tried.sort_by(|a, b| a.0.total_cmp(&b.0));
         };
-        for (warps, blocks) in [(4, 3), (2, 6), (6, 2), (8, 1), (1, 12)] {
-            for load in LoadHint::ALL {
-                let tuning = DecodeTuning {
-                    warps,
-                    blocks_per_multiprocessor: blocks,
-                    load,
-                    ..DecodeTuning::default()
-                };
+        for (warps, stages, blocks_per_multiprocessor) in RINGS {
+            for prefetch in Prefetch::ALL {
+                let tuning = DecodeTuning { warps, stages, blocks_per_multiprocessor, prefetch, ..default };
                 attempt(&mut tried, PlanOptions { tuning: Some(tuning), ..PlanOptions::default() });
             }
         }
         let best: Vec<PlanOptions> = tried.iter().take(3).map(|(_, options)| *options).collect();
         for options in best {
-            let most = options.tuning.unwrap_or_default().max_item_keys();
-            for keys in [64, 128, 192, 256, 384, 512, 704, 1024, 1536, 2048] {
-                if keys <= most {
-                    attempt(&mut tried, PlanOptions { item_keys: Some(keys), ..options });
-                }
+            for keys in [64, 128, 192, 256, 384, 512, 704, 1024, 2048, 4096] {
+                attempt(&mut tried, PlanOptions { item_keys: Some(keys), ..options });
             }
             for shares in [1, 2, 4] {
                 for smallest in [128, 256, 512] {
@@ -86,7 +94,7 @@ pub fn run(gpu: &Gpu<'_>) -> Vec<Value> {
         }
         let options = tried[0].1;
         for merge_group in [4, 8, 16, 32, 1 << 20] {
-            let tuning = DecodeTuning { merge_group, ..options.tuning.unwrap_or_default() };
+            let tuning = DecodeTuning { merge_group, ..options.tuning.unwrap_or(default) };
             attempt(&mut tried, PlanOptions { tuning: Some(tuning), ..options });
         }
         println!("{name} {}: best of {} configurations", if hnd { "HND" } else { "NHD" }, tried.len());
