@@ -23,10 +23,16 @@ pub const HEAD_DIMS: [u32; 3] = [64, 128, 256];
 /// The most warps of a thread block: its merge keeps a maximum and a sum of each in registers.
 const MAX_WARPS: u32 = 8;
 
+/// Shared memory of a thread block from which on rings may be large: sm_80's.
+pub const LARGE_SHARED: u32 = 163 << 10;
+
+/// Shared memory that every GPU from sm_80 on gives a thread block that asks for it (sm_86, 89, 120).
+pub const PORTABLE_SHARED: u32 = 99 << 10;
+
 /// What moves the clock but not the result, fixed when the text is rendered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DecodeTuning {
-    /// Warps of a thread block, which share an item's keys: 1 to 8.
+    /// Warps of a thread block, which share an item's heads and keys: 1, 2, 4 or 8.
     pub warps: u32,
     /// Tiles in a warp's ring, one in use and the others on their way: 2 to 16.
     pub stages: u32,
@@ -73,27 +79,35 @@ impl Prefetch {
 }
 
 impl DecodeTuning {
-    /// What measured best for rows of so many bytes in shared memory, within what every GPU has.
-    pub const fn for_row_bytes(bytes: u32) -> Self {
-        let (warps, stages, blocks_per_multiprocessor) = match bytes {
-            ..=64 => (4, 8, 3),
-            65..=128 => (4, 6, 2),
-            129..=256 => (4, 3, 2),
-            257..=512 => (2, 3, 2),
-            _ => (1, 3, 2),
+    /// What measured best for rows of so many bytes in shared memory, on a GPU that gives a thread block that much of
+    /// it: rings of 128 KiB from 163 KiB on (sm_80, 90, 100), else of 96 KiB.
+    pub const fn for_row_bytes(bytes: u32, shared: u32) -> Self {
+        let (warps, stages) = match (shared >= LARGE_SHARED, bytes) {
+            (true, ..=64) => (8, 8),
+            (true, 65..=128) => (8, 4),
+            (true, 129..=256) => (8, 2),
+            (true, 257..=512) => (4, 2),
+            (true, _) => (2, 2),
+            (false, ..=64) => (8, 6),
+            (false, 65..=128) => (8, 3),
+            (false, 129..=256) => (4, 3),
+            (false, 257..=512) => (2, 3),
+            (false, _) => (1, 3),
         };
-        Self { warps, stages, blocks_per_multiprocessor, merge_group: 16, prefetch: Prefetch::L2Bytes256 }
+        Self { warps, stages, blocks_per_multiprocessor: 1, merge_group: 16, prefetch: Prefetch::L2Bytes128 }
     }
 
-    /// Keys that one round of a thread block's warps takes: shorter items leave warps idle.
-    pub const fn round_keys(self) -> u32 {
-        self.warps * TILE_KEYS
+    /// Keys that one round of a thread block's warps takes when they share so many heads: shorter items leave warps
+    /// idle.
+    pub const fn round_keys(self, block_heads: u32) -> u32 {
+        self.warps / block_heads * TILE_KEYS
     }
 
     /// Whether a kernel can be made of it.
     pub const fn is_valid(self) -> bool {
         1 <= self.warps
             && self.warps <= MAX_WARPS
+            && self.warps.is_power_of_two()
             && 2 <= self.stages
             && self.stages <= 16
             && 1 <= self.blocks_per_multiprocessor
@@ -117,17 +131,24 @@ pub struct DecodeSpec {
 }
 
 impl DecodeSpec {
-    /// The variant for a head of so many elements, tuned as it measured best. `None` if there is none.
-    pub fn for_head(q_dtype: DType, kv_dtype: DType, head_dim: u32) -> Option<Self> {
+    /// The variant for a head of so many elements, tuned as it measured best for a GPU with so much shared memory for
+    /// a thread block. `None` if there is none.
+    pub fn for_head(q_dtype: DType, kv_dtype: DType, head_dim: u32, shared: u32) -> Option<Self> {
         let head_dim = HEAD_DIMS.into_iter().find(|&room| head_dim <= room)?;
-        let tuning = DecodeTuning::for_row_bytes(head_dim * kv_dtype.size());
+        let tuning = DecodeTuning::for_row_bytes(head_dim * kv_dtype.size(), shared);
         Some(Self { q_dtype, kv_dtype, head_dim, tuning }).filter(|spec| spec.exists())
     }
 
-    /// Every variant, tuned as it is when nothing else is asked for.
+    /// Every variant, tuned as it is when nothing else is asked for: for GPUs with much shared memory and with less.
     pub fn all() -> impl Iterator<Item = Self> {
         let types = DType::ALL.into_iter().flat_map(|q| DType::ALL.into_iter().map(move |kv| (q, kv)));
-        types.flat_map(|(q, kv)| HEAD_DIMS.into_iter().filter_map(move |dim| Self::for_head(q, kv, dim)))
+        types.flat_map(|(q, kv)| {
+            HEAD_DIMS.into_iter().flat_map(move |dim| {
+                [LARGE_SHARED, PORTABLE_SHARED]
+                    .into_iter()
+                    .filter_map(move |shared| Self::for_head(q, kv, dim, shared))
+            })
+        })
     }
 
     /// Whether there is such a variant.
@@ -142,8 +163,12 @@ impl DecodeSpec {
         let Self { q_dtype, kv_dtype, head_dim, tuning } = self;
         let DecodeTuning { warps, stages, blocks_per_multiprocessor, merge_group, prefetch } = tuning;
         let plain = format!("{FAMILY}_{q_dtype}_{kv_dtype}_d{head_dim}");
-        if tuning == DecodeTuning::for_row_bytes(head_dim * kv_dtype.size()) {
+        let usual = |shared| DecodeTuning::for_row_bytes(head_dim * kv_dtype.size(), shared);
+        if tuning == usual(LARGE_SHARED) {
             return plain;
+        }
+        if tuning == usual(PORTABLE_SHARED) {
+            return format!("{plain}_small");
         }
         format!("{plain}_w{warps}s{stages}x{blocks_per_multiprocessor}_m{merge_group}_{}", prefetch.name())
     }
@@ -201,9 +226,23 @@ pub struct DecodeShape {
     pub kv_heads: u32,
     /// Query heads that share a KV head.
     pub group: u32,
+    /// KV heads of a thread block: a power of two that divides them, at most its warps.
+    pub block_heads: u32,
 }
 
 impl DecodeShape {
+    /// Whether thread blocks of so many warps can work for so many KV heads each.
+    pub const fn divides_heads(self, warps: u32) -> bool {
+        self.block_heads.is_power_of_two()
+            && self.block_heads <= warps
+            && self.kv_heads.is_multiple_of(self.block_heads)
+    }
+
+    /// Thread blocks that share an item for its different KV heads.
+    pub const fn head_groups(self) -> u32 {
+        self.kv_heads / self.block_heads
+    }
+
     /// Groups of at most [`TILE_QUERIES`] query heads that share a KV head.
     pub const fn query_tiles(self) -> u32 {
         self.group.div_ceil(TILE_QUERIES)
@@ -310,7 +349,7 @@ pub struct DecodeArgs {
 }
 
 /// The parameter list, the same for all variants.
-const PARAMS: [Param; 34] = {
+const PARAMS: [Param; 35] = {
     const fn param(name: &'static str, ty: ParamType) -> Param {
         Param { name, ty }
     }
@@ -344,6 +383,7 @@ const PARAMS: [Param; 34] = {
         param("block_shift", U32),
         param("group", U32),
         param("tile_rows", U32),
+        param("heads_shift", U32),
         param("dim_k", U32),
         param("dim_v", U32),
         param("mask_words", U32),
@@ -392,6 +432,7 @@ impl DecodeArgs {
             Arg::u32(self.block_shift),
             Arg::u32(self.shape.group),
             Arg::u32(self.shape.tile_rows()),
+            Arg::u32(self.shape.block_heads.trailing_zeros()),
             Arg::u32(self.head_dim_k),
             Arg::u32(self.head_dim_v),
             Arg::u32(scores.mask_words),
@@ -482,11 +523,15 @@ impl Decode {
     /// # Errors
     /// [`Error::Zero`] for an empty dimension, [`Error::GridTooLarge`] beyond CUDA's limits.
     pub fn launch(&self, shape: DecodeShape) -> Result<Launch, Error> {
-        let DecodeShape { items, kv_heads, group } = shape;
+        let DecodeShape { items, kv_heads, group, block_heads } = shape;
         for (field, value) in [("items", items), ("kv_heads", kv_heads), ("group", group)] {
             if value == 0 {
                 return Err(Error::Zero { kernel: FAMILY, field });
             }
+        }
+        let most = self.spec.tuning.warps;
+        if !shape.divides_heads(most) {
+            return Err(Error::BlockHeads { block_heads, kv_heads, most });
         }
         let limit = 65_535;
         for (field, value, needed) in [("items", items, items), ("group", group, shape.query_tiles())] {
@@ -495,7 +540,11 @@ impl Decode {
             }
         }
         let threads = self.kernel.max_threads;
-        Ok(Launch { grid: [kv_heads, items, shape.query_tiles()], block: [threads, 1, 1], dynamic_shared: self.kernel.dynamic_shared })
+        Ok(Launch {
+            grid: [shape.head_groups(), items, shape.query_tiles()],
+            block: [threads, 1, 1],
+            dynamic_shared: self.kernel.dynamic_shared,
+        })
     }
 
     /// Bytes of workspace that a variant needs for so many partial results.
@@ -515,25 +564,24 @@ impl Decode {
 mod tests {
     use super::*;
 
-    /// Shared memory that every GPU from sm_80 on gives a thread block that asks for it (sm_86, 89, 120).
-    const PORTABLE_SHARED: u32 = 99 << 10;
-
     #[test]
-    fn every_variant_runs_on_the_smallest_gpu() {
+    fn every_variant_fits_the_gpus_that_it_is_for() {
         for spec in DecodeSpec::all() {
             let kernel = Decode::new(spec).unwrap().into_kernel();
             let shared = kernel.static_shared() + kernel.dynamic_shared();
-            assert!(shared <= PORTABLE_SHARED, "{} takes {shared} bytes", spec.entry());
+            let most = if spec.entry().ends_with("_small") { PORTABLE_SHARED } else { LARGE_SHARED };
+            assert!(shared <= most, "{} takes {shared} bytes", spec.entry());
         }
     }
 
     #[test]
     fn a_head_takes_the_smallest_variant_that_holds_it() {
-        let room = |dim| DecodeSpec::for_head(DType::Bf16, DType::Bf16, dim).map(|spec| spec.head_dim);
+        let room =
+            |dim| DecodeSpec::for_head(DType::Bf16, DType::Bf16, dim, LARGE_SHARED).map(|spec| spec.head_dim);
         assert_eq!([8, 64, 72, 128, 136, 256].map(room), [64, 64, 128, 128, 256, 256].map(Some));
         assert_eq!(room(264), None);
         for (q, kv) in [(DType::F32, DType::F16), (DType::F16, DType::Bf16), (DType::F32, DType::Fp8E4m3)] {
-            assert_eq!(DecodeSpec::for_head(q, kv, 64), None);
+            assert_eq!(DecodeSpec::for_head(q, kv, 64, LARGE_SHARED), None);
         }
     }
 }

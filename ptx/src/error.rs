@@ -28,6 +28,18 @@ pub enum Error {
         /// Elements of a head that there is to be room for.
         head_dim: u32,
     },
+    /// A thread block cannot work for so many KV heads.
+    #[error(
+        "decode cannot give {block_heads} of {kv_heads} KV heads to a thread block of {most} warps: take a power of two that divides them, at most one a warp"
+    )]
+    BlockHeads {
+        /// KV heads of a thread block.
+        block_heads: u32,
+        /// KV heads in all.
+        kv_heads: u32,
+        /// Warps of a thread block.
+        most: u32,
+    },
     /// A thread can move only one element or one 16-byte load of them.
     #[error("{kernel} cannot move {vector} {source_dtype} elements at once: use 1 or {widest}")]
     UnsupportedVector {

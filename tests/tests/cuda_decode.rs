@@ -22,11 +22,11 @@ use cuda_subject::{Cuda, bytes};
 use cudarc::driver::CudaSlice;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use pagewise_attention::conformance::{
-    AttentionData, Buffer, Case, CaseMask, Layout, Operation, Outcome, Refusal, Rows, ScaleKind, SequenceShape, Subject,
-    Tables, quick, run_case,
+    AttentionData, Buffer, Case, CaseMask, Layout, Operation, Outcome, Refusal, Rows, ScaleKind,
+    SequenceShape, Subject, Tables, quick, run_case,
 };
 use pagewise_attention::cuda::ptx::all_kernels;
-use pagewise_attention::cuda::ptx::decode::{DecodeTuning, Prefetch};
+use pagewise_attention::cuda::ptx::decode::{DecodeTuning, LARGE_SHARED, PORTABLE_SHARED, Prefetch};
 use pagewise_attention::cuda::{DecodeCall, DecodePlan, PlanOptions, Shrink, StepLimits, cudarc};
 use pagewise_attention::{BlockTables, DType, HostTensorMut, MAX_HEAD_DIM};
 use random::{Random, run_cases, run_seed};
@@ -57,7 +57,7 @@ fn decode_case(random: &mut Random, turn: usize) -> Case {
         0 => multiple * (1 + random.below(head_dim_qk / multiple)),
         _ => head_dim_qk,
     };
-    let kv_heads = 1 + random.below(8);
+    let kv_heads = random.pick(&[1, 2, 2, 3, 4, 4, 5, 8]);
     let sequences = (0..1 + random.below(8))
         .map(|_| SequenceShape {
             queries: random.pick(&[0, 1, 1, 1, 1, 1, 1, 2, 5]),
@@ -106,22 +106,36 @@ fn decode_case(random: &mut Random, turn: usize) -> Case {
 /// How a case is planned: mostly as by default, so that the receipts are about that.
 fn random_options(random: &mut Random, case: &Case) -> PlanOptions {
     let room = if case.head_dim_qk <= 64 { 64 } else { MAX_HEAD_DIM };
-    let usual = DecodeTuning::for_row_bytes((room * case.kv_dtype.size()) as u32);
+    let shared = random.pick(&[LARGE_SHARED, PORTABLE_SHARED]);
+    let usual = DecodeTuning::for_row_bytes((room * case.kv_dtype.size()) as u32, shared);
     let tuning = DecodeTuning {
-        warps: random.pick(&[1, 2, 3]).min(usual.warps),
-        stages: random.pick(&[2, 3]),
+        warps: random.pick(&[1, 2, 4, 8]).min(usual.warps),
+        stages: random.pick(&[2, 3]).min(usual.stages),
         blocks_per_multiprocessor: 1,
         merge_group: random.pick(&[2, 4, 16, 1 << 20]),
         prefetch: random.pick(&Prefetch::ALL),
     };
-    let tuning = random.one_in(5).then_some(tuning);
+    let room = [64, 128, 256].into_iter().find(|room| case.head_dim_qk.max(case.head_dim_v) <= *room);
+    let portable =
+        room.map(|room| DecodeTuning::for_row_bytes((room * case.kv_dtype.size()) as u32, PORTABLE_SHARED));
+    let tuning = match random.below(5) {
+        0 => Some(tuning),
+        1 | 2 => portable,
+        _ => None,
+    };
+    let warps = tuning.map_or(2, |tuning| tuning.warps);
+    let block_heads: Vec<u32> = [1, 2, 4, 8]
+        .into_iter()
+        .filter(|heads| *heads <= warps && case.kv_heads.is_multiple_of(*heads as usize))
+        .collect();
+    let block_heads = random.one_in(2).then(|| random.pick(&block_heads));
     let tiles = random.pick(&[1, 2, 8, 64, 1024]);
     let item_keys = random.one_in(2).then(|| 16 * (1 + random.next() as u32 % tiles));
     let shares = 1 + random.below(4) as u32;
     let smallest = random.pick(&[1, 64, 256]);
     let shrink = random.one_in(2).then_some(Shrink { shares, smallest });
     let grid_items = random.one_in(3).then(|| 40_000 + random.below(1000) as u32);
-    PlanOptions { item_keys, shrink, tuning, grid_items }
+    PlanOptions { item_keys, shrink, tuning, block_heads, grid_items }
 }
 
 #[test]
@@ -314,8 +328,12 @@ fn one_graph_serves_steps_of_changing_lengths() {
     let engine = context.cudarc().unwrap();
     engine.bind_to_thread().unwrap();
     let stream = engine.new_stream().unwrap();
-    let subject =
-        Cuda { context: &context, stream: stream.clone(), options: PlanOptions::default(), variants: Vec::new() };
+    let subject = Cuda {
+        context: &context,
+        stream: stream.clone(),
+        options: PlanOptions::default(),
+        variants: Vec::new(),
+    };
     let line = "attention q=bf16 kv=bf16 heads=16/4 dim=128 block=16 mask=causal";
     let (rows, longest) = (6, 3000);
     let case = |lens: &[usize], seed| -> Case {

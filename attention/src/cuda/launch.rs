@@ -90,7 +90,8 @@ impl LoadedKernel {
                     kernel.dynamic_shared().cast_signed(),
                 )
             };
-            CudaError::check("cuFuncSetAttribute", result).map_err(|error| error.of_kernel(kernel.entry()))?;
+            CudaError::check("cuFuncSetAttribute", result)
+                .map_err(|error| error.of_kernel(kernel.entry()))?;
         }
         tracing::debug!(kernel = kernel.entry(), gpu = device.name, "loaded a CUDA kernel");
         Ok(loaded)

@@ -11,6 +11,7 @@
 //! [`devices`] says which GPUs are there and whether they can be used; a [`Context`] loads each kernel once and
 //! keeps it. Nothing is global: dropping the context unloads its kernels.
 
+mod balance;
 mod context;
 mod decode;
 mod device;

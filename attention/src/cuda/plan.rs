@@ -7,8 +7,9 @@ use pagewise_ptx::decode::{
     Decode, DecodeShape, DecodeSpec, DecodeTuning, TILE_KEYS, WorkItem, WorkspaceSizes,
 };
 
+use super::balance::{Step, choose};
 use super::decode::ptx_type;
-use super::split::{Cut, Filling, Keys, MAX_ITEM_KEYS, Options, choose_cut, most_items, split};
+use super::split::{Cut, Keys, MAX_ITEM_KEYS, most_items, split};
 use super::{CudaError, Device, Shrink};
 use crate::{AttentionConfig, BlockTables, CacheLayout, Problem, RowStrides};
 
@@ -22,8 +23,11 @@ pub struct PlanOptions {
     pub shrink: Option<Shrink>,
     /// How the kernel is tuned, if otherwise than by default.
     pub tuning: Option<DecodeTuning>,
+    /// KV heads of a thread block, if fixed: a power of two that divides them, at most the kernel's warps.
+    pub block_heads: Option<u32>,
     /// Work items of the launch, if more than there is work for: those of [`DecodePlan::bound`] let plans of
-    /// different lengths share one captured CUDA graph.
+    /// different lengths share one captured CUDA graph. Thread blocks then have one KV head if `block_heads` says
+    /// nothing else, in every plan.
     pub grid_items: Option<u32>,
 }
 
@@ -70,11 +74,15 @@ impl DecodePlan {
     /// 32-bit sizes or the items of a fixed grid.
     pub fn new(problem: &Problem<'_>, device: &Device, options: PlanOptions) -> Result<Self, CudaError> {
         let (config, layout) = (problem.config(), *problem.layout());
-        let kind = Kind::new(config, options)?;
+        let kind = Kind::new(config, device, options)?;
         let rows = visible_rows(problem)?;
-        let filling = kind.filling(device);
-        let cut = kind.fixed.unwrap_or_else(|| choose_cut(&rows, filling, options.shrink, kind.spec.tuning));
-        let (items, partials) = split(&rows, filling.blocks_per_item, cut)?;
+        // The heads of a thread block are part of a launch, which a captured graph repeats.
+        let heads = options.block_heads.or(options.grid_items.map(|_| 1));
+        let (block_heads, cut) = match options.item_keys {
+            Some(keys) => (heads.unwrap_or(1), Cut::Equal(keys)),
+            None => choose(&rows, &kind.step, heads, options.shrink),
+        };
+        let (items, partials) = split(&rows, kind.step.blocks_per_item(block_heads), cut)?;
         let grid = match options.grid_items {
             Some(most) if items.len() > most as usize => {
                 let (value, max) = (items.len() as u64, u64::from(most));
@@ -83,7 +91,7 @@ impl DecodePlan {
             Some(most) => most,
             None => small("the number of work items", items.len())?,
         };
-        let shape = DecodeShape { items: grid, ..kind.shape };
+        let shape = DecodeShape { items: grid, block_heads, ..kind.shape };
         Ok(Self {
             config: config.clone(),
             layout,
@@ -111,10 +119,11 @@ impl DecodePlan {
         options: PlanOptions,
     ) -> Result<PlanBound, CudaError> {
         config.validate()?;
-        let kind = Kind::new(config, options)?;
-        let tuned = Options { shrink: options.shrink, tuning: kind.spec.tuning };
+        let kind = Kind::new(config, device, options)?;
         let (rows, keys) = (limits.rows as u64, limits.keys as u64);
-        let items = most_items(rows, keys, kind.filling(device), kind.fixed, tuned);
+        let heads = options.block_heads.unwrap_or(1);
+        let shrink = options.shrink.unwrap_or_default();
+        let items = most_items(rows, keys, &kind.step, heads, options.item_keys, shrink);
         let items = small("the number of work items", usize::try_from(items).unwrap_or(usize::MAX))?;
         let shape = DecodeShape { items, ..kind.shape };
         Ok(PlanBound {
@@ -150,13 +159,14 @@ impl DecodePlan {
 /// What follows from the configuration alone.
 struct Kind {
     spec: DecodeSpec,
+    /// Without items, with one KV head to a thread block.
     shape: DecodeShape,
-    fixed: Option<Cut>,
+    step: Step,
 }
 
 impl Kind {
-    fn new(config: &AttentionConfig, options: PlanOptions) -> Result<Self, CudaError> {
-        let spec = supported(config, options.tuning)?;
+    fn new(config: &AttentionConfig, device: &Device, options: PlanOptions) -> Result<Self, CudaError> {
+        let spec = supported(config, device, options.tuning)?;
         if let Some(keys) = options.item_keys
             && (keys == 0 || keys > MAX_ITEM_KEYS || keys % TILE_KEYS != 0)
         {
@@ -167,16 +177,22 @@ impl Kind {
             items: 0,
             kv_heads: small("kv_heads", config.kv_heads)?,
             group: small("the group", config.group())?,
+            block_heads: 1,
         };
-        Ok(Self { spec, shape, fixed: options.item_keys.map(Cut::Equal) })
-    }
-
-    fn filling(&self, device: &Device) -> Filling {
-        let blocks = u64::from(self.spec.tuning.blocks_per_multiprocessor);
-        Filling {
-            blocks_per_item: u64::from(self.shape.kv_heads) * u64::from(self.shape.query_tiles()),
-            slots: u64::from(device.multiprocessors.max(1)) * blocks,
+        let heads = options.block_heads.unwrap_or(1);
+        if !(DecodeShape { block_heads: heads, ..shape }).divides_heads(spec.tuning.warps) {
+            let what = format!("block_heads = {heads} of {} KV heads", shape.kv_heads);
+            return Err(unsupported(&what, "take a power of two that divides them, at most one a warp"));
         }
+        let blocks = u64::from(spec.tuning.blocks_per_multiprocessor);
+        let step = Step {
+            kv_heads: shape.kv_heads,
+            query_tiles: shape.query_tiles(),
+            warps: spec.tuning.warps,
+            slots: u64::from(device.multiprocessors.max(1)) * blocks,
+            key_bytes: ((config.head_dim_qk + config.head_dim_v) * config.kv_dtype.size()) as u64,
+        };
+        Ok(Self { spec, shape, step })
     }
 }
 
@@ -206,10 +222,15 @@ fn visible_rows(problem: &Problem<'_>) -> Result<Vec<Keys>, CudaError> {
 }
 
 /// The variant for a configuration, or why there is none.
-fn supported(config: &AttentionConfig, tuning: Option<DecodeTuning>) -> Result<DecodeSpec, CudaError> {
+fn supported(
+    config: &AttentionConfig,
+    device: &Device,
+    tuning: Option<DecodeTuning>,
+) -> Result<DecodeSpec, CudaError> {
+    let shared = device.shared_memory_per_block;
     let AttentionConfig { head_dim_qk, head_dim_v, q_dtype, kv_dtype, .. } = *config;
     let room = small("head_dim", head_dim_qk.max(head_dim_v))?;
-    let Some(spec) = DecodeSpec::for_head(ptx_type(q_dtype), ptx_type(kv_dtype), room) else {
+    let Some(spec) = DecodeSpec::for_head(ptx_type(q_dtype), ptx_type(kv_dtype), room, shared) else {
         return Err(unsupported(
             &format!("{q_dtype} queries over a {kv_dtype} cache"),
             "it takes a cache of the queries' type, or an fp8 one with f16 and bf16 queries",

@@ -14,7 +14,7 @@ const BLOCK: usize = 16;
 /// One line of the table of peers.
 pub struct Shape {
     q_heads: usize,
-    kv_heads: usize,
+    pub kv_heads: usize,
     dim: usize,
     kv_dtype: DType,
     pub name: String,
@@ -27,7 +27,26 @@ pub struct Shape {
 impl Shape {
     /// Bytes of K and V that it reads.
     pub fn bytes(&self) -> f64 {
-        2.0 * (self.kv_heads * self.dim * self.kv_dtype.size()) as f64 * self.lens.iter().map(|len| f64::from(*len)).sum::<f64>()
+        2.0 * (self.kv_heads * self.dim * self.kv_dtype.size()) as f64
+            * self.lens.iter().map(|len| f64::from(*len)).sum::<f64>()
+    }
+
+    /// Bytes of a row in shared memory.
+    pub fn row_bytes(&self) -> u32 {
+        (self.dim.next_power_of_two() * self.kv_dtype.size()) as u32
+    }
+
+    /// Whether thread blocks of so many warps can have so many KV heads.
+    pub fn divides(&self, block_heads: u32, warps: u32) -> bool {
+        block_heads <= warps && self.kv_heads.is_multiple_of(block_heads as usize)
+    }
+
+    pub fn sequences(&self) -> u32 {
+        self.lens.len() as u32
+    }
+
+    pub fn longest(&self) -> u32 {
+        self.lens.iter().max().map_or(0, |len| len.cast_unsigned())
     }
 
     /// Whether it is one of the 52 that the geometric means are of.
@@ -44,7 +63,9 @@ pub fn shapes() -> Vec<Shape> {
     let rows = text.lines().filter(|line| line.starts_with(|c: char| c.is_ascii_digit()));
     rows.map(|line| {
         let fields: Vec<&str> = line.split('\t').collect();
-        let [q_heads, kv_heads, dim, kv, name, best_peer, best_us, vllm_us] = fields[..] else { panic!("{line}") };
+        let [q_heads, kv_heads, dim, kv, name, best_peer, best_us, vllm_us] = fields[..] else {
+            panic!("{line}")
+        };
         let lens = match name.split_once('x') {
             Some((sequences, keys)) => vec![keys.parse().unwrap(); sequences.parse().unwrap()],
             None => ragged.clone(),
@@ -66,21 +87,52 @@ pub fn shapes() -> Vec<Shape> {
     .collect()
 }
 
+/// How a cache lies in memory.
+#[derive(Clone, Copy)]
+pub struct Layout {
+    pub hnd: bool,
+    /// K and V each in a buffer of their own, and not block by block side by side, as most peers have them.
+    pub apart: bool,
+}
+
+impl Layout {
+    /// Side by side in both orders; for a few shapes also what separate buffers cost.
+    fn of(shape: &Shape) -> Vec<Self> {
+        let also_apart =
+            shape.q_heads == 32 && ["8x1024", "64x4096"].iter().any(|name| shape.name.ends_with(name));
+        let orders = [false, true];
+        let list = orders.map(|hnd| Self { hnd, apart: false }).into_iter();
+        list.chain(orders.map(|hnd| Self { hnd, apart: true }).into_iter().filter(|_| also_apart)).collect()
+    }
+}
+
+impl std::fmt::Display for Layout {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match (self.hnd, self.apart) {
+            (false, false) => "NHD",
+            (true, false) => "HND",
+            (false, true) => "NHD apart",
+            (true, true) => "HND apart",
+        })
+    }
+}
+
 pub fn all_shapes(gpu: &Gpu<'_>, yardsticks: &Yardsticks, wanted: impl Fn(&str) -> bool) -> Vec<Value> {
     let mut results = Vec::new();
     let (mut peers, mut vllm, mut floors) = (Vec::new(), Vec::new(), Vec::new());
-    println!("decode bf16, d128 if not said otherwise, block 16: us, GB/s, % of ceiling, x floor, x best peer, x vLLM");
+    println!(
+        "decode bf16, d128 if not said otherwise, block 16: us, GB/s, % of ceiling, x floor, x best peer, x vLLM"
+    );
     for shape in shapes().iter().filter(|shape| wanted(&shape.name)) {
         let mut best = f64::INFINITY;
-        for hnd in [false, true] {
-            let layout = if hnd { "HND" } else { "NHD" };
+        for layout in Layout::of(shape) {
             let options = PlanOptions { item_keys: item_keys(), ..PlanOptions::default() };
-            let (us, error, items) = Prepared::new(gpu, shape, hnd).measure(options);
+            let (us, error, items) = Prepared::new(gpu, shape, layout).measure(options);
             let bytes = shape.bytes();
             let rate = bytes / us / 1e3;
             let floor = yardsticks.floor_us(bytes);
             println!(
-                "{:18} {layout} {us:8.1} us {rate:5.0} GB/s {:3.0}%  floor x{:.2}  peer x{:.2} ({})  vLLM x{:.2}  error {error:.1e}, {items} items",
+                "{:18} {layout:9} {us:8.1} us {rate:5.0} GB/s {:3.0}%  floor x{:.2}  peer x{:.2} ({})  vLLM x{:.2}  error {error:.1e}, {items} items",
                 shape.name,
                 100.0 * rate / yardsticks.ceiling,
                 us / floor,
@@ -88,14 +140,17 @@ pub fn all_shapes(gpu: &Gpu<'_>, yardsticks: &Yardsticks, wanted: impl Fn(&str) 
                 shape.best_peer,
                 shape.vllm_us / us,
             );
-            best = best.min(us);
             results.push(json!({
-                "shape": shape.name, "layout": layout, "us": us, "gb_s": rate, "of_ceiling": rate / yardsticks.ceiling,
+                "shape": shape.name, "layout": layout.to_string(), "us": us, "gb_s": rate, "of_ceiling": rate / yardsticks.ceiling,
                 "over_floor": us / floor, "best_peer": shape.best_peer, "best_peer_us": shape.best_us,
                 "speedup_over_best_peer": shape.best_us / us, "speedup_over_vllm": shape.vllm_us / us,
                 "relative_error": error, "items": items,
             }));
-            if !hnd && shape.counts() {
+            if layout.apart {
+                continue;
+            }
+            best = best.min(us);
+            if !layout.hnd && shape.counts() {
                 floors.push(us / floor);
             }
         }
@@ -126,7 +181,9 @@ pub struct Prepared<'a, 'b> {
     sets: usize,
     tables: Vec<Vec<i32>>,
     k_cache: CudaSlice<u8>,
-    v_cache: CudaSlice<u8>,
+    /// Of its own, if K's buffer does not hold V too.
+    v_cache: Option<CudaSlice<u8>>,
+    v_start: usize,
     q: CudaSlice<half::bf16>,
     device_tables: CudaSlice<i32>,
     /// First element of a row of the output, and what it should be.
@@ -137,7 +194,7 @@ pub struct Prepared<'a, 'b> {
 const V_SHIFT: usize = 16 * 1001;
 
 impl<'a, 'b> Prepared<'a, 'b> {
-    pub fn new(gpu: &'a Gpu<'b>, shape: &Shape, hnd: bool) -> Self {
+    pub fn new(gpu: &'a Gpu<'b>, shape: &Shape, layout: Layout) -> Self {
         let sequences = shape.lens.len();
         let (dim, kv_dtype) = (shape.dim, shape.kv_dtype);
         let config = AttentionConfig {
@@ -149,12 +206,18 @@ impl<'a, 'b> Prepared<'a, 'b> {
         let set_bytes = blocks_per_set * BLOCK * shape.kv_heads * dim * 2 * kv_dtype.size();
         let sets = (ROTATION / set_bytes).clamp(1, 128);
         let blocks = sets * blocks_per_set;
-        let layout = match hnd {
+        let apart = match layout.hnd {
             false => CacheLayout::nhd(blocks, BLOCK, &config),
             true => CacheLayout::hnd(blocks, BLOCK, &config),
         };
-        let k_cache = gpu.filled(kv_dtype, layout.k_extent(&config) as usize);
-        let v_cache = gpu.filled(kv_dtype, layout.v_extent(&config) as usize + V_SHIFT);
+        // Where V begins in K's buffer, or in the pattern of its own.
+        let (layout, v_start) = match layout.apart {
+            false => (apart.interleaved(), apart.k.block as usize),
+            true => (apart, V_SHIFT),
+        };
+        let k_cache = gpu.filled(kv_dtype, layout.k_extent(&config) as usize + v_start);
+        let v_cache =
+            (v_start == V_SHIFT).then(|| gpu.filled(kv_dtype, layout.v_extent(&config) as usize + V_SHIFT));
 
         // Blocks in random order, dealt to the sets and their sequences.
         let order = Random(11).permutation(blocks);
@@ -181,7 +244,8 @@ impl<'a, 'b> Prepared<'a, 'b> {
                 let table = &tables[0][sequence * max_blocks..][..max_blocks];
                 let (len, kv_head) = (shape.lens[sequence] as usize, head / config.group());
                 let q = &q_rows[first..first + dim];
-                let row = attend(gpu, &config, &layout, q, &table[..len.div_ceil(BLOCK)], len, kv_head);
+                let row =
+                    attend(gpu, &config, &layout, v_start, q, &table[..len.div_ceil(BLOCK)], len, kv_head);
                 expected.push((first, row));
             }
         }
@@ -199,6 +263,7 @@ impl<'a, 'b> Prepared<'a, 'b> {
             tables,
             k_cache,
             v_cache,
+            v_start,
             q,
             device_tables,
             expected,
@@ -223,7 +288,8 @@ impl<'a, 'b> Prepared<'a, 'b> {
         let call = |set: usize| DecodeCall {
             q: gpu.address(&self.q),
             k_cache: gpu.address(&self.k_cache),
-            v_cache: gpu.address(&self.v_cache) + (self.config.kv_dtype.size() * V_SHIFT) as u64,
+            v_cache: gpu.address(self.v_cache.as_ref().unwrap_or(&self.k_cache))
+                + (self.config.kv_dtype.size() * self.v_start) as u64,
             tables: gpu.address(&self.device_tables) + (4 * set * sequences * max_blocks) as u64,
             out: gpu.address(&out),
             work: gpu.address(&work),
@@ -262,10 +328,12 @@ fn item_keys() -> Option<u32> {
 }
 
 /// One row of attention in f64, by the definition.
+#[expect(clippy::too_many_arguments, reason = "a check of one row, used once")]
 fn attend(
     gpu: &Gpu<'_>,
     config: &AttentionConfig,
     layout: &CacheLayout,
+    v_start: usize,
     q: &[half::bf16],
     table: &[i32],
     len: usize,
@@ -290,7 +358,7 @@ fn attend(
     for (key, score) in scores.iter().enumerate() {
         let weight = (score - largest).exp();
         sum += weight;
-        let first = place(layout.v, key) + V_SHIFT;
+        let first = place(layout.v, key) + v_start;
         out.iter_mut().enumerate().for_each(|(d, out)| *out += weight * element(first + d));
     }
     out.iter().map(|out| out / sum).collect()

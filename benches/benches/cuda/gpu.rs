@@ -30,7 +30,8 @@ impl Pattern {
                 (bytes.iter().map(|&byte| e4m3(byte)).collect(), bytes)
             }
             _ => {
-                let numbers: Vec<half::bf16> = (0..PATTERN).map(|_| half::bf16::from_f64(random.unit())).collect();
+                let numbers: Vec<half::bf16> =
+                    (0..PATTERN).map(|_| half::bf16::from_f64(random.unit())).collect();
                 let bytes = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
                 (numbers.iter().map(|number| number.to_f32()).collect(), bytes)
             }

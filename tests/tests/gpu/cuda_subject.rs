@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use pagewise_attention::conformance::{
-    AttentionTask, CopyTask, MergeTask, Refusal, Scale, Subject, SwapTask, WriteTask,
+    AttentionTask, CopyTask, MergeTask, ProbabilityRounding, Refusal, Scale, Subject, SwapTask, WriteTask,
 };
 use pagewise_attention::cuda::{
     CacheScales, Context, CudaError, DecodeCall, DecodePlan, KvScales, PlanOptions, WriteKvCall, cudarc,
 };
-use pagewise_attention::{AttentionConfig, BlockTables, HostTensor, HostTensorMut};
+use pagewise_attention::{AttentionConfig, BlockTables, DType, HostTensor, HostTensorMut};
 
 pub struct Cuda<'a> {
     pub context: &'a Context,
@@ -95,8 +95,15 @@ impl Subject for Cuda<'_> {
         format!("cuda ({})", self.context.device())
     }
 
-    fn probability_roundoff(&self, config: &AttentionConfig) -> f64 {
-        config.q_dtype.unit_roundoff()
+    fn probability_rounding(&self, config: &AttentionConfig) -> ProbabilityRounding {
+        match (config.q_dtype, config.kv_dtype.is_fp8()) {
+            (DType::F32, _) => ProbabilityRounding::default(),
+            (DType::Bf16, false) => {
+                ProbabilityRounding { relative: DType::Bf16.unit_roundoff(), absolute: 0.0 }
+            }
+            // f16, multiplied by 2^15 first: half its smallest number is 2^-25.
+            _ => ProbabilityRounding { relative: DType::F16.unit_roundoff(), absolute: 2f64.powi(-40) },
+        }
     }
 
     fn attention(
