@@ -12,6 +12,8 @@
 mod decode;
 #[path = "cuda/gpu.rs"]
 mod gpu;
+#[path = "cuda/host.rs"]
+mod host;
 #[path = "cuda/sweep.rs"]
 mod sweep;
 #[path = "cuda/yardsticks.rs"]
@@ -40,6 +42,7 @@ fn main() {
     }
     let yardsticks = yardsticks::measure(&gpu);
     let write = if wanted("write_kv") { Some(decode::write_kv(&gpu, &yardsticks)) } else { None };
+    let host = if wanted("host") { Some(host::measure(&gpu)) } else { None };
     let shapes = decode::all_shapes(&gpu, &yardsticks, wanted);
 
     if let Some(path) = std::env::var_os("PAGEWISE_BENCH_JSON") {
@@ -49,6 +52,7 @@ fn main() {
             "read_ceiling_gb_s": yardsticks.ceiling,
             "floor": yardsticks.floor.iter().map(|(bytes, us)| serde_json::json!({ "bytes": bytes, "us": us })).collect::<Vec<_>>(),
             "write_kv": write,
+            "host": host,
             "decode": shapes,
         });
         std::fs::write(path, serde_json::to_string_pretty(&json).unwrap() + "\n").unwrap();

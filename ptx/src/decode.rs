@@ -80,27 +80,22 @@ impl Prefetch {
 
 impl DecodeTuning {
     /// What measured best for rows of so many bytes in shared memory, on a GPU that gives a thread block that much of
-    /// it: rings of 128 KiB from 163 KiB on (sm_80, 90, 100), else of 96 KiB.
+    /// it: rings of 128 KiB a multiprocessor from 163 KiB on (sm_80, 90, 100), else of 96 KiB.
     pub const fn for_row_bytes(bytes: u32, shared: u32) -> Self {
-        let (warps, stages) = match (shared >= LARGE_SHARED, bytes) {
-            (true, ..=64) => (8, 8),
-            (true, 65..=128) => (8, 4),
-            (true, 129..=256) => (8, 2),
-            (true, 257..=512) => (4, 2),
-            (true, _) => (2, 2),
-            (false, ..=64) => (8, 6),
-            (false, 65..=128) => (8, 3),
-            (false, 129..=256) => (4, 3),
-            (false, 257..=512) => (2, 3),
-            (false, _) => (1, 3),
+        let (warps, stages, blocks_per_multiprocessor) = match (shared >= LARGE_SHARED, bytes) {
+            (true, ..=64) => (4, 8, 2),
+            (true, 65..=128) => (4, 4, 2),
+            (true, 129..=256) => (8, 2, 1),
+            (true, 257..=512) => (4, 2, 1),
+            (true, _) => (2, 2, 1),
+            (false, ..=64) => (8, 6, 1),
+            (false, 65..=128) => (8, 3, 1),
+            (false, 129..=256) => (4, 3, 1),
+            (false, 257..=512) => (2, 3, 1),
+            (false, _) => (1, 3, 1),
         };
-        Self { warps, stages, blocks_per_multiprocessor: 1, merge_group: 16, prefetch: Prefetch::L2Bytes128 }
-    }
-
-    /// Keys that one round of a thread block's warps takes when they share so many heads: shorter items leave warps
-    /// idle.
-    pub const fn round_keys(self, block_heads: u32) -> u32 {
-        self.warps / block_heads * TILE_KEYS
+        let prefetch = Prefetch::L2Bytes128;
+        Self { warps, stages, blocks_per_multiprocessor, merge_group: 16, prefetch }
     }
 
     /// Whether a kernel can be made of it.

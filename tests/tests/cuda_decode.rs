@@ -27,7 +27,9 @@ use pagewise_attention::conformance::{
 };
 use pagewise_attention::cuda::ptx::all_kernels;
 use pagewise_attention::cuda::ptx::decode::{DecodeTuning, LARGE_SHARED, PORTABLE_SHARED, Prefetch};
-use pagewise_attention::cuda::{DecodeCall, DecodePlan, PlanOptions, Shrink, StepLimits, cudarc};
+use pagewise_attention::cuda::{
+    CudaError, DecodeCall, DecodePlan, DecodeSlices, DecodeWorkspace, PlanOptions, Shrink, StepLimits, cudarc,
+};
 use pagewise_attention::{BlockTables, DType, HostTensorMut, MAX_HEAD_DIM};
 use random::{Random, run_cases, run_seed};
 
@@ -404,6 +406,55 @@ fn one_graph_serves_steps_of_changing_lengths() {
         assert!(found.starts_with(&expected), "step {turn} with {lens:?} gave other bits");
         assert!(found[expected.len()..].iter().all(|&byte| byte == 0xff), "step {turn} wrote past its rows");
     }
+}
+
+/// The cudarc API gives the raw one's bits, and refuses buffers that are too short or of another type.
+#[test]
+fn slices_are_checked_and_give_the_same_bits() {
+    let Some(context) = cuda::context() else { return };
+    let stream = context.cudarc().unwrap().default_stream();
+    let line = "attention q=bf16 kv=bf16 heads=16/4 dim=128 block=16 mask=causal alibi sequences=1:3000,2:64";
+    let case = Case { seed: run_seed() % 1_000_000_000, ..line.parse().unwrap() };
+    let data = AttentionData::generate(&case);
+    let problem = data.problem().unwrap();
+    let plan = DecodePlan::new(&problem, context.device(), PlanOptions::default()).unwrap();
+    let limits = StepLimits { rows: 8, keys: 8 * 3000 };
+    let bound = DecodePlan::bound(&data.config, context.device(), limits, PlanOptions::default()).unwrap();
+    let mut workspace = DecodeWorkspace::new(&stream, &bound).unwrap();
+    workspace.upload(&stream, &plan).unwrap();
+    let BlockTables::Padded { entries, .. } = problem.batch().block_tables else { unreachable!() };
+    let numbers = |bytes: Vec<u8>| -> Vec<half::bf16> {
+        bytes.as_chunks().0.iter().map(|pair| half::bf16::from_le_bytes(*pair)).collect()
+    };
+    let q = stream.clone_htod(&numbers(bytes(data.q.as_ref()))).unwrap();
+    let k = stream.clone_htod(&numbers(bytes(data.k_view()))).unwrap();
+    let v = stream.clone_htod(&numbers(bytes(data.v_view()))).unwrap();
+    let tables = stream.clone_htod(entries).unwrap();
+    let slopes = stream.clone_htod(data.alibi_slopes.as_deref().unwrap()).unwrap();
+    let mut out = stream.clone_htod(&vec![half::bf16::NAN; q.len()]).unwrap();
+    let mut decode = |q, alibi_slopes| {
+        let args = DecodeSlices {
+            q,
+            k_cache: k.as_view(),
+            v_cache: v.as_view(),
+            tables: tables.as_view(),
+            out: &mut out.as_view_mut(),
+            lse: None,
+            scales: None,
+            alibi_slopes,
+            sinks: None,
+            mask_bits: None,
+        };
+        // SAFETY: tables and workspace are those of the plan, on one stream.
+        unsafe { context.decode(&stream, &plan, &mut workspace, args) }
+    };
+    let short = decode(q.slice(1..), Some(slopes.as_view())).unwrap_err().to_string();
+    assert!(short.contains('q'), "{short}");
+    assert!(matches!(decode(q.as_view(), None), Err(CudaError::Missing { .. })));
+    decode(q.as_view(), Some(slopes.as_view())).unwrap();
+    let found: Vec<u8> =
+        stream.clone_dtoh(&out).unwrap().iter().flat_map(|value| value.to_le_bytes()).collect();
+    assert!(found == bytes(run(&mut Cuda::new(&context), &data).unwrap().as_ref()));
 }
 
 #[test]

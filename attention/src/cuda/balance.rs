@@ -18,9 +18,13 @@ const MERGE: f64 = 48e3;
 /// What it takes a multiprocessor to go from one thread block to the next, likewise: about 1.5 µs.
 const NEXT: f64 = 36e3;
 
-/// What the DRAM loses when a thread block reads one KV head of a block instead of eight, as a part of the time; half
-/// of it for two heads instead of eight, and so on.
-const SCATTER: f64 = 0.015;
+/// What the DRAM loses when a thread block reads one KV head of a block instead of eight, as a part of the time; a
+/// third less for two heads, two thirds less for four.
+const SCATTER: f64 = 0.01;
+
+/// What each wave of thread blocks after the first adds, as a part of what one thread block has to do: they do not
+/// all end together.
+const WAVE: f64 = 0.04;
 
 /// What there is to spread, and over what.
 #[derive(Clone, Copy, Debug)]
@@ -95,7 +99,10 @@ pub(super) fn choose(
         // The last thread blocks have the memory to themselves and still need their time.
         let mean = row * lengths.total / lengths.rows.max(1.0);
         let tail = match waves > 1.0 {
-            true => (mean / MOST_SHARES - mean * last / step.slots as f64).max(0.0) + NEXT * (waves - 1.0),
+            true => {
+                let alone = (mean / MOST_SHARES - mean * last / step.slots as f64).max(0.0);
+                alone + (NEXT + WAVE * mean) * (waves - 1.0)
+            }
             false => 0.0,
         };
         (scattered(heads) + tail).max(row * lengths.longest / MOST_SHARES)
@@ -177,6 +184,8 @@ mod tests {
         assert_eq!(choice(8, &[8192]), (1, Cut::Equal(512)));
         assert_eq!(choice(8, &[32768]), (1, Cut::Equal(2048)));
         assert_eq!(choice(1, &[8192; 8]), (1, Cut::Equal(512)));
+        // Two long waves end raggedly: better pieces that shrink.
+        assert!(matches!(choice(32, &[4096; 64]), (1, Cut::Shrinking { .. })));
     }
 
     #[test]

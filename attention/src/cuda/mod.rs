@@ -14,6 +14,7 @@
 mod balance;
 mod context;
 mod decode;
+mod decode_slices;
 mod device;
 mod error;
 mod launch;
@@ -24,6 +25,7 @@ mod write_kv;
 pub use context::Context;
 pub use cudarc;
 pub use decode::{CacheScales, DecodeCall};
+pub use decode_slices::{DecodeSlices, DecodeWorkspace};
 pub use device::{
     ComputeCapability, CudaVersion, Device, MIN_COMPUTE_CAPABILITY, MIN_CUDA_VERSION, devices,
     driver_release, driver_version,

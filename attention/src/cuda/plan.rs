@@ -51,6 +51,38 @@ pub struct PlanBound {
     pub workspace: WorkspaceSizes,
 }
 
+/// Elements that a run reaches in each of the caller's buffers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Extents {
+    pub(super) q: u64,
+    pub(super) k_cache: u64,
+    pub(super) v_cache: u64,
+    pub(super) tables: u64,
+    pub(super) out: u64,
+    pub(super) lse: u64,
+    pub(super) mask_bits: u64,
+}
+
+impl Extents {
+    fn of(problem: &Problem<'_>) -> Self {
+        let (config, layout, batch) = (problem.config(), problem.layout(), problem.batch());
+        Self {
+            q: problem.q_extent(),
+            k_cache: layout.k_extent(config),
+            v_cache: layout.v_extent(config),
+            tables: match batch.block_tables {
+                BlockTables::Padded { max_blocks, .. } => (problem.num_sequences() * max_blocks) as u64,
+                BlockTables::Csr { indptr, .. } => {
+                    indptr.last().map_or(0, |&end| u64::from(end.max(0) as u32))
+                }
+            },
+            out: problem.out_extent(),
+            lse: problem.lse_extent(),
+            mask_bits: batch.mask_bits.map_or(0, |bits| (problem.total_queries() * bits.row_words) as u64),
+        }
+    }
+}
+
 /// The work of one decode step, the same for all layers of a model that share heads and layout.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DecodePlan {
@@ -61,6 +93,7 @@ pub struct DecodePlan {
     pub(super) spec: DecodeSpec,
     pub(super) shape: DecodeShape,
     pub(super) mask_words: u32,
+    pub(super) extents: Extents,
     items: Vec<WorkItem>,
     partials: u32,
 }
@@ -103,6 +136,7 @@ impl DecodePlan {
                 "row_words of the mask",
                 problem.batch().mask_bits.map_or(0, |bits| bits.row_words),
             )?,
+            extents: Extents::of(problem),
             items,
             partials,
         })
@@ -146,8 +180,13 @@ impl DecodePlan {
     /// The work items as the kernel reads them: to be copied to the device as they are.
     pub fn work(&self) -> Vec<u32> {
         let mut words: Vec<u32> = self.items.iter().flat_map(WorkItem::words).collect();
-        words.resize(self.shape.items as usize * WorkItem::WORDS, 0);
+        words.resize(self.work_words() as usize, 0);
         words
+    }
+
+    /// Length of [`DecodePlan::work`].
+    pub(super) fn work_words(&self) -> u64 {
+        u64::from(self.shape.items) * WorkItem::WORDS as u64
     }
 
     /// Bytes of the workspace that a run of this plan needs.

@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr};
+use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode, cuLaunchKernel};
+use cudarc::driver::{CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr};
+use cudarc::nvrtc::Ptx;
 use pagewise_attention::DType;
 use pagewise_attention::cuda::{Context, RawStream, cudarc};
 
@@ -96,6 +97,18 @@ impl<'a> Gpu<'a> {
         f64::from(self.pattern(dtype).values[index % PATTERN])
     }
 
+    /// A kernel that does nothing.
+    pub fn bare_kernel(&self, params: usize) -> BareKernel<'_> {
+        let list: Vec<String> = (0..params).map(|i| format!(".param .u64 p{i}")).collect();
+        let text = format!(
+            ".version 7.0\n.target sm_80\n.address_size 64\n.visible .entry bare({}) {{ ret; }}\n",
+            list.join(", ")
+        );
+        let module = self.engine.load_module(Ptx::from_src(text)).unwrap();
+        let function = module.load_function("bare").unwrap();
+        BareKernel { function, stream: &self.stream, params: vec![0; params] }
+    }
+
     /// Microseconds of one launch: `launch(i)` for i in 0..launches is captured, replayed to warm up, and then
     /// timed; the median of seven replays.
     pub fn time(&self, launches: usize, mut launch: impl FnMut(usize)) -> f64 {
@@ -116,6 +129,29 @@ impl<'a> Gpu<'a> {
             .collect();
         times.sort_by(f64::total_cmp);
         times[3]
+    }
+}
+
+/// A kernel that does nothing, with as many parameters as asked for.
+pub struct BareKernel<'a> {
+    function: CudaFunction,
+    stream: &'a CudaStream,
+    params: Vec<u64>,
+}
+
+impl BareKernel<'_> {
+    /// Straight to the driver.
+    pub fn launch(&self) {
+        let mut pointers = [std::ptr::null_mut::<std::ffi::c_void>(); 64];
+        for (pointer, value) in pointers.iter_mut().zip(&self.params) {
+            *pointer = std::ptr::from_ref(value).cast_mut().cast();
+        }
+        let (function, stream) = (self.function.cu_function(), self.stream.cu_stream());
+        let none = std::ptr::null_mut();
+        // SAFETY: the kernel takes as many 64-bit parameters as there are, and does nothing with them.
+        let result =
+            unsafe { cuLaunchKernel(function, 8, 1, 1, 256, 1, 1, 0, stream, pointers.as_mut_ptr(), none) };
+        assert_eq!(result, cudarc::driver::sys::CUresult::CUDA_SUCCESS);
     }
 }
 
