@@ -23,11 +23,47 @@ pub const HEAD_DIMS: [u32; 3] = [64, 128, 256];
 /// The most warps of a thread block: its merge keeps a maximum and a sum of each in registers.
 const MAX_WARPS: u32 = 8;
 
-/// Shared memory of a thread block from which on rings may be large: sm_80's.
-pub const LARGE_SHARED: u32 = 163 << 10;
+/// What a variant is chosen by: a GPU generation, as far as this kernel tells them apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Generation {
+    /// sm_86, 89, 120: 99 KiB of shared memory for a thread block that asks for it. Runs on every GPU from sm_80 on.
+    Small,
+    /// sm_80: 163 KiB.
+    Ampere,
+    /// sm_90, 100: as much, and kernels that begin before the one before them has ended.
+    Hopper,
+}
 
-/// Shared memory that every GPU from sm_80 on gives a thread block that asks for it (sm_86, 89, 120).
-pub const PORTABLE_SHARED: u32 = 99 << 10;
+impl Generation {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Small, Self::Ampere, Self::Hopper];
+
+    /// The best for a compute capability (90 for 9.0) and so many bytes of shared memory for a thread block.
+    pub const fn of(sm: u32, shared: u32) -> Self {
+        match (sm, shared) {
+            (90.., 166_912..) => Self::Hopper,
+            (_, 166_912..) => Self::Ampere,
+            _ => Self::Small,
+        }
+    }
+
+    /// Bytes of shared memory that it gives a thread block.
+    pub const fn shared(self) -> u32 {
+        match self {
+            Self::Small => 99 << 10,
+            Self::Ampere | Self::Hopper => 163 << 10,
+        }
+    }
+
+    /// What an entry point's name ends with.
+    const fn suffix(self) -> &'static str {
+        match self {
+            Self::Small => "_small",
+            Self::Ampere => "",
+            Self::Hopper => "_hopper",
+        }
+    }
+}
 
 /// What moves the clock but not the result, fixed when the text is rendered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -79,20 +115,20 @@ impl Prefetch {
 }
 
 impl DecodeTuning {
-    /// What measured best for rows of so many bytes in shared memory, on a GPU that gives a thread block that much of
-    /// it: rings of 128 KiB a multiprocessor from 163 KiB on (sm_80, 90, 100), else of 96 KiB.
-    pub const fn for_row_bytes(bytes: u32, shared: u32) -> Self {
-        let (warps, stages, blocks_per_multiprocessor) = match (shared >= LARGE_SHARED, bytes) {
-            (true, ..=64) => (4, 8, 2),
-            (true, 65..=128) => (4, 4, 2),
-            (true, 129..=256) => (8, 2, 1),
-            (true, 257..=512) => (4, 2, 1),
-            (true, _) => (2, 2, 1),
-            (false, ..=64) => (8, 6, 1),
-            (false, 65..=128) => (8, 3, 1),
-            (false, 129..=256) => (4, 3, 1),
-            (false, 257..=512) => (2, 3, 1),
-            (false, _) => (1, 3, 1),
+    /// What measured best for rows of so many bytes in shared memory: rings of 128 KiB a multiprocessor, of 96 KiB
+    /// where there is no more.
+    pub const fn for_row_bytes(bytes: u32, generation: Generation) -> Self {
+        let (warps, stages, blocks_per_multiprocessor) = match (generation, bytes) {
+            (Generation::Small, ..=64) => (8, 6, 1),
+            (Generation::Small, 65..=128) => (8, 3, 1),
+            (Generation::Small, 129..=256) => (4, 3, 1),
+            (Generation::Small, 257..=512) => (2, 3, 1),
+            (Generation::Small, _) => (1, 3, 1),
+            (_, ..=64) => (4, 8, 2),
+            (_, 65..=128) => (4, 4, 2),
+            (_, 129..=256) => (8, 2, 1),
+            (_, 257..=512) => (4, 2, 1),
+            (_, _) => (2, 2, 1),
         };
         let prefetch = Prefetch::L2Bytes128;
         Self { warps, stages, blocks_per_multiprocessor, merge_group: 16, prefetch }
@@ -121,49 +157,45 @@ pub struct DecodeSpec {
     pub kv_dtype: DType,
     /// Elements of a head that there is room for, one of [`HEAD_DIMS`].
     pub head_dim: u32,
+    /// The GPUs that it is for.
+    pub generation: Generation,
     /// What it is tuned for.
     pub tuning: DecodeTuning,
 }
 
 impl DecodeSpec {
-    /// The variant for a head of so many elements, tuned as it measured best for a GPU with so much shared memory for
-    /// a thread block. `None` if there is none.
-    pub fn for_head(q_dtype: DType, kv_dtype: DType, head_dim: u32, shared: u32) -> Option<Self> {
+    /// The variant for a head of so many elements, tuned as it measured best. `None` if there is none.
+    pub fn for_head(q_dtype: DType, kv_dtype: DType, head_dim: u32, generation: Generation) -> Option<Self> {
         let head_dim = HEAD_DIMS.into_iter().find(|&room| head_dim <= room)?;
-        let tuning = DecodeTuning::for_row_bytes(head_dim * kv_dtype.size(), shared);
-        Some(Self { q_dtype, kv_dtype, head_dim, tuning }).filter(|spec| spec.exists())
+        let tuning = DecodeTuning::for_row_bytes(head_dim * kv_dtype.size(), generation);
+        Some(Self { q_dtype, kv_dtype, head_dim, generation, tuning }).filter(|spec| spec.exists())
     }
 
-    /// Every variant, tuned as it is when nothing else is asked for: for GPUs with much shared memory and with less.
+    /// Every variant, tuned as it is when nothing else is asked for.
     pub fn all() -> impl Iterator<Item = Self> {
         let types = DType::ALL.into_iter().flat_map(|q| DType::ALL.into_iter().map(move |kv| (q, kv)));
-        types.flat_map(|(q, kv)| {
-            HEAD_DIMS.into_iter().flat_map(move |dim| {
-                [LARGE_SHARED, PORTABLE_SHARED]
-                    .into_iter()
-                    .filter_map(move |shared| Self::for_head(q, kv, dim, shared))
-            })
+        let rooms = types.flat_map(|(q, kv)| HEAD_DIMS.into_iter().map(move |dim| (q, kv, dim)));
+        rooms.flat_map(|(q, kv, dim)| {
+            Generation::ALL.into_iter().filter_map(move |generation| Self::for_head(q, kv, dim, generation))
         })
     }
 
     /// Whether there is such a variant.
     pub fn exists(self) -> bool {
-        let Self { q_dtype, kv_dtype, .. } = self;
+        let Self { q_dtype, kv_dtype, generation, .. } = self;
+        // No GPU of sm_80 converts fp8.
+        let there = !(kv_dtype.is_fp8() && generation == Generation::Ampere);
         let types = !q_dtype.is_fp8() && (q_dtype == kv_dtype || (q_dtype.size() == 2 && kv_dtype.is_fp8()));
-        types && HEAD_DIMS.contains(&self.head_dim) && self.tuning.is_valid()
+        there && types && HEAD_DIMS.contains(&self.head_dim) && self.tuning.is_valid()
     }
 
     /// The entry point: `decode_bf16_e4m3_d128`, and what is tuned otherwise than by default.
     pub fn entry(self) -> String {
-        let Self { q_dtype, kv_dtype, head_dim, tuning } = self;
+        let Self { q_dtype, kv_dtype, head_dim, generation, tuning } = self;
         let DecodeTuning { warps, stages, blocks_per_multiprocessor, merge_group, prefetch } = tuning;
-        let plain = format!("{FAMILY}_{q_dtype}_{kv_dtype}_d{head_dim}");
-        let usual = |shared| DecodeTuning::for_row_bytes(head_dim * kv_dtype.size(), shared);
-        if tuning == usual(LARGE_SHARED) {
+        let plain = format!("{FAMILY}_{q_dtype}_{kv_dtype}_d{head_dim}{}", generation.suffix());
+        if tuning == DecodeTuning::for_row_bytes(head_dim * kv_dtype.size(), generation) {
             return plain;
-        }
-        if tuning == usual(PORTABLE_SHARED) {
-            return format!("{plain}_small");
         }
         format!("{plain}_w{warps}s{stages}x{blocks_per_multiprocessor}_m{merge_group}_{}", prefetch.name())
     }
@@ -451,13 +483,17 @@ impl Decode {
     /// # Errors
     /// [`Error::UnsupportedDecode`] for types, a head dimension or a tuning without a variant.
     pub fn new(spec: DecodeSpec) -> Result<Self, Error> {
-        let DecodeSpec { q_dtype, kv_dtype, head_dim, tuning } = spec;
+        let DecodeSpec { q_dtype, kv_dtype, head_dim, generation, tuning } = spec;
         if !spec.exists() {
             return Err(Error::UnsupportedDecode { q_dtype, kv_dtype, head_dim });
         }
-        // movmatrix came with PTX 7.8; Ada brought the fp8 conversions, PTX 8.1 their names.
-        let target =
-            if kv_dtype.is_fp8() { Target { sm: 89, ptx: (8, 1) } } else { Target { sm: 80, ptx: (7, 8) } };
+        // movmatrix came with PTX 7.8, as did griddepcontrol; Ada brought the fp8 conversions, PTX 8.1 their names.
+        let sm = match (generation, kv_dtype.is_fp8()) {
+            (Generation::Hopper, _) => 90,
+            (_, true) => 89,
+            (_, false) => 80,
+        };
+        let target = Target { sm, ptx: if kv_dtype.is_fp8() { (8, 1) } else { (7, 8) } };
         let threads = tuning.warps * 32;
         let text = template::render(
             FAMILY,
@@ -471,6 +507,7 @@ impl Decode {
                 kv_dtype => kv_dtype.name(),
                 kv_size => kv_dtype.size(),
                 head_dim,
+                overlaps => generation == Generation::Hopper,
                 warps => tuning.warps,
                 stages => tuning.stages,
                 blocks_per_sm => tuning.blocks_per_multiprocessor,
@@ -564,19 +601,28 @@ mod tests {
         for spec in DecodeSpec::all() {
             let kernel = Decode::new(spec).unwrap().into_kernel();
             let shared = kernel.static_shared() + kernel.dynamic_shared();
-            let most = if spec.entry().ends_with("_small") { PORTABLE_SHARED } else { LARGE_SHARED };
+            let most = spec.generation.shared();
             assert!(shared <= most, "{} takes {shared} bytes", spec.entry());
         }
     }
 
     #[test]
+    fn gpus_have_their_generation() {
+        let known =
+            [(80, 166_912), (86, 101_376), (89, 101_376), (90, 232_448), (100, 232_448), (120, 101_376)];
+        let [a, s, h] = [Generation::Ampere, Generation::Small, Generation::Hopper];
+        assert_eq!(known.map(|(sm, shared)| Generation::of(sm, shared)), [a, s, s, h, h, s]);
+    }
+
+    #[test]
     fn a_head_takes_the_smallest_variant_that_holds_it() {
-        let room =
-            |dim| DecodeSpec::for_head(DType::Bf16, DType::Bf16, dim, LARGE_SHARED).map(|spec| spec.head_dim);
+        let room = |dim| {
+            DecodeSpec::for_head(DType::Bf16, DType::Bf16, dim, Generation::Hopper).map(|spec| spec.head_dim)
+        };
         assert_eq!([8, 64, 72, 128, 136, 256].map(room), [64, 64, 128, 128, 256, 256].map(Some));
         assert_eq!(room(264), None);
         for (q, kv) in [(DType::F32, DType::F16), (DType::F16, DType::Bf16), (DType::F32, DType::Fp8E4m3)] {
-            assert_eq!(DecodeSpec::for_head(q, kv, 64, LARGE_SHARED), None);
+            assert_eq!(DecodeSpec::for_head(q, kv, 64, Generation::Hopper), None);
         }
     }
 }

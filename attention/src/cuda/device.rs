@@ -3,6 +3,7 @@
 use std::fmt;
 
 use cudarc::driver::{result, sys};
+use pagewise_ptx::decode::Generation;
 
 use super::CudaError;
 
@@ -82,6 +83,12 @@ impl Device {
     /// [`CudaError::GpuTooOld`] or [`CudaError::DriverTooOld`], naming what is there and what is needed.
     pub fn check(&self) -> Result<(), CudaError> {
         self.check_for("the CUDA backend", MIN_COMPUTE_CAPABILITY, MIN_CUDA_VERSION)
+    }
+
+    /// Which variants of the kernels are made for it.
+    pub fn generation(&self) -> Generation {
+        let ComputeCapability { major, minor } = self.compute_capability;
+        Generation::of(10 * major + minor, self.shared_memory_per_block)
     }
 
     /// Whether a kernel runs on this GPU with this driver.

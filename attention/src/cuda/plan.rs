@@ -4,7 +4,7 @@
 //! the items [`pagewise_ptx::decode`]'s.
 
 use pagewise_ptx::decode::{
-    Decode, DecodeShape, DecodeSpec, DecodeTuning, TILE_KEYS, WorkItem, WorkspaceSizes,
+    Decode, DecodeShape, DecodeSpec, DecodeTuning, Generation, TILE_KEYS, WorkItem, WorkspaceSizes,
 };
 
 use super::balance::{Step, choose};
@@ -23,6 +23,8 @@ pub struct PlanOptions {
     pub shrink: Option<Shrink>,
     /// How the kernel is tuned, if otherwise than by default.
     pub tuning: Option<DecodeTuning>,
+    /// The GPUs that the kernel is made for, if others than this one: an older generation's runs too.
+    pub generation: Option<Generation>,
     /// KV heads of a thread block, if fixed: a power of two that divides them, at most the kernel's warps.
     pub block_heads: Option<u32>,
     /// Work items of the launch, if more than there is work for: those of [`DecodePlan::bound`] let plans of
@@ -205,7 +207,7 @@ struct Kind {
 
 impl Kind {
     fn new(config: &AttentionConfig, device: &Device, options: PlanOptions) -> Result<Self, CudaError> {
-        let spec = supported(config, device, options.tuning)?;
+        let spec = supported(config, device, options)?;
         if let Some(keys) = options.item_keys
             && (keys == 0 || keys > MAX_ITEM_KEYS || keys % TILE_KEYS != 0)
         {
@@ -264,12 +266,12 @@ fn visible_rows(problem: &Problem<'_>) -> Result<Vec<Keys>, CudaError> {
 fn supported(
     config: &AttentionConfig,
     device: &Device,
-    tuning: Option<DecodeTuning>,
+    options: PlanOptions,
 ) -> Result<DecodeSpec, CudaError> {
-    let shared = device.shared_memory_per_block;
+    let generation = options.generation.unwrap_or_else(|| device.generation());
     let AttentionConfig { head_dim_qk, head_dim_v, q_dtype, kv_dtype, .. } = *config;
     let room = small("head_dim", head_dim_qk.max(head_dim_v))?;
-    let Some(spec) = DecodeSpec::for_head(ptx_type(q_dtype), ptx_type(kv_dtype), room, shared) else {
+    let Some(spec) = DecodeSpec::for_head(ptx_type(q_dtype), ptx_type(kv_dtype), room, generation) else {
         return Err(unsupported(
             &format!("{q_dtype} queries over a {kv_dtype} cache"),
             "it takes a cache of the queries' type, or an fp8 one with f16 and bf16 queries",
@@ -284,7 +286,7 @@ fn supported(
             ));
         }
     }
-    let spec = DecodeSpec { tuning: tuning.unwrap_or(spec.tuning), ..spec };
+    let spec = DecodeSpec { tuning: options.tuning.unwrap_or(spec.tuning), ..spec };
     match spec.exists() {
         true => Ok(spec),
         false => Err(unsupported("this tuning", "see DecodeTuning for its bounds")),

@@ -5,11 +5,11 @@
 
 use std::time::Instant;
 
-use pagewise_attention::cuda::ptx::decode::{DecodeTuning, LARGE_SHARED, Prefetch};
+use pagewise_attention::cuda::ptx::decode::{DecodeTuning, Generation, Prefetch};
 use pagewise_attention::cuda::{PlanOptions, Shrink};
 use serde_json::{Value, json};
 
-use crate::decode::{Layout, Prepared, shapes};
+use crate::decode::{Layout, Measured, Prepared, shapes};
 use crate::gpu::Gpu;
 
 /// In the order of what there is to learn.
@@ -56,13 +56,13 @@ pub fn run(gpu: &Gpu<'_>) -> Vec<Value> {
         }
         let shape = all.iter().find(|shape| shape.name == name).expect("a shape of the table");
         let prepared = Prepared::new(gpu, shape, Layout { hnd, apart: false });
-        let usual = DecodeTuning::for_row_bytes(shape.row_bytes(), LARGE_SHARED);
+        let usual = DecodeTuning::for_row_bytes(shape.row_bytes(), Generation::Hopper);
         let mut tried: Vec<(f64, PlanOptions)> = Vec::new();
         let mut attempt = |tried: &mut Vec<(f64, PlanOptions)>, options: PlanOptions| {
             if tried.iter().any(|(_, before)| *before == options) {
                 return;
             }
-            let (us, error, items) = prepared.measure(options);
+            let Measured { us, error, items, .. } = prepared.measure(options);
             let tuning = options.tuning.unwrap_or(usual);
             results.push(json!({
                 "chosen": options == PlanOptions::default(),
