@@ -433,5 +433,5 @@ pub fn write_kv(gpu: &Gpu<'_>, yardsticks: &Yardsticks) -> Value {
         100.0 * rate / copy_rate,
         yardsticks.ceiling
     );
-    json!({ "us": us, "overlapped_us": overlapped_us, "gb_s": rate, "copy_us": copy_us, "copy_gb_s": copy_rate, "of_copy": rate / copy_rate })
+    json!({ "us": us, "gb_s": rate, "copy_us": copy_us, "copy_gb_s": copy_rate, "of_copy": rate / copy_rate })
 }

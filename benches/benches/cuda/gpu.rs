@@ -109,26 +109,27 @@ impl<'a> Gpu<'a> {
         BareKernel { function, stream: &self.stream, params: vec![0; params] }
     }
 
-    /// Microseconds of one launch: `launch(i)` for i in 0..launches is captured, replayed to warm up, and then
-    /// timed; the median of seven replays.
+    /// Microseconds of one launch: `launch(i)` for i in 0..launches is captured, replayed for 20 ms to
+    /// warm up, since an idle GPU clocks down, and then timed; the median of nine replays.
     pub fn time(&self, launches: usize, mut launch: impl FnMut(usize)) -> f64 {
         self.stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
         (0..launches).for_each(&mut launch);
         let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         let graph = self.stream.end_capture(flags).unwrap().unwrap();
-        graph.launch().unwrap();
-        graph.launch().unwrap();
-        let mut times: Vec<f64> = (0..7)
-            .map(|_| {
-                let event = || self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).unwrap();
-                let start = event();
-                graph.launch().unwrap();
-                let end = event();
-                f64::from(start.elapsed_ms(&end).unwrap()) * 1e3 / launches as f64
-            })
-            .collect();
+        let event = || self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).unwrap();
+        let replay = || {
+            let start = event();
+            graph.launch().unwrap();
+            let end = event();
+            f64::from(start.elapsed_ms(&end).unwrap())
+        };
+        let mut warm = 0.0;
+        while warm < 20.0 {
+            warm += replay().max(0.01);
+        }
+        let mut times: Vec<f64> = (0..9).map(|_| replay() * 1e3 / launches as f64).collect();
         times.sort_by(f64::total_cmp);
-        times[3]
+        times[4]
     }
 }
 
