@@ -23,44 +23,25 @@ pub const HEAD_DIMS: [u32; 3] = [64, 128, 256];
 /// The most warps of a thread block: its merge keeps a maximum and a sum of each in registers.
 const MAX_WARPS: u32 = 8;
 
-/// What a variant is chosen by: a GPU generation, as far as this kernel tells them apart.
+/// How much shared memory a thread block's rings take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Generation {
-    /// sm_86, 89, 120: 99 KiB of shared memory for a thread block that asks for it. Runs on every GPU from sm_80 on.
+pub enum Ring {
+    /// 128 KiB: one thread block of many warps fills a multiprocessor. sm_80, 90 and 100 have that much.
+    Large,
+    /// At most 96 KiB, which every GPU from sm_80 on has; two or three thread blocks fit a multiprocessor of sm_90.
     Small,
-    /// sm_80: 163 KiB.
-    Ampere,
-    /// sm_90, 100: as much, and kernels that begin before the one before them has ended.
-    Hopper,
 }
 
-impl Generation {
-    /// All of them.
-    pub const ALL: [Self; 3] = [Self::Small, Self::Ampere, Self::Hopper];
+impl Ring {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Large, Self::Small];
 
-    /// The best for a compute capability (90 for 9.0) and so many bytes of shared memory for a thread block.
-    pub const fn of(sm: u32, shared: u32) -> Self {
-        match (sm, shared) {
-            (90.., 166_912..) => Self::Hopper,
-            (_, 166_912..) => Self::Ampere,
-            _ => Self::Small,
-        }
-    }
-
-    /// Bytes of shared memory that it gives a thread block.
+    /// Shared memory that a GPU must give a thread block, in bytes: sm_80's, and the least from there on (sm_86, 89,
+    /// 120).
     pub const fn shared(self) -> u32 {
         match self {
+            Self::Large => 163 << 10,
             Self::Small => 99 << 10,
-            Self::Ampere | Self::Hopper => 163 << 10,
-        }
-    }
-
-    /// What an entry point's name ends with.
-    const fn suffix(self) -> &'static str {
-        match self {
-            Self::Small => "_small",
-            Self::Ampere => "",
-            Self::Hopper => "_hopper",
         }
     }
 }
@@ -115,20 +96,19 @@ impl Prefetch {
 }
 
 impl DecodeTuning {
-    /// What measured best for rows of so many bytes in shared memory: rings of 128 KiB a multiprocessor, of 96 KiB
-    /// where there is no more.
-    pub const fn for_row_bytes(bytes: u32, generation: Generation) -> Self {
-        let (warps, stages, blocks_per_multiprocessor) = match (generation, bytes) {
-            (Generation::Small, ..=64) => (8, 6, 1),
-            (Generation::Small, 65..=128) => (8, 3, 1),
-            (Generation::Small, 129..=256) => (4, 3, 1),
-            (Generation::Small, 257..=512) => (2, 3, 1),
-            (Generation::Small, _) => (1, 3, 1),
-            (_, ..=64) => (4, 8, 2),
-            (_, 65..=128) => (4, 4, 2),
-            (_, 129..=256) => (8, 2, 1),
-            (_, 257..=512) => (4, 2, 1),
-            (_, _) => (2, 2, 1),
+    /// What measured best for rows of so many bytes in shared memory.
+    pub const fn for_row_bytes(bytes: u32, ring: Ring) -> Self {
+        let (warps, stages, blocks_per_multiprocessor) = match (ring, bytes) {
+            (Ring::Large, ..=64) => (8, 8, 1),
+            (Ring::Large, 65..=128) => (8, 4, 1),
+            (Ring::Large, 129..=256) => (8, 2, 1),
+            (Ring::Large, 257..=512) => (4, 2, 1),
+            (Ring::Large, _) => (2, 2, 1),
+            (Ring::Small, ..=64) => (4, 8, 3),
+            (Ring::Small, 65..=128) => (4, 4, 3),
+            (Ring::Small, 129..=256) => (4, 3, 2),
+            (Ring::Small, 257..=512) => (2, 3, 2),
+            (Ring::Small, _) => (1, 3, 2),
         };
         let prefetch = Prefetch::L2Bytes128;
         Self { warps, stages, blocks_per_multiprocessor, merge_group: 16, prefetch }
@@ -157,18 +137,18 @@ pub struct DecodeSpec {
     pub kv_dtype: DType,
     /// Elements of a head that there is room for, one of [`HEAD_DIMS`].
     pub head_dim: u32,
-    /// The GPUs that it is for.
-    pub generation: Generation,
+    /// How much shared memory it takes.
+    pub ring: Ring,
     /// What it is tuned for.
     pub tuning: DecodeTuning,
 }
 
 impl DecodeSpec {
     /// The variant for a head of so many elements, tuned as it measured best. `None` if there is none.
-    pub fn for_head(q_dtype: DType, kv_dtype: DType, head_dim: u32, generation: Generation) -> Option<Self> {
+    pub fn for_head(q_dtype: DType, kv_dtype: DType, head_dim: u32, ring: Ring) -> Option<Self> {
         let head_dim = HEAD_DIMS.into_iter().find(|&room| head_dim <= room)?;
-        let tuning = DecodeTuning::for_row_bytes(head_dim * kv_dtype.size(), generation);
-        Some(Self { q_dtype, kv_dtype, head_dim, generation, tuning }).filter(|spec| spec.exists())
+        let tuning = DecodeTuning::for_row_bytes(head_dim * kv_dtype.size(), ring);
+        Some(Self { q_dtype, kv_dtype, head_dim, ring, tuning }).filter(|spec| spec.exists())
     }
 
     /// Every variant, tuned as it is when nothing else is asked for.
@@ -176,25 +156,24 @@ impl DecodeSpec {
         let types = DType::ALL.into_iter().flat_map(|q| DType::ALL.into_iter().map(move |kv| (q, kv)));
         let rooms = types.flat_map(|(q, kv)| HEAD_DIMS.into_iter().map(move |dim| (q, kv, dim)));
         rooms.flat_map(|(q, kv, dim)| {
-            Generation::ALL.into_iter().filter_map(move |generation| Self::for_head(q, kv, dim, generation))
+            Ring::ALL.into_iter().filter_map(move |ring| Self::for_head(q, kv, dim, ring))
         })
     }
 
     /// Whether there is such a variant.
     pub fn exists(self) -> bool {
-        let Self { q_dtype, kv_dtype, generation, .. } = self;
-        // No GPU of sm_80 converts fp8.
-        let there = !(kv_dtype.is_fp8() && generation == Generation::Ampere);
+        let Self { q_dtype, kv_dtype, .. } = self;
         let types = !q_dtype.is_fp8() && (q_dtype == kv_dtype || (q_dtype.size() == 2 && kv_dtype.is_fp8()));
-        there && types && HEAD_DIMS.contains(&self.head_dim) && self.tuning.is_valid()
+        types && HEAD_DIMS.contains(&self.head_dim) && self.tuning.is_valid()
     }
 
     /// The entry point: `decode_bf16_e4m3_d128`, and what is tuned otherwise than by default.
     pub fn entry(self) -> String {
-        let Self { q_dtype, kv_dtype, head_dim, generation, tuning } = self;
+        let Self { q_dtype, kv_dtype, head_dim, ring, tuning } = self;
         let DecodeTuning { warps, stages, blocks_per_multiprocessor, merge_group, prefetch } = tuning;
-        let plain = format!("{FAMILY}_{q_dtype}_{kv_dtype}_d{head_dim}{}", generation.suffix());
-        if tuning == DecodeTuning::for_row_bytes(head_dim * kv_dtype.size(), generation) {
+        let small = if ring == Ring::Small { "_small" } else { "" };
+        let plain = format!("{FAMILY}_{q_dtype}_{kv_dtype}_d{head_dim}{small}");
+        if tuning == DecodeTuning::for_row_bytes(head_dim * kv_dtype.size(), ring) {
             return plain;
         }
         format!("{plain}_w{warps}s{stages}x{blocks_per_multiprocessor}_m{merge_group}_{}", prefetch.name())
@@ -203,6 +182,16 @@ impl DecodeSpec {
     /// Elements that begin at 16-byte boundaries: head dimensions are multiples of 4 in f32 and of 8 else.
     pub const fn dim_multiple(self) -> u32 {
         if self.q_dtype.size() == 4 { 4 } else { 8 }
+    }
+
+    /// Bytes of shared memory of a thread block.
+    pub const fn shared_bytes(self) -> u32 {
+        self.static_bytes() + self.ring_bytes()
+    }
+
+    /// Of them, those that the text declares; the ring after them begins at a multiple of 128.
+    const fn static_bytes(self) -> u32 {
+        (self.tuning.warps * TILE_QUERIES * 8 + 4).next_multiple_of(128)
     }
 
     /// Bytes of shared memory for the rings: `warps` x `stages` tiles of K and V.
@@ -483,17 +472,13 @@ impl Decode {
     /// # Errors
     /// [`Error::UnsupportedDecode`] for types, a head dimension or a tuning without a variant.
     pub fn new(spec: DecodeSpec) -> Result<Self, Error> {
-        let DecodeSpec { q_dtype, kv_dtype, head_dim, generation, tuning } = spec;
+        let DecodeSpec { q_dtype, kv_dtype, head_dim, tuning, .. } = spec;
         if !spec.exists() {
             return Err(Error::UnsupportedDecode { q_dtype, kv_dtype, head_dim });
         }
-        // movmatrix came with PTX 7.8, as did griddepcontrol; Ada brought the fp8 conversions, PTX 8.1 their names.
-        let sm = match (generation, kv_dtype.is_fp8()) {
-            (Generation::Hopper, _) => 90,
-            (_, true) => 89,
-            (_, false) => 80,
-        };
-        let target = Target { sm, ptx: if kv_dtype.is_fp8() { (8, 1) } else { (7, 8) } };
+        // movmatrix came with PTX 7.8; Ada brought the fp8 conversions, PTX 8.1 their names.
+        let target =
+            if kv_dtype.is_fp8() { Target { sm: 89, ptx: (8, 1) } } else { Target { sm: 80, ptx: (7, 8) } };
         let threads = tuning.warps * 32;
         let text = template::render(
             FAMILY,
@@ -507,7 +492,6 @@ impl Decode {
                 kv_dtype => kv_dtype.name(),
                 kv_size => kv_dtype.size(),
                 head_dim,
-                overlaps => generation == Generation::Hopper,
                 warps => tuning.warps,
                 stages => tuning.stages,
                 blocks_per_sm => tuning.blocks_per_multiprocessor,
@@ -528,8 +512,7 @@ impl Decode {
                 target,
                 params: PARAMS.to_vec(),
                 max_threads: threads,
-                // The ring after it begins at a multiple of 128.
-                static_shared: (tuning.warps * TILE_QUERIES * 8 + 4).next_multiple_of(128),
+                static_shared: spec.static_bytes(),
                 dynamic_shared: spec.ring_bytes(),
             },
         })
@@ -601,28 +584,19 @@ mod tests {
         for spec in DecodeSpec::all() {
             let kernel = Decode::new(spec).unwrap().into_kernel();
             let shared = kernel.static_shared() + kernel.dynamic_shared();
-            let most = spec.generation.shared();
+            let most = spec.ring.shared();
             assert!(shared <= most, "{} takes {shared} bytes", spec.entry());
         }
     }
 
     #[test]
-    fn gpus_have_their_generation() {
-        let known =
-            [(80, 166_912), (86, 101_376), (89, 101_376), (90, 232_448), (100, 232_448), (120, 101_376)];
-        let [a, s, h] = [Generation::Ampere, Generation::Small, Generation::Hopper];
-        assert_eq!(known.map(|(sm, shared)| Generation::of(sm, shared)), [a, s, s, h, h, s]);
-    }
-
-    #[test]
     fn a_head_takes_the_smallest_variant_that_holds_it() {
-        let room = |dim| {
-            DecodeSpec::for_head(DType::Bf16, DType::Bf16, dim, Generation::Hopper).map(|spec| spec.head_dim)
-        };
+        let room =
+            |dim| DecodeSpec::for_head(DType::Bf16, DType::Bf16, dim, Ring::Large).map(|spec| spec.head_dim);
         assert_eq!([8, 64, 72, 128, 136, 256].map(room), [64, 64, 128, 128, 256, 256].map(Some));
         assert_eq!(room(264), None);
         for (q, kv) in [(DType::F32, DType::F16), (DType::F16, DType::Bf16), (DType::F32, DType::Fp8E4m3)] {
-            assert_eq!(DecodeSpec::for_head(q, kv, 64, Generation::Hopper), None);
+            assert_eq!(DecodeSpec::for_head(q, kv, 64, Ring::Large), None);
         }
     }
 }

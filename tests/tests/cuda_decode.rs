@@ -26,10 +26,9 @@ use pagewise_attention::conformance::{
     SequenceShape, Subject, Tables, quick, run_case,
 };
 use pagewise_attention::cuda::ptx::all_kernels;
-use pagewise_attention::cuda::ptx::decode::{DecodeTuning, Generation, Prefetch};
+use pagewise_attention::cuda::ptx::decode::{DecodeTuning, Prefetch, Ring};
 use pagewise_attention::cuda::{
-    CudaError, DecodeCall, DecodePlan, DecodeSlices, DecodeWorkspace, Overlap, PlanOptions, Shrink,
-    StepLimits, cudarc,
+    CudaError, DecodeCall, DecodePlan, DecodeSlices, DecodeWorkspace, PlanOptions, Shrink, StepLimits, cudarc,
 };
 use pagewise_attention::{BlockTables, DType, HostTensorMut, MAX_HEAD_DIM};
 use random::{Random, run_cases, run_seed};
@@ -110,13 +109,8 @@ fn decode_case(random: &mut Random, turn: usize) -> Case {
 fn random_options(random: &mut Random, case: &Case) -> PlanOptions {
     let room = [64, 128, 256].into_iter().find(|room| case.head_dim_qk.max(case.head_dim_v) <= *room);
     let room = room.unwrap_or(MAX_HEAD_DIM);
-    // An fp8 cache has no variant for Ampere.
-    let generations = match case.kv_dtype.is_fp8() {
-        true => vec![Generation::Hopper, Generation::Small],
-        false => Generation::ALL.to_vec(),
-    };
-    let generation = random.pick(&generations);
-    let usual = DecodeTuning::for_row_bytes((room * case.kv_dtype.size()) as u32, generation);
+    let ring = random.pick(&Ring::ALL);
+    let usual = DecodeTuning::for_row_bytes((room * case.kv_dtype.size()) as u32, ring);
     let tuning = DecodeTuning {
         warps: random.pick(&[1, 2, 4, 8]).min(usual.warps),
         stages: random.pick(&[2, 3]).min(usual.stages),
@@ -137,7 +131,7 @@ fn random_options(random: &mut Random, case: &Case) -> PlanOptions {
     let smallest = random.pick(&[1, 64, 256]);
     let shrink = random.one_in(2).then_some(Shrink { shares, smallest });
     let grid_items = random.one_in(3).then(|| 40_000 + random.below(1000) as u32);
-    PlanOptions { item_keys, shrink, tuning, generation: Some(generation), block_heads, grid_items }
+    PlanOptions { item_keys, shrink, tuning, ring: Some(ring), block_heads, grid_items }
 }
 
 #[test]
@@ -310,13 +304,8 @@ fn replay(
     };
     context.prepare_decode(&plan).unwrap();
     stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
-    // Three runs, of which the second and third may begin before the one before them has ended: they share output,
-    // partial results and tickets.
-    for overlap in [Overlap::None, Overlap::Before, Overlap::Before] {
-        // SAFETY: the slices live until the last replay has completed.
-        unsafe { context.decode_raw(&plan, &DecodeCall { overlap, ..call }, stream.cu_stream().into()) }
-            .unwrap();
-    }
+    // SAFETY: the slices live until the last replay has completed.
+    unsafe { context.decode_raw(&plan, &call, stream.cu_stream().into()) }.unwrap();
     let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
     let graph = stream.end_capture(flags).unwrap().unwrap();
     for turn in 0..replays {
@@ -449,7 +438,6 @@ fn slices_are_checked_and_give_the_same_bits() {
             alibi_slopes,
             sinks: None,
             mask_bits: None,
-            overlap: Overlap::Before,
         };
         // SAFETY: tables and workspace are those of the plan, on one stream.
         unsafe { context.decode(&stream, &plan, &mut workspace, args) }

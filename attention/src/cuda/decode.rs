@@ -4,10 +4,10 @@
 
 use std::sync::Arc;
 
-use pagewise_ptx::decode::{CacheRows, Decode, DecodeArgs, Generation, Rows, ScoreArgs};
+use pagewise_ptx::decode::{CacheRows, Decode, DecodeArgs, Rows, ScoreArgs};
 
 use super::context::Entry;
-use super::launch::{LoadedKernel, Overlap};
+use super::launch::LoadedKernel;
 use super::{Context, CudaError, DecodePlan, RawStream};
 use crate::{DType, KvStrides, Mask, RowStrides};
 
@@ -42,8 +42,6 @@ pub struct DecodeCall {
     pub partial_max: u64,
     /// Workspace of its `tickets` bytes: zero before the first run, and left zero by each.
     pub tickets: u64,
-    /// Whether the launch may begin before the kernel before it on the stream has ended.
-    pub overlap: Overlap,
 }
 
 /// Device addresses of the factors of stored keys and values; 0 for none.
@@ -91,16 +89,11 @@ impl Context {
             return Ok(());
         }
         let args = arguments(plan, call)?;
-        // Only the variants for Hopper wait themselves for what the kernel before them writes.
-        let overlap = match plan.spec.generation {
-            Generation::Hopper => call.overlap,
-            Generation::Ampere | Generation::Small => Overlap::None,
-        };
         let _entered = self.enter()?;
         let entry = self.decode_kernel(plan)?;
         let launch = entry.descriptor.launch(plan.shape)?;
         // SAFETY: the arguments are in the descriptor's order; the caller answers for addresses and stream.
-        unsafe { entry.kernel.launch(launch, &args.values(), stream, overlap) }
+        unsafe { entry.kernel.launch(launch, &args.values(), stream) }
     }
 
     fn decode_kernel(&self, plan: &DecodePlan) -> Result<Arc<Entry<Decode>>, CudaError> {

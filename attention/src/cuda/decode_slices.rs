@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut};
 
-use super::{CacheScales, Context, CudaError, DecodeCall, DecodePlan, Element, Overlap, PlanBound};
+use super::{CacheScales, Context, CudaError, DecodeCall, DecodePlan, Element, PlanBound};
 use crate::{DType, ProblemError};
 
 /// A decode over cudarc slices: `Q` is the type of queries and output, `C` that of the cache (`u8` for fp8).
@@ -32,8 +32,6 @@ pub struct DecodeSlices<'a, 'b, Q, C> {
     pub sinks: Option<CudaView<'a, f32>>,
     /// The mask's words, `[rows, row_words]`, if the mask is one of bits.
     pub mask_bits: Option<CudaView<'a, u32>>,
-    /// Whether the launch may begin before the kernel before it on the stream has ended.
-    pub overlap: Overlap,
 }
 
 /// The device memory that runs of a plan share: work items, partial results and tickets. One for each stream.
@@ -101,19 +99,8 @@ impl Context {
             return Err(CudaError::OtherContext);
         }
         check(plan, workspace, &args)?;
-        let DecodeSlices {
-            q,
-            k_cache,
-            v_cache,
-            tables,
-            out,
-            lse,
-            scales,
-            alibi_slopes,
-            sinks,
-            mask_bits,
-            overlap,
-        } = args;
+        let DecodeSlices { q, k_cache, v_cache, tables, out, lse, scales, alibi_slopes, sinks, mask_bits } =
+            args;
         // The guards make the stream wait for, and record, what other streams do with the slices.
         let (q, _q) = q.device_ptr(stream);
         let (k, _k) = k_cache.device_ptr(stream);
@@ -149,7 +136,6 @@ impl Context {
             partial_out,
             partial_max,
             tickets,
-            overlap,
         };
         // SAFETY: the slices hold what the plan reaches (checked above), the guards order this launch with other
         // uses of them, and the caller answers for tables and workspace.

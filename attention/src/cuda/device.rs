@@ -3,7 +3,6 @@
 use std::fmt;
 
 use cudarc::driver::{result, sys};
-use pagewise_ptx::decode::Generation;
 
 use super::CudaError;
 
@@ -85,10 +84,11 @@ impl Device {
         self.check_for("the CUDA backend", MIN_COMPUTE_CAPABILITY, MIN_CUDA_VERSION)
     }
 
-    /// Which variants of the kernels are made for it.
-    pub fn generation(&self) -> Generation {
-        let ComputeCapability { major, minor } = self.compute_capability;
-        Generation::of(10 * major + minor, self.shared_memory_per_block)
+    /// How many thread blocks of a kernel fit a multiprocessor at once, as far as shared memory goes.
+    pub(super) fn blocks_that_fit(&self, shared: u32) -> u32 {
+        // The system takes 1 KiB of each thread block's, and of the multiprocessor's memory one of them can have all
+        // but that.
+        (self.shared_memory_per_block.saturating_add(1024) / shared.saturating_add(1024)).max(1)
     }
 
     /// Whether a kernel runs on this GPU with this driver.

@@ -19,17 +19,6 @@ impl From<sys::CUstream> for RawStream {
     }
 }
 
-/// Whether a kernel may begin while the one before it on its stream still runs (programmatic dependent launch).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Overlap {
-    /// It begins when all before it has ended.
-    #[default]
-    None,
-    /// It may begin as soon as the kernel before it lets it, and waits itself before it reads memory. Saves most of the
-    /// time between two kernels; has an effect on GPUs from compute capability 9.0 on.
-    Before,
-}
-
 /// Room for the compiler's log.
 const LOG_BYTES: usize = 16 * 1024;
 
@@ -118,7 +107,6 @@ impl LoadedKernel {
         launch: Launch,
         args: &[Arg],
         stream: RawStream,
-        overlap: Overlap,
     ) -> Result<(), CudaError> {
         debug_assert_eq!(args.len(), self.params, "{}", self.entry);
         let mut pointers = [ptr::null_mut::<c_void>(); MAX_PARAMS];
@@ -126,29 +114,24 @@ impl LoadedKernel {
             *pointer = arg.as_ptr().cast_mut().cast();
         }
         let ([grid_x, grid_y, grid_z], [block_x, block_y, block_z]) = (launch.grid, launch.block);
-        let mut attribute = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-        };
-        let config = sys::CUlaunchConfig {
-            gridDimX: grid_x,
-            gridDimY: grid_y,
-            gridDimZ: grid_z,
-            blockDimX: block_x,
-            blockDimY: block_y,
-            blockDimZ: block_z,
-            sharedMemBytes: launch.dynamic_shared,
-            hStream: stream.0 as sys::CUstream,
-            attrs: &raw mut attribute,
-            numAttrs: u32::from(overlap == Overlap::Before),
-        };
-        // SAFETY: the function is loaded, the driver copies arguments and attributes before it returns, and the
-        // caller answers for the rest.
+        // SAFETY: the function is loaded, the driver copies the arguments before it returns, and the caller
+        // answers for the rest.
         let result = unsafe {
-            sys::cuLaunchKernelEx(&raw const config, self.function, pointers.as_mut_ptr(), ptr::null_mut())
+            sys::cuLaunchKernel(
+                self.function,
+                grid_x,
+                grid_y,
+                grid_z,
+                block_x,
+                block_y,
+                block_z,
+                launch.dynamic_shared,
+                stream.0 as sys::CUstream,
+                pointers.as_mut_ptr(),
+                ptr::null_mut(),
+            )
         };
-        CudaError::check("cuLaunchKernelEx", result).map_err(|error| error.of_kernel(&self.entry))
+        CudaError::check("cuLaunchKernel", result).map_err(|error| error.of_kernel(&self.entry))
     }
 
     /// Unloads the kernel from the current context.

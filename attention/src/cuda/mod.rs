@@ -31,7 +31,7 @@ pub use device::{
     driver_release, driver_version,
 };
 pub use error::CudaError;
-pub use launch::{Overlap, RawStream};
+pub use launch::RawStream;
 pub use pagewise_ptx as ptx;
 pub use plan::{DecodePlan, PlanBound, PlanOptions, StepLimits};
 pub use split::Shrink;

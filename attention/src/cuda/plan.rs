@@ -4,10 +4,10 @@
 //! the items [`pagewise_ptx::decode`]'s.
 
 use pagewise_ptx::decode::{
-    Decode, DecodeShape, DecodeSpec, DecodeTuning, Generation, TILE_KEYS, WorkItem, WorkspaceSizes,
+    Decode, DecodeShape, DecodeSpec, DecodeTuning, Ring, TILE_KEYS, WorkItem, WorkspaceSizes,
 };
 
-use super::balance::{Step, choose};
+use super::balance::{Choice, Step, choose};
 use super::decode::ptx_type;
 use super::split::{Cut, Keys, MAX_ITEM_KEYS, most_items, split};
 use super::{CudaError, Device, Shrink};
@@ -23,13 +23,13 @@ pub struct PlanOptions {
     pub shrink: Option<Shrink>,
     /// How the kernel is tuned, if otherwise than by default.
     pub tuning: Option<DecodeTuning>,
-    /// The GPUs that the kernel is made for, if others than this one: an older generation's runs too.
-    pub generation: Option<Generation>,
+    /// How much shared memory the kernel takes, if it is not to be chosen.
+    pub ring: Option<Ring>,
     /// KV heads of a thread block, if fixed: a power of two that divides them, at most the kernel's warps.
     pub block_heads: Option<u32>,
     /// Work items of the launch, if more than there is work for: those of [`DecodePlan::bound`] let plans of
-    /// different lengths share one captured CUDA graph. Thread blocks then have one KV head if `block_heads` says
-    /// nothing else, in every plan.
+    /// different lengths share one captured CUDA graph. Every plan then has the same kernel, with one KV head to
+    /// a thread block unless `block_heads` says otherwise.
     pub grid_items: Option<u32>,
 }
 
@@ -109,13 +109,22 @@ impl DecodePlan {
     /// 32-bit sizes or the items of a fixed grid.
     pub fn new(problem: &Problem<'_>, device: &Device, options: PlanOptions) -> Result<Self, CudaError> {
         let (config, layout) = (problem.config(), *problem.layout());
-        let kind = Kind::new(config, device, options)?;
         let rows = visible_rows(problem)?;
+        let choices = Kind::choices(config, device, options)?;
         // The heads of a thread block are part of a launch, which a captured graph repeats.
         let heads = options.block_heads.or(options.grid_items.map(|_| 1));
-        let (block_heads, cut) = match options.item_keys {
-            Some(keys) => (heads.unwrap_or(1), Cut::Equal(keys)),
-            None => choose(&rows, &kind.step, heads, options.shrink),
+        let choose = |kind: Kind| match options.item_keys {
+            Some(keys) => {
+                (kind, Choice { block_heads: heads.unwrap_or(1), cut: Cut::Equal(keys), cost: 0.0 })
+            }
+            None => {
+                let choice = choose(&rows, &kind.step, heads, options.shrink);
+                (kind, choice)
+            }
+        };
+        let best = choices.into_iter().map(choose).reduce(|a, b| if b.1.cost < a.1.cost { b } else { a });
+        let Some((kind, Choice { block_heads, cut, .. })) = best else {
+            return Err(unsupported("this tuning", "see DecodeTuning for its bounds"));
         };
         let (items, partials) = split(&rows, kind.step.blocks_per_item(block_heads), cut)?;
         let grid = match options.grid_items {
@@ -155,12 +164,16 @@ impl DecodePlan {
         options: PlanOptions,
     ) -> Result<PlanBound, CudaError> {
         config.validate()?;
-        let kind = Kind::new(config, device, options)?;
+        let choices = Kind::choices(config, device, options)?;
         let (rows, keys) = (limits.rows as u64, limits.keys as u64);
         let heads = options.block_heads.unwrap_or(1);
         let shrink = options.shrink.unwrap_or_default();
-        let items = most_items(rows, keys, &kind.step, heads, options.item_keys, shrink);
+        let most = |kind: &Kind| most_items(rows, keys, &kind.step, heads, options.item_keys, shrink);
+        let items = choices.iter().map(most).max().unwrap_or(0);
         let items = small("the number of work items", usize::try_from(items).unwrap_or(usize::MAX))?;
+        let Some(kind) = choices.first() else {
+            return Err(unsupported("this tuning", "see DecodeTuning for its bounds"));
+        };
         let shape = DecodeShape { items, ..kind.shape };
         Ok(PlanBound {
             items,
@@ -206,8 +219,32 @@ struct Kind {
 }
 
 impl Kind {
-    fn new(config: &AttentionConfig, device: &Device, options: PlanOptions) -> Result<Self, CudaError> {
-        let spec = supported(config, device, options)?;
+    /// What there is to choose from for a configuration, the best for little work first.
+    fn choices(
+        config: &AttentionConfig,
+        device: &Device,
+        options: PlanOptions,
+    ) -> Result<Vec<Self>, CudaError> {
+        let rings = match (options.ring, options.tuning) {
+            (Some(ring), _) => vec![ring],
+            (None, Some(_)) => vec![Ring::Large],
+            (None, None) => {
+                let fits = |ring: &Ring| ring.shared() <= device.shared_memory_per_block;
+                Ring::ALL.into_iter().filter(fits).collect()
+            }
+        };
+        // A captured graph repeats one kernel.
+        let most = if options.grid_items.is_some() { 1 } else { rings.len() };
+        rings.into_iter().take(most).map(|ring| Self::new(config, device, ring, options)).collect()
+    }
+
+    fn new(
+        config: &AttentionConfig,
+        device: &Device,
+        ring: Ring,
+        options: PlanOptions,
+    ) -> Result<Self, CudaError> {
+        let spec = supported(config, ring, options.tuning)?;
         if let Some(keys) = options.item_keys
             && (keys == 0 || keys > MAX_ITEM_KEYS || keys % TILE_KEYS != 0)
         {
@@ -225,12 +262,13 @@ impl Kind {
             let what = format!("block_heads = {heads} of {} KV heads", shape.kv_heads);
             return Err(unsupported(&what, "take a power of two that divides them, at most one a warp"));
         }
-        let blocks = u64::from(spec.tuning.blocks_per_multiprocessor);
+        let fit = device.blocks_that_fit(spec.shared_bytes());
         let step = Step {
             kv_heads: shape.kv_heads,
             query_tiles: shape.query_tiles(),
             warps: spec.tuning.warps,
-            slots: u64::from(device.multiprocessors.max(1)) * blocks,
+            multiprocessors: u64::from(device.multiprocessors.max(1)),
+            blocks_each: u64::from(spec.tuning.blocks_per_multiprocessor.min(fit)),
             key_bytes: ((config.head_dim_qk + config.head_dim_v) * config.kv_dtype.size()) as u64,
         };
         Ok(Self { spec, shape, step })
@@ -265,13 +303,12 @@ fn visible_rows(problem: &Problem<'_>) -> Result<Vec<Keys>, CudaError> {
 /// The variant for a configuration, or why there is none.
 fn supported(
     config: &AttentionConfig,
-    device: &Device,
-    options: PlanOptions,
+    ring: Ring,
+    tuning: Option<DecodeTuning>,
 ) -> Result<DecodeSpec, CudaError> {
-    let generation = options.generation.unwrap_or_else(|| device.generation());
     let AttentionConfig { head_dim_qk, head_dim_v, q_dtype, kv_dtype, .. } = *config;
     let room = small("head_dim", head_dim_qk.max(head_dim_v))?;
-    let Some(spec) = DecodeSpec::for_head(ptx_type(q_dtype), ptx_type(kv_dtype), room, generation) else {
+    let Some(spec) = DecodeSpec::for_head(ptx_type(q_dtype), ptx_type(kv_dtype), room, ring) else {
         return Err(unsupported(
             &format!("{q_dtype} queries over a {kv_dtype} cache"),
             "it takes a cache of the queries' type, or an fp8 one with f16 and bf16 queries",
@@ -286,7 +323,7 @@ fn supported(
             ));
         }
     }
-    let spec = DecodeSpec { tuning: options.tuning.unwrap_or(spec.tuning), ..spec };
+    let spec = DecodeSpec { tuning: tuning.unwrap_or(spec.tuning), ..spec };
     match spec.exists() {
         true => Ok(spec),
         false => Err(unsupported("this tuning", "see DecodeTuning for its bounds")),

@@ -56,11 +56,11 @@ pub(super) const MAX_ITEM_KEYS: u32 = 1 << 24;
 impl Cut {
     /// Shrinking pieces for rows of so many keys in all.
     pub(super) fn shrinking(shrink: Shrink, keys: u64, step: &Step, block_heads: u32) -> Self {
-        let per_slot = (keys * step.blocks_per_item(block_heads)).div_ceil(step.slots);
+        let per_slot = (keys * step.blocks_per_item(block_heads)).div_ceil(step.slots());
         let least = (per_slot / SMALLEST_PART).min(u64::from(MAX_ITEM_KEYS)) as u32;
         let round = step.round(block_heads);
         Self::Shrinking {
-            shares: step.slots * u64::from(shrink.shares.max(1)),
+            shares: step.slots() * u64::from(shrink.shares.max(1)),
             smallest: shrink.smallest.max(least).max(round),
             round,
         }
@@ -81,7 +81,7 @@ pub(super) fn most_items(
     let pieces = match item_keys {
         Some(keys) => span / u64::from(keys),
         None => {
-            let wave = step.slots.div_ceil(step.blocks_per_item(block_heads).max(1));
+            let wave = step.slots().div_ceil(step.blocks_per_item(block_heads).max(1));
             let smallest = u64::from(shrink.smallest.max(step.round(block_heads)));
             (span * 4 / (smallest * 3)).min(wave * (SMALLEST_PART + 1) * 4 / 3).max(wave)
         }
@@ -184,13 +184,17 @@ mod tests {
             slots in 1..1000u64,
             shrink in prop::option::of((1..8u32, 1..3000u32)),
             log_warps in 0..4u32,
+            blocks_each in 1..4u64,
         ) {
-            let step = Step { kv_heads, query_tiles: 1, warps: 1 << log_warps, slots, key_bytes: 512 };
+            let step = Step { kv_heads, query_tiles: 1, warps: 1 << log_warps, multiprocessors: slots, blocks_each, key_bytes: 512 };
             let shrink = shrink.map(|(shares, smallest)| Shrink { shares, smallest });
             let fixed = fixed.map(|tiles| tiles * TILE_KEYS);
             let (heads, cut) = match fixed {
                 Some(keys) => (1, Cut::Equal(keys)),
-                None => choose(&rows, &step, None, shrink),
+                None => {
+                    let choice = choose(&rows, &step, None, shrink);
+                    (choice.block_heads, choice.cut)
+                }
             };
             let (items, partials) = split(&rows, step.blocks_per_item(heads), cut).unwrap();
             let mut seen_partials = vec![false; partials as usize];
@@ -235,8 +239,9 @@ mod tests {
                 .enumerate()
                 .map(|(i, &end)| Keys { table: 0, row: i as u32, begin: 0, end, position: 0 })
                 .collect();
-            let step = Step { kv_heads, query_tiles: 1, warps: 8, slots, key_bytes: 512 };
-            let (heads, cut) = choose(&rows, &step, None, None);
+            let step = Step { kv_heads, query_tiles: 1, warps: 8, multiprocessors: slots, blocks_each: 1, key_bytes: 512 };
+            let choice = choose(&rows, &step, None, None);
+            let (heads, cut) = (choice.block_heads, choice.cut);
             let blocks_per_item = step.blocks_per_item(heads);
             let (items, _) = split(&rows, blocks_per_item, cut).unwrap();
             // Thread blocks in order, each to the slot that is free first.

@@ -12,7 +12,7 @@ use pagewise_ptx::write_kv::{
 
 use super::context::Entry;
 use super::decode::ptx_type;
-use super::launch::{LoadedKernel, Overlap};
+use super::launch::LoadedKernel;
 use super::{Context, CudaError, RawStream};
 use crate::{AttentionConfig, CacheLayout, DType, KvStrides, ProblemError, RowStrides};
 
@@ -203,7 +203,7 @@ impl Context {
         let entry = self.write_kv_kernel(variant)?;
         let launch = entry.descriptor.launch(args.shape)?;
         // SAFETY: the arguments are in the descriptor's order; the caller answers for addresses and stream.
-        unsafe { entry.kernel.launch(launch, &args.values(), stream, Overlap::None) }?;
+        unsafe { entry.kernel.launch(launch, &args.values(), stream) }?;
         Ok(variant)
     }
 

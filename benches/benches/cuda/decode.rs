@@ -2,7 +2,7 @@
 
 use cudarc::driver::CudaSlice;
 use pagewise_attention::cuda::cudarc;
-use pagewise_attention::cuda::{DecodeCall, DecodePlan, Overlap, PlanOptions, WriteKvCall};
+use pagewise_attention::cuda::{DecodeCall, DecodePlan, PlanOptions, WriteKvCall};
 use pagewise_attention::{AttentionConfig, CacheLayout, DType, PagedBatch, Problem, RowStrides};
 use serde_json::{Value, json};
 
@@ -120,21 +120,20 @@ impl std::fmt::Display for Layout {
 pub fn all_shapes(gpu: &Gpu<'_>, yardsticks: &Yardsticks, wanted: impl Fn(&str) -> bool) -> Vec<Value> {
     let mut results = Vec::new();
     let (mut peers, mut vllm, mut floors) = (Vec::new(), Vec::new(), Vec::new());
-    let mut overlapped = Vec::new();
     println!(
-        "decode bf16, d128 if not said otherwise, block 16: us (us when launches overlap), GB/s, % of ceiling, x floor, x best peer, x vLLM"
+        "decode bf16, d128 if not said otherwise, block 16: us, GB/s, % of ceiling, x floor, x best peer, x vLLM"
     );
     for shape in shapes().iter().filter(|shape| wanted(&shape.name)) {
-        let (mut best, mut best_overlapped) = (f64::INFINITY, f64::INFINITY);
+        let mut best = f64::INFINITY;
         for layout in Layout::of(shape) {
             let options = PlanOptions { item_keys: item_keys(), ..PlanOptions::default() };
             let prepared = Prepared::new(gpu, shape, layout);
-            let Measured { us, overlapped_us, error, items } = prepared.measure(options);
+            let Measured { us, error, items } = prepared.measure(options);
             let bytes = shape.bytes();
             let rate = bytes / us / 1e3;
             let floor = yardsticks.floor_us(bytes);
             println!(
-                "{:18} {layout:9} {us:8.1} us ({overlapped_us:.1}) {rate:5.0} GB/s {:3.0}%  floor x{:.2}  peer x{:.2} ({})  vLLM x{:.2}  error {error:.1e}, {items} items",
+                "{:18} {layout:9} {us:8.1} us {rate:5.0} GB/s {:3.0}%  floor x{:.2}  peer x{:.2} ({})  vLLM x{:.2}  error {error:.1e}, {items} items",
                 shape.name,
                 100.0 * rate / yardsticks.ceiling,
                 us / floor,
@@ -143,7 +142,7 @@ pub fn all_shapes(gpu: &Gpu<'_>, yardsticks: &Yardsticks, wanted: impl Fn(&str) 
                 shape.vllm_us / us,
             );
             results.push(json!({
-                "shape": shape.name, "layout": layout.to_string(), "us": us, "overlapped_us": overlapped_us, "gb_s": rate, "of_ceiling": rate / yardsticks.ceiling,
+                "shape": shape.name, "layout": layout.to_string(), "us": us, "gb_s": rate, "of_ceiling": rate / yardsticks.ceiling,
                 "over_floor": us / floor, "best_peer": shape.best_peer, "best_peer_us": shape.best_us,
                 "speedup_over_best_peer": shape.best_us / us, "speedup_over_vllm": shape.vllm_us / us,
                 "relative_error": error, "items": items,
@@ -152,7 +151,6 @@ pub fn all_shapes(gpu: &Gpu<'_>, yardsticks: &Yardsticks, wanted: impl Fn(&str) 
                 continue;
             }
             best = best.min(us);
-            best_overlapped = best_overlapped.min(overlapped_us);
             if !layout.hnd && shape.counts() {
                 floors.push(us / floor);
             }
@@ -162,14 +160,12 @@ pub fn all_shapes(gpu: &Gpu<'_>, yardsticks: &Yardsticks, wanted: impl Fn(&str) 
         }
         // Peers are the best of both layouts; so are we.
         peers.push(shape.best_us / best);
-        overlapped.push(shape.best_us / best_overlapped);
         vllm.push(shape.vllm_us / best);
     }
     let mean = |list: &[f64]| (list.iter().map(|x| x.ln()).sum::<f64>() / list.len().max(1) as f64).exp();
     println!(
-        "geometric means: x{:.3} over the best peer (x{:.3} overlapped), x{:.3} over vLLM, x{:.3} of the floor (NHD)",
+        "geometric means: x{:.3} over the best peer, x{:.3} over vLLM, x{:.3} of the floor (NHD)",
         mean(&peers),
-        mean(&overlapped),
         mean(&vllm),
         mean(&floors)
     );
@@ -303,13 +299,12 @@ impl<'a, 'b> Prepared<'a, 'b> {
             tickets: gpu.address(&tickets),
             ..DecodeCall::default()
         };
-        let launch = |set: usize, overlap: Overlap| {
-            let call = DecodeCall { overlap, ..call(set) };
+        let launch = |set: usize| {
             // SAFETY: all addresses are those of live slices that hold what the plan reaches, on one stream.
-            unsafe { gpu.context.decode_raw(&plan, &call, gpu.raw_stream()) }.unwrap();
+            unsafe { gpu.context.decode_raw(&plan, &call(set), gpu.raw_stream()) }.unwrap();
         };
         gpu.context.prepare_decode(&plan).unwrap();
-        launch(0, Overlap::None);
+        launch(0);
         let found = stream.clone_dtoh(&out).unwrap();
         let mut error = 0.0f64;
         for (first, expected) in &self.expected {
@@ -323,21 +318,14 @@ impl<'a, 'b> Prepared<'a, 'b> {
         assert!(error < 2e-2, "{options:?}: relative error {error:.1e}");
 
         let launches = sets.clamp(4, 128).next_multiple_of(sets.min(128));
-        Measured {
-            us: gpu.time(launches, |i| launch(i % sets, Overlap::None)),
-            overlapped_us: gpu.time(launches, |i| launch(i % sets, Overlap::Before)),
-            error,
-            items: plan.items().len(),
-        }
+        Measured { us: gpu.time(launches, |i| launch(i % sets)), error, items: plan.items().len() }
     }
 }
 
 /// What one plan of one shape took.
 pub struct Measured {
-    /// One launch after the other.
+    /// µs of a launch.
     pub us: f64,
-    /// Where each may begin before the one before it has ended.
-    pub overlapped_us: f64,
     /// Largest error, relative to the largest element of its row.
     pub error: f64,
     /// Work items.

@@ -5,7 +5,7 @@
 
 use std::time::Instant;
 
-use pagewise_attention::cuda::ptx::decode::{DecodeTuning, Generation, Prefetch};
+use pagewise_attention::cuda::ptx::decode::{DecodeTuning, Prefetch, Ring};
 use pagewise_attention::cuda::{PlanOptions, Shrink};
 use serde_json::{Value, json};
 
@@ -56,7 +56,7 @@ pub fn run(gpu: &Gpu<'_>) -> Vec<Value> {
         }
         let shape = all.iter().find(|shape| shape.name == name).expect("a shape of the table");
         let prepared = Prepared::new(gpu, shape, Layout { hnd, apart: false });
-        let usual = DecodeTuning::for_row_bytes(shape.row_bytes(), Generation::Hopper);
+        let usual = DecodeTuning::for_row_bytes(shape.row_bytes(), Ring::Large);
         let mut tried: Vec<(f64, PlanOptions)> = Vec::new();
         let mut attempt = |tried: &mut Vec<(f64, PlanOptions)>, options: PlanOptions| {
             if tried.iter().any(|(_, before)| *before == options) {

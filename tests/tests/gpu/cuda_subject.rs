@@ -8,8 +8,7 @@ use pagewise_attention::conformance::{
     AttentionTask, CopyTask, MergeTask, ProbabilityRounding, Refusal, Scale, Subject, SwapTask, WriteTask,
 };
 use pagewise_attention::cuda::{
-    CacheScales, Context, CudaError, DecodeCall, DecodePlan, KvScales, Overlap, PlanOptions, WriteKvCall,
-    cudarc,
+    CacheScales, Context, CudaError, DecodeCall, DecodePlan, KvScales, PlanOptions, WriteKvCall, cudarc,
 };
 use pagewise_attention::{AttentionConfig, BlockTables, DType, HostTensor, HostTensorMut};
 
@@ -162,7 +161,6 @@ impl Subject for Cuda<'_> {
             partial_out: self.address(&partial_out),
             partial_max: self.address(&partial_max),
             tickets: self.address(&tickets),
-            overlap: Overlap::None,
         };
         // SAFETY: all addresses are those of live slices that hold what the plan reaches.
         unsafe { self.context.decode_raw(&plan, &call, self.stream.cu_stream().into()) }.map_err(refusal)?;
