@@ -20,7 +20,7 @@ mod sweep;
 mod yardsticks;
 
 use gpu::Gpu;
-use pagewise_attention::cuda::{Context, devices};
+use pagewise_attention::cuda::{Context, devices, driver_release};
 
 fn main() {
     let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
@@ -49,6 +49,7 @@ fn main() {
         let json = serde_json::json!({
             "gpu": context.device().name,
             "driver": context.device().driver.to_string(),
+            "driver_release": driver_release(),
             "read_ceiling_gb_s": yardsticks.ceiling,
             "floor": yardsticks.floor.iter().map(|(bytes, us)| serde_json::json!({ "bytes": bytes, "us": us })).collect::<Vec<_>>(),
             "write_kv": write,
