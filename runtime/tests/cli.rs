@@ -337,8 +337,11 @@ fn failures_are_one_message_an_exit_code_and_an_empty_stdout() {
         (&["generate", "hi", "--model", text, "--threads", "100000"], 1, "--threads"),
         (&["generate", "hi", "--model", text, "--backend", "cuda"], 1, "--backend"),
         (&["generate", "hi", "--model", text, "--backend", "wgpu"], 1, "--backend"),
-        (&["generate", "hi", "--model", text, "--swap-space", "1GiB"], 1, "--swap-space"),
-        (&["generate", "hi", "--model", text, "--preemption", "swap"], 1, "--preemption"),
+        (&["generate", "hi", "--model", text, "--swap-space", "1000TiB"], 1, "--swap-space"),
+        (&["generate", "hi", "--model", text, "--swap-space", "7"], 1, "--swap-space"),
+        (&["generate", "hi", "--model", text, "--preemption", "swap"], 1, "--swap-space"),
+        (&["generate", "hi", "--model", text, "--beam-width", "2", "--n", "3"], 2, "--n"),
+        (&["generate", "hi", "--model", text, "--beam-width", "9", "--max-num-seqs", "8"], 1, "beam_width"),
     ];
     for (args, code, part) in table {
         let run = pagewise(args, "");

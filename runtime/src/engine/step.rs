@@ -1,14 +1,17 @@
 //! One step of the engine, from the schedule to the events.
 
 use super::logits::LogitCursor;
-use super::state::{Choice, Step};
+use super::metrics::{Outcome, StepMetrics};
+use super::state::{Choice, ChosenToken, Step};
 use super::{Engine, EngineError};
-use crate::executor::StepOutput;
+use crate::executor::{Executor, StepOutput};
 use crate::request::{Event, FinishReason, RequestError, RequestId};
+use crate::sampling::beam::BeamStep;
 use crate::sampling::{NoUsableLogit, Sampler};
-use crate::scheduler::{NextToken, Schedule};
-use pagewise_kvcache::CacheError;
+use crate::scheduler::{PreemptionCosts, Schedule};
+use pagewise_kvcache::{CacheError, CacheManager};
 use rayon::prelude::*;
+use std::time::Duration;
 
 /// From this many logits a step their tokens are chosen on several threads: about a tenth of a millisecond.
 const PARALLEL_LOGITS: usize = 1 << 17;
@@ -29,32 +32,97 @@ impl From<CacheError> for Failure {
 impl Engine {
     /// Schedules, executes, commits, samples.
     pub(super) fn try_step(&mut self, events: &mut Vec<Event>) -> Result<(), Failure> {
+        let started = (self.clock)();
+        let expired = self.expire(started, events)?;
         let schedule = self.scheduler.schedule(&mut *self.cache)?;
-        for &(id, cached_tokens) in &schedule.admitted {
-            if let Some(state) = self.requests.get_mut(&id) {
-                state.cached_tokens = cached_tokens;
-                self.stats.cached_tokens += cached_tokens as u64;
-            }
-        }
+        let scheduled = (self.clock)();
+        self.note_schedule(&schedule, scheduled);
         for (id, error) in &schedule.refused {
             self.fail(*id, error.clone(), events);
         }
         if schedule.is_idle() {
             // Block ops are taken in every step, so every step confirms them.
             self.cache.confirm_block_ops()?;
-            let stuck = schedule.refused.is_empty() && self.scheduler.has_work();
+            let stuck = !expired && schedule.refused.is_empty() && self.scheduler.has_work();
             return if stuck { Err(Failure::Engine(EngineError::Stalled)) } else { Ok(()) };
         }
 
         let output =
             self.executor.execute(&schedule.plan).map_err(|error| Failure::Executor(error.to_string()))?;
         check_shape(&schedule, &output, self.config.vocab_size).map_err(Failure::Executor)?;
+        let executed = (self.clock)();
         self.cache.confirm_block_ops()?;
         self.scheduler.commit(&schedule, &mut *self.cache)?;
-        self.stats.steps += 1;
-        self.stats.computed_tokens += schedule.plan.num_tokens() as u64;
         self.read_logits(&schedule, &output, events)?;
+        let times = [started, scheduled, executed, (self.clock)()];
+        self.note_step(&schedule, times);
         Ok(())
+    }
+
+    /// Fails the requests whose time is over.
+    fn expire(&mut self, now: Duration, events: &mut Vec<Event>) -> Result<bool, CacheError> {
+        let mut expired = false;
+        while let Some(&(deadline, id)) = self.deadlines.first()
+            && deadline <= now
+        {
+            self.deadlines.pop_first();
+            self.scheduler.remove(id, &mut *self.cache)?;
+            let message = format!(
+                "the deadline passed {:.3} s ago and the request was not done; give it more time or send less at once",
+                (now - deadline).as_secs_f64()
+            );
+            self.fail(id, RequestError { param: Some("deadline"), message }, events);
+            expired = true;
+        }
+        Ok(expired)
+    }
+
+    fn note_schedule(&mut self, schedule: &Schedule, now: Duration) {
+        for &(id, cached_tokens) in &schedule.admitted {
+            if let Some(state) = self.requests.get_mut(&id) {
+                state.metrics.cached_tokens = cached_tokens;
+                state.metrics.admitted = Some(now);
+                self.metrics.stats.cached_tokens += cached_tokens as u64;
+            }
+        }
+        for id in &schedule.preempted {
+            if let Some(state) = self.requests.get_mut(id) {
+                state.metrics.preemptions += 1;
+            }
+        }
+    }
+
+    fn note_step(&mut self, schedule: &Schedule, [started, scheduled, executed, ended]: [Duration; 4]) {
+        let plan = &schedule.plan;
+        let tokens = plan.num_tokens();
+        let decode_tokens = plan.chunks.iter().filter(|chunk| chunk.tokens.len() == 1).count();
+        let prefill_tokens = tokens - decode_tokens;
+        let step = StepMetrics {
+            id: plan.id,
+            started,
+            schedule: scheduled.saturating_sub(started),
+            execute: executed.saturating_sub(scheduled),
+            sample: ended.saturating_sub(executed),
+            sequences: plan.chunks.len(),
+            prefill_tokens,
+            decode_tokens,
+            preempted: schedule.preempted.len(),
+            swapped_out_blocks: plan.block_ops.swap_out.len(),
+            swapped_in_blocks: plan.block_ops.swap_in.len(),
+            copied_blocks: plan.block_ops.copy.len(),
+        };
+        tracing::debug!(?step, "step");
+        self.metrics.step = step;
+        self.metrics.stats.steps += 1;
+        self.metrics.stats.computed_tokens += tokens as u64;
+        // A step that is mostly prefill says how fast prefill is; the last ones count most.
+        let seconds = step.execute.as_secs_f64();
+        if prefill_tokens >= 8 && prefill_tokens >= decode_tokens && seconds > 0.0 {
+            let rate = tokens as f64 / seconds;
+            let known = &mut self.costs.prefill_tokens_per_second;
+            *known = if *known > 0.0 { 0.8 * *known + 0.2 * rate } else { rate };
+            self.scheduler.set_costs(self.costs);
+        }
     }
 
     /// Hands every logit row to whom it belongs: prompt log-probabilities, then the next tokens.
@@ -70,13 +138,15 @@ impl Engine {
             let rows = cursor.take(chunk.logit_rows());
             let Some(state) = self.requests.get_mut(&of.request) else { continue };
             state.read_prompt_rows(chunk, &rows);
-            let Some(row) = rows.last() else { continue };
-            let samples = match of.next_token {
-                NextToken::None => continue,
-                NextToken::Sample => of.sample..of.sample + 1,
-                NextToken::Group => 0..state.samples.len(),
-            };
-            wanted.extend(samples.map(|index| (of.request, index, row)));
+            let Some(row) = rows.last().filter(|_| of.next_token) else { continue };
+            // The prompt's last row gives the first token of every sample.
+            let first_rows = state.first_rows();
+            if first_rows > 1 && state.is_new() {
+                self.scheduler.branch(of.request, &vec![0; first_rows], &mut *self.cache)?;
+                wanted.extend((0..first_rows).map(|index| (of.request, index, row)));
+            } else {
+                wanted.push((of.request, of.index, row));
+            }
         }
         for ((id, index, _), choice) in wanted.iter().zip(self.choose(&wanted)) {
             self.next_token(*id, *index, choice, events)?;
@@ -121,8 +191,12 @@ impl Engine {
     ) -> Result<(), CacheError> {
         // An earlier sample of the group may have failed the request.
         let Some(state) = self.requests.get_mut(&id) else { return Ok(()) };
-        let choice = match choice {
-            Ok(Some(choice)) => choice,
+        let chosen = match choice {
+            Ok(Some(Choice::Token(chosen))) => chosen,
+            Ok(Some(Choice::Beam(offer))) => {
+                let step = state.beams.as_mut().and_then(|beams| beams.offer(index, offer));
+                return step.map_or(Ok(()), |step| self.beam_step(id, step, events));
+            }
             Ok(None) => return Ok(()),
             Err(error) => {
                 let message = format!("no token could be chosen after {} of them: {error}", state.len(index));
@@ -131,14 +205,24 @@ impl Engine {
                 return Ok(());
             }
         };
-        let limit =
-            state.params.max_tokens.min(self.config.max_model_len.saturating_sub(state.prompt_tokens));
-        let Some(step) = state.advance(index, choice, limit, &self.config.eos_token_ids) else {
-            return Ok(());
-        };
+        self.next_sampled(id, index, chosen, events)
+    }
+
+    fn next_sampled(
+        &mut self,
+        id: RequestId,
+        index: usize,
+        chosen: ChosenToken,
+        events: &mut Vec<Event>,
+    ) -> Result<(), CacheError> {
+        let now = (self.clock)();
+        let Some(state) = self.requests.get_mut(&id) else { return Ok(()) };
+        let Some(step) = state.advance(index, chosen, &self.config.eos_token_ids) else { return Ok(()) };
+        state.metrics.first_token.get_or_insert(now);
+        state.metrics.generated_tokens += 1;
         let streams = state.streams();
         let Step { token_id, text, finish_reason } = step;
-        self.stats.generated_tokens += 1;
+        self.metrics.stats.generated_tokens += 1;
         self.scheduler.push_token(id, index, token_id);
         if streams {
             events.push(Event::Token { request: id, index, token_id, text });
@@ -149,6 +233,31 @@ impl Engine {
         }
     }
 
+    /// Lets the beams that run on take the places of the old ones, or ends the search.
+    fn beam_step(
+        &mut self,
+        id: RequestId,
+        step: BeamStep,
+        events: &mut Vec<Event>,
+    ) -> Result<(), CacheError> {
+        let now = (self.clock)();
+        let Some(state) = self.requests.get_mut(&id) else { return Ok(()) };
+        state.metrics.first_token.get_or_insert(now);
+        let BeamStep::Continue(kept) = step else {
+            self.scheduler.remove(id, &mut *self.cache)?;
+            self.finish(id, events);
+            return Ok(());
+        };
+        state.metrics.generated_tokens += kept.len();
+        self.metrics.stats.generated_tokens += kept.len() as u64;
+        let parents: Vec<usize> = kept.iter().map(|beam| beam.parent).collect();
+        self.scheduler.branch(id, &parents, &mut *self.cache)?;
+        for (index, beam) in kept.iter().enumerate() {
+            self.scheduler.push_token(id, index, beam.token_id);
+        }
+        Ok(())
+    }
+
     fn finish_sample(
         &mut self,
         id: RequestId,
@@ -156,20 +265,38 @@ impl Engine {
         reason: FinishReason,
         events: &mut Vec<Event>,
     ) -> Result<(), CacheError> {
-        let Some(finished) = self.scheduler.finish_sample(id, index, &mut *self.cache)? else {
+        let Some(finished) = self.scheduler.finish_sequence(id, index, &mut *self.cache)? else {
             return Ok(());
         };
         if let Some(state) = self.requests.get_mut(&id) {
             state.finish(index, finished.completion, reason);
         }
-        if finished.group_done
-            && let Some(state) = self.requests.remove(&id)
-        {
-            self.stats.finished += 1;
-            events.push(Event::Finished { request: id, output: state.into_output() });
+        if finished.group_done {
+            self.finish(id, events);
         }
         Ok(())
     }
+
+    fn finish(&mut self, request: RequestId, events: &mut Vec<Event>) {
+        let Some(state) = self.end(request, Outcome::Finished) else { return };
+        if let Some(name) = &state.prefix {
+            self.prefixes.pin(name, self.scheduler.salt(), &mut *self.cache);
+        }
+        let output = state.into_output(self.detokenizer.as_ref());
+        events.push(Event::Finished { request, output });
+    }
+}
+
+/// What the executor knows of the link to the host.
+pub(super) fn measure_link(cache: &dyn CacheManager, executor: &mut dyn Executor) -> PreemptionCosts {
+    let mut costs = PreemptionCosts::default();
+    if cache.host_usage().total > 0
+        && let Some(link) = executor.measure_link()
+    {
+        costs.block_bytes = link.block_bytes;
+        costs.link_bytes_per_second = link.bytes_per_second;
+    }
+    costs
 }
 
 /// An executor must answer with the rows that the plan asked for.

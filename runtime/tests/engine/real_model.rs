@@ -32,7 +32,7 @@ fn requests() -> Vec<Request> {
                 prompt_logprobs: (index == 7).then_some(1),
                 ..Default::default()
             };
-            Request { prompt, params }
+            Request::new(prompt, params)
         })
         .collect()
 }

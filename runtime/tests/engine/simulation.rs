@@ -38,7 +38,7 @@ fn random_request(numbers: &mut Numbers, shared: &[u32]) -> Request {
         presence_penalty: numbers.pick(&[0.0, 0.5]),
         ..Default::default()
     };
-    Request { prompt, params }
+    Request::new(prompt, params)
 }
 
 fn alone(request: &Request) -> RequestOutput {
@@ -48,7 +48,7 @@ fn alone(request: &Request) -> RequestOutput {
 
 /// Blocks that a request can need at most, all of its completions at their full length.
 fn blocks_at_most(request: &Request, output: &RequestOutput, cache: &CacheConfig) -> usize {
-    let samples = request.params.samples();
+    let samples = request.params.width();
     let shared = request.prompt.len() / cache.block_size;
     // `best_of` hides the others' lengths.
     let longest = if samples == output.outputs.len() {
@@ -110,7 +110,7 @@ fn run(case: u64, coverage: &mut Coverage) {
     let mut next_sequence = 0;
     while arrivals.peek().is_some() || engine.has_work() {
         while let Some((_, request)) = arrivals.next_if(|(at, _)| *at <= step) {
-            let samples = request.params.samples();
+            let samples = request.params.width();
             match engine.add(request.clone()) {
                 Ok(id) => {
                     leaders.push(next_sequence);
@@ -151,7 +151,7 @@ fn run(case: u64, coverage: &mut Coverage) {
                     let letters = text_of(&output.outputs[0].token_ids);
                     coverage.stop_strings +=
                         u64::from(asked.params.stop.iter().any(|stop| letters.contains(stop)));
-                    if asked.params.samples() == asked.params.n {
+                    if asked.params.width() == asked.params.n {
                         for (index, completion) in output.outputs.iter().enumerate() {
                             let stream = &streams[&(request.0, index)];
                             assert_eq!(stream.0, completion.token_ids);

@@ -47,7 +47,7 @@ impl ChatArgs {
     }
 
     /// What was said of the model.
-    pub(crate) fn load_options(&self) -> Result<LoadOptions, Failure> {
+    pub(crate) fn load_options(&self) -> LoadOptions {
         self.model.load_options()
     }
 }
@@ -61,7 +61,7 @@ pub(crate) fn run(args: &ChatArgs, verbose: u8) -> Result<(), Failure> {
         ));
     }
     sampling.check()?;
-    let model = loading::load_model(&args.load_options()?, verbose)?;
+    let model = loading::load_model(&args.load_options(), verbose)?;
     let mut chat = Chat { model, sampling, system: args.system.clone(), messages: Vec::new() };
     chat.clear();
     match &args.message {

@@ -48,7 +48,7 @@ pub(crate) struct GenerateArgs {
 /// Runs the command.
 pub(crate) fn run(args: &GenerateArgs, verbose: u8) -> Result<(), Failure> {
     args.sampling.check()?;
-    let options = args.model.load_options()?;
+    let options = args.model.load_options();
     match (&args.prompt, &args.prompts) {
         (Some(text), _) => {
             let mut model = loading::load_model(&options, verbose)?;

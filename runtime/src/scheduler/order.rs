@@ -1,0 +1,41 @@
+//! Who goes before whom.
+
+use crate::request::RequestId;
+use std::time::Duration;
+
+/// How a request stands to others. The default is first come, first served.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Urgency {
+    /// A lower number goes first.
+    pub priority: i32,
+    /// Time on the engine's clock by which it must have finished, or it fails. Among requests of one priority those
+    /// with the earlier deadline go first, those without one last.
+    pub deadline: Option<Duration>,
+}
+
+/// A place in the order of requests: priority, then those that were preempted, then the deadline, then arrival.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Rank {
+    priority: i32,
+    /// It was never in the cache. Within one priority the preempted come back before anybody new comes in.
+    fresh: bool,
+    deadline: Duration,
+    id: RequestId,
+}
+
+impl Rank {
+    /// Of a request that arrives.
+    pub(super) fn new(id: RequestId, urgency: Urgency) -> Self {
+        let deadline = urgency.deadline.unwrap_or(Duration::MAX);
+        Self { priority: urgency.priority, fresh: true, deadline, id }
+    }
+
+    /// Of the same request once it has been in the cache.
+    pub(super) fn admitted(self) -> Self {
+        Self { fresh: false, ..self }
+    }
+
+    pub(super) fn id(self) -> RequestId {
+        self.id
+    }
+}
