@@ -200,7 +200,11 @@ impl CacheManager for Audited {
         self.0.can_append(sequence, tokens)
     }
     fn append(&mut self, sequence: SequenceId, tokens: usize) -> Result<(), CacheError> {
+        let copied = |cache: &KvCacheManager| cache.stats().copied_blocks;
+        let (before, len) = (copied(&self.0), self.0.len(sequence));
         let value = self.0.append(sequence, tokens);
+        let within = len.is_some_and(|len| !len.is_multiple_of(self.0.config().block_size));
+        assert!(copied(&self.0) == before || within, "a full block was copied");
         self.audit(value)
     }
     fn mark_computed(&mut self, sequence: SequenceId, tokens: &[u32]) -> Result<(), CacheError> {
