@@ -10,6 +10,7 @@ use pagewise_runtime::plan::StepPlan;
 use pagewise_runtime::request::{
     Completion, Event, FinishReason, PositionLogprobs, Request, RequestOutput, SamplingParams,
 };
+use pagewise_runtime::scheduler::Preemption;
 use std::sync::{Arc, Mutex};
 
 fn greedy(max_tokens: usize) -> SamplingParams {
@@ -438,8 +439,9 @@ fn wide_characters_are_shown_whole() {
 
 #[test]
 fn recorded_plans_replay_to_the_same_tokens() {
-    let cache = cache_config(2, 14);
-    let (mut engine, log) = engine(EngineConfig { max_batch_tokens: 6, ..engine_config() }, cache.clone());
+    let cache = CacheConfig { host_blocks: 40, ..cache_config(2, 14) };
+    let config = EngineConfig { max_batch_tokens: 6, preemption: Preemption::Swap, ..engine_config() };
+    let (mut engine, log) = engine(config, cache.clone());
     for first in 0..5 {
         engine.add(Request::new(vec![first, 9, 9, first], greedy(12))).unwrap();
     }
@@ -448,7 +450,7 @@ fn recorded_plans_replay_to_the_same_tokens() {
         .iter()
         .filter_map(|event| if let Event::Token { token_id, .. } = event { Some(*token_id) } else { None })
         .collect();
-    assert!(engine.stats().scheduler.preemptions > 0 && tokens.len() == 60);
+    assert!(engine.stats().scheduler.swaps > 0 && tokens.len() == 60);
 
     let plans = std::mem::take(&mut log.lock().unwrap().plans);
     let mut executor = HashExecutor::new(&cache, Arc::default());

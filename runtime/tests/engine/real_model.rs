@@ -8,8 +8,12 @@ use pagewise_runtime::load::{CacheSize, LoadFormat, LoadOptions, load};
 use pagewise_runtime::request::{Request, RequestOutput, SamplingParams};
 use pagewise_runtime::scheduler::{Preemption, SchedulerStats};
 
-fn engine(fixture: &str, change: impl FnOnce(&mut LoadOptions)) -> Engine {
-    let mut options = LoadOptions::new(format!("{}/../tests/fixtures/{fixture}", env!("CARGO_MANIFEST_DIR")));
+pub(crate) fn fixture(name: &str) -> String {
+    format!("{}/../tests/fixtures/{name}", env!("CARGO_MANIFEST_DIR"))
+}
+
+pub(crate) fn engine(name: &str, change: impl FnOnce(&mut LoadOptions)) -> Engine {
+    let mut options = LoadOptions::new(fixture(name));
     options.block_size = 4;
     change(&mut options);
     load(&options, &mut |_| {}).unwrap().engine
@@ -115,8 +119,7 @@ fn preemption_and_chunking_change_no_bit() {
 /// Ten sequences that together need twice the cache.
 #[test]
 fn long_sequences_are_swapped_and_recomputed_to_the_same_tokens() {
-    let config = format!("{}/../tests/fixtures/llama_gqa/config.json", env!("CARGO_MANIFEST_DIR"));
-    let config = std::fs::read_to_string(config).unwrap();
+    let config = std::fs::read_to_string(format!("{}/config.json", fixture("llama_gqa"))).unwrap();
     let longer = config.replace("\"max_position_embeddings\": 128", "\"max_position_embeddings\": 2048");
     assert_ne!(config, longer);
     let dir = tempfile::tempdir().unwrap();
