@@ -114,6 +114,11 @@ impl Engine {
         self.clock = clock;
     }
 
+    /// Now, on the clock that deadlines are given on.
+    pub fn now(&self) -> Duration {
+        (self.clock)()
+    }
+
     /// What it was made of.
     pub fn config(&self) -> &EngineConfig {
         &self.config
@@ -307,7 +312,6 @@ impl Engine {
             self.deadlines.remove(&(deadline, state.metrics.request));
         }
         let metrics = RequestMetrics { outcome, ended: Some((self.clock)()), ..state.metrics.clone() };
-        tracing::debug!(?metrics, "request ended");
         self.ended.push(metrics);
     }
 }

@@ -111,7 +111,6 @@ impl Engine {
             swapped_in_blocks: plan.block_ops.swap_in.len(),
             copied_blocks: plan.block_ops.copy.len(),
         };
-        tracing::debug!(?step, "step");
         self.metrics.step = step;
         self.metrics.stats.steps += 1;
         self.metrics.stats.computed_tokens += tokens as u64;

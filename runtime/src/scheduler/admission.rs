@@ -1,6 +1,6 @@
 //! Who may come in, and who never can.
 
-use super::group::{Group, NewGroup};
+use super::group::{Group, NewGroup, Sequence};
 use super::{Schedule, Scheduler, rebuild};
 use crate::request::{RequestError, RequestId};
 use pagewise_kvcache::{Admission, CacheError, CacheManager, Prompt};
@@ -80,9 +80,6 @@ impl Scheduler {
             return Ok(Admitted::No);
         }
         let swapped = head.held();
-        if swapped.is_empty() {
-            rebuild::plan(head);
-        }
         let crowded = (head.seats > 1 || promised > 0 || !swapped.is_empty())
             && demand(head, cache) + promised > cache.device_usage().free;
         let Some(leader) = head.sequences.iter().position(|sequence| !sequence.finished) else {
@@ -142,7 +139,7 @@ impl Scheduler {
     pub(super) fn reclaim(&mut self, cache: &mut dyn CacheManager) -> Result<bool, CacheError> {
         let mut waiting = self.waiting.values_mut().rev();
         match waiting.find(|group| group.sequences.iter().any(|sequence| sequence.slots > 0)) {
-            Some(group) => group.release(cache).map(|()| true),
+            Some(group) => rebuild::give_up(group, cache).map(|()| true),
             None => Ok(false),
         }
     }
@@ -174,16 +171,13 @@ pub(super) fn demand(group: &Group, cache: &dyn CacheManager) -> usize {
 
 /// What a resident group will take when those of its sequences that are not in the cache yet have come in.
 fn growth(group: &Group, cache: &dyn CacheManager) -> usize {
-    if group.seats == group.sequences.len() && !group.rebuilding() {
-        return 0;
-    }
     let unsplit = group.seats > 1 && group.sequences.len() == 1;
     if !unsplit && !group.rebuilding() {
         return 0;
     }
     let config = cache.config();
     let block_size = config.block_size.max(1);
-    let held = |sequence: &super::group::Sequence| match sequence.slots {
+    let held = |sequence: &Sequence| match sequence.slots {
         0 => 0,
         slots => slots.div_ceil(block_size) - rebuild::shared(sequence).min(slots) / block_size,
     };

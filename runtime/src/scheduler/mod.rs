@@ -212,10 +212,13 @@ impl Scheduler {
         for id in &ids {
             self.ranks.remove(id);
         }
-        let mut gone: Vec<Group> =
-            resident.into_values().chain(std::mem::take(&mut self.cancelled)).collect();
-        let groups = gone.iter_mut().chain(self.waiting.values_mut());
-        let result = groups.map(|group| group.release(cache)).fold(Ok(()), Result::and);
+        let mut result = Ok(());
+        for mut group in resident.into_values().chain(std::mem::take(&mut self.cancelled)) {
+            result = result.and(group.release(cache));
+        }
+        for group in self.waiting.values_mut().filter(|group| !group.held().is_empty()) {
+            result = result.and(rebuild::give_up(group, cache));
+        }
         (ids, result)
     }
 

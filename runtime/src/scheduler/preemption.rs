@@ -2,7 +2,7 @@
 //! gives its own back.
 
 use super::admission::demand;
-use super::group::Group;
+use super::group::{Group, Sequence};
 use super::{Schedule, Scheduler, rebuild};
 use pagewise_kvcache::{CacheError, CacheManager};
 use std::ops::Bound;
@@ -119,7 +119,7 @@ impl Scheduler {
         }
         let before = cache.stats().swapped_out_blocks;
         let swapped = self.should_swap(&group, cache) && swap_out(&group, cache)?;
-        let released = if swapped { Ok(()) } else { group.release(cache) };
+        let released = if swapped { Ok(()) } else { rebuild::give_up(&mut group, cache) };
         let moved = (cache.stats().swapped_out_blocks - before) as usize;
         let how = if swapped { "swapped out" } else { "to be recomputed" };
         tracing::debug!(request = group.id().0, blocks = moved, "preempted, the cache is full: {how}");
@@ -137,7 +137,7 @@ impl Scheduler {
             Preemption::Recompute => false,
             Preemption::Swap => true,
             Preemption::Auto => {
-                let own = |s: &super::group::Sequence| s.planned.saturating_sub(rebuild::shared(s));
+                let own = |s: &Sequence| s.planned.saturating_sub(rebuild::shared(s));
                 self.costs.favour_swap(demand(group, cache), group.unfinished().map(own).sum())
             }
         }

@@ -7,6 +7,13 @@
 use super::group::{Group, Origin, Sequence};
 use pagewise_kvcache::{CacheError, CacheManager, Prompt};
 
+/// Frees all blocks of a group that will be recomputed, and notes how its sequences share.
+pub(super) fn give_up(group: &mut Group, cache: &mut dyn CacheManager) -> Result<(), CacheError> {
+    let released = group.release(cache);
+    plan(group);
+    released
+}
+
 /// Finds for each sequence but the first the earlier one with which it shares most tokens.
 ///
 /// The last token of either is never shared: each computes its own, and so gets its own logits.

@@ -11,8 +11,6 @@ use pagewise_kvcache::{CacheError, CacheManager};
 struct Budget {
     tokens: usize,
     prompt_logit_rows: usize,
-    /// Rows of logits that the plan asks for so far.
-    rows: usize,
 }
 
 impl Scheduler {
@@ -36,7 +34,6 @@ impl Scheduler {
         let mut budget = Budget {
             tokens: self.config.max_batch_tokens,
             prompt_logit_rows: self.config.max_prompt_logit_rows.max(1),
-            rows: 0,
         };
         for decodes in [true, false] {
             for group in self.resident.values_mut() {
@@ -164,9 +161,7 @@ fn add_chunks(
             tokens.extend(sequence.placeholder.map(TokenInput::Placeholder));
         }
         sequence.planned = end;
-        let chunk = Chunk { sequence: sequence.id, tokens, start, block_tables, logits };
-        budget.rows += chunk.logit_rows();
-        schedule.plan.chunks.push(chunk);
+        schedule.plan.chunks.push(Chunk { sequence: sequence.id, tokens, start, block_tables, logits });
         schedule.chunks.push(ScheduledChunk { request, index, next_token });
     }
 }

@@ -1,6 +1,7 @@
 //! What sampling makes of the sequences: they get tokens, branch, end or go.
 
-use super::{FinishedSequence, Scheduler};
+use super::group::Group;
+use super::{FinishedSequence, Scheduler, rebuild};
 use crate::request::RequestId;
 use pagewise_kvcache::{CacheError, CacheManager, SequenceId};
 
@@ -58,6 +59,7 @@ impl Scheduler {
                 freed = freed.and(sequence.release(cache));
             }
         }
+        rebuild_if_out(group);
         self.next_sequence = next_sequence;
         freed
     }
@@ -83,6 +85,7 @@ impl Scheduler {
         let completion = sequence.tokens.split_off(prompt_len.min(sequence.tokens.len()));
         let freed = sequence.release(cache);
         group.seats = group.seats.saturating_sub(1);
+        rebuild_if_out(group);
         let group_done = group.unfinished().next().is_none();
         self.resident_sequences -= usize::from(resident);
         if group_done {
@@ -97,5 +100,12 @@ impl Scheduler {
     /// What the cache manager answers.
     pub fn remove(&mut self, request: RequestId, cache: &mut dyn CacheManager) -> Result<(), CacheError> {
         self.take(request).map_or(Ok(()), |mut group| group.release(cache))
+    }
+}
+
+/// Whoever loses or gains sequences outside of the cache (where steps are planned ahead) comes back by another plan.
+fn rebuild_if_out(group: &mut Group) {
+    if group.held().is_empty() {
+        rebuild::plan(group);
     }
 }
