@@ -42,7 +42,7 @@ use crate::{
 /// (Kwon et al., *Efficient Memory Management for Large Language Model Serving with PagedAttention*, 2023,
 /// sections 4.2 to 4.5).
 ///
-/// Most of it is driven through [`CacheManager`]; what only a paged cache can do (pins, recompute plans,
+/// Most of it is driven through [`CacheManager`]; what goes beyond the trait (recompute plans,
 /// prefix-cache reset, audits) are methods of its own. `Clone` gives an independent cache in the same state
 /// and `==` compares whole states, which is what "a failed call changes nothing" means in the tests.
 #[derive(Clone, Debug, PartialEq)]

@@ -2,7 +2,7 @@
 
 use super::logits::LogitCursor;
 use super::metrics::{Outcome, StepMetrics};
-use super::state::{Choice, ChosenToken, Step};
+use super::state::{Choice, Step};
 use super::{Engine, EngineError};
 use crate::executor::{Executor, StepOutput};
 use crate::request::{Event, FinishReason, RequestError, RequestId};
@@ -131,6 +131,7 @@ impl Engine {
         output: &StepOutput,
         events: &mut Vec<Event>,
     ) -> Result<(), CacheError> {
+        let now = (self.clock)();
         let mut cursor = LogitCursor::new(output);
         let mut wanted = Vec::with_capacity(schedule.chunks.len());
         for (chunk, of) in schedule.plan.chunks.iter().zip(&schedule.chunks) {
@@ -147,8 +148,9 @@ impl Engine {
                 wanted.push((of.request, of.index, row));
             }
         }
+        events.reserve(wanted.len());
         for ((id, index, _), choice) in wanted.iter().zip(self.choose(&wanted)) {
-            self.next_token(*id, *index, choice, events)?;
+            self.next_token((*id, *index), choice, now, events)?;
         }
         Ok(())
     }
@@ -183,9 +185,9 @@ impl Engine {
     /// Adds a chosen token to its completion, and does all that follows from it.
     fn next_token(
         &mut self,
-        id: RequestId,
-        index: usize,
+        (id, index): (RequestId, usize),
         choice: Result<Option<Choice>, NoUsableLogit>,
+        now: Duration,
         events: &mut Vec<Event>,
     ) -> Result<(), CacheError> {
         // An earlier sample of the group may have failed the request.
@@ -193,6 +195,7 @@ impl Engine {
         let chosen = match choice {
             Ok(Some(Choice::Token(chosen))) => chosen,
             Ok(Some(Choice::Beam(offer))) => {
+                state.metrics.first_token.get_or_insert(now);
                 let step = state.beams.as_mut().and_then(|beams| beams.offer(index, offer));
                 return step.map_or(Ok(()), |step| self.beam_step(id, step, events));
             }
@@ -204,18 +207,6 @@ impl Engine {
                 return Ok(());
             }
         };
-        self.next_sampled(id, index, chosen, events)
-    }
-
-    fn next_sampled(
-        &mut self,
-        id: RequestId,
-        index: usize,
-        chosen: ChosenToken,
-        events: &mut Vec<Event>,
-    ) -> Result<(), CacheError> {
-        let now = (self.clock)();
-        let Some(state) = self.requests.get_mut(&id) else { return Ok(()) };
         let Some(step) = state.advance(index, chosen, &self.config.eos_token_ids) else { return Ok(()) };
         state.metrics.first_token.get_or_insert(now);
         state.metrics.generated_tokens += 1;
@@ -239,9 +230,7 @@ impl Engine {
         step: BeamStep,
         events: &mut Vec<Event>,
     ) -> Result<(), CacheError> {
-        let now = (self.clock)();
         let Some(state) = self.requests.get_mut(&id) else { return Ok(()) };
-        state.metrics.first_token.get_or_insert(now);
         let BeamStep::Continue(kept) = step else {
             self.scheduler.remove(id, &mut *self.cache)?;
             self.finish(id, events);

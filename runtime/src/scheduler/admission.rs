@@ -1,6 +1,7 @@
 //! Who may come in, and who never can.
 
 use super::group::{Group, NewGroup, Sequence};
+use super::order::Rank;
 use super::{Schedule, Scheduler, rebuild};
 use crate::request::{RequestError, RequestId};
 use pagewise_kvcache::{Admission, CacheError, CacheManager, Prompt};
@@ -33,7 +34,9 @@ impl Scheduler {
             return refuse("prompt", message);
         }
         self.check_width(new.width, "n")?;
-        if cache.can_allocate(&[self.prompt(&new.prompt, false)]) == Admission::Never {
+        if cache.can_allocate(&[Prompt { tokens: &new.prompt, salt: self.salt, use_prefix_cache: false }])
+            == Admission::Never
+        {
             return Err(prompt_exceeds_cache(length, cache));
         }
         Ok(())
@@ -60,73 +63,45 @@ impl Scheduler {
         self.config.max_num_seqs.min(self.config.max_batch_tokens)
     }
 
-    fn prompt<'a>(&self, tokens: &'a [u32], use_prefix_cache: bool) -> Prompt<'a> {
-        Prompt { tokens, salt: self.salt, use_prefix_cache }
-    }
-
     /// Admits the head of the queue, if it can be now; refuses it if it can never be.
     pub(super) fn admit_head(
         &mut self,
         schedule: &mut Schedule,
         cache: &mut dyn CacheManager,
     ) -> Result<Admitted, CacheError> {
-        let alone = self.resident.is_empty();
+        let Some(id) = self.waiting.first().map(|rank| rank.id()) else { return Ok(Admitted::No) };
+        let (alone, most, salt) = (self.resident.is_empty(), self.most_sequences(), self.salt);
         // Samples that wait for their group's prompt have been promised their blocks.
-        let promised: usize = self.resident.values().map(|group| growth(group, cache)).sum();
-        let most = self.most_sequences();
-        let Some(mut head) = self.waiting.first_entry() else { return Ok(Admitted::No) };
-        let head = head.get_mut();
+        let residents = self.resident.iter().filter_map(|rank| self.groups.get(&rank.id()));
+        let promised: usize = residents.map(|group| growth(group, cache)).sum();
+        let Some(head) = self.groups.get_mut(&id) else { return Ok(Admitted::No) };
         if self.resident_sequences + head.seats > most {
             return Ok(Admitted::No);
         }
-        let swapped = head.held();
-        let crowded = (head.seats > 1 || promised > 0 || !swapped.is_empty())
-            && demand(head, cache) + promised > cache.device_usage().free;
-        let Some(leader) = head.sequences.iter().position(|sequence| !sequence.finished) else {
-            return Ok(Admitted::No);
-        };
-        let goal = head.goal(leader);
-        let use_prefix_cache = head.prompt_rows_done >= head.prompt_rows_wanted;
-        let salt = self.salt;
-        let Some(leader) = head.sequences.get_mut(leader) else { return Ok(Admitted::No) };
-        let tokens = leader.tokens.get(..goal.min(leader.tokens.len())).unwrap_or_default();
-        let prompt = Prompt { tokens, salt, use_prefix_cache };
-        let admission =
-            if swapped.is_empty() { cache.can_allocate(&[prompt]) } else { cache.can_swap_in(&swapped) };
         // Alone, it may use what the watermark or its own growth would keep free.
-        if !alone && (admission != Admission::Now || crowded) {
+        if !alone && !has_room(head, promised, salt, cache) {
             return Ok(Admitted::No);
         }
-        let entered = if swapped.is_empty() {
-            cache.allocate(leader.id, prompt).map(|allocation| {
-                leader.slots = tokens.len();
-                leader.planned = allocation.cached_tokens;
-                Some(allocation.cached_tokens)
-            })
-        } else {
-            cache.swap_in(&swapped).map(|()| None)
-        };
-        match entered {
+        match enter(head, salt, cache) {
             Ok(cached_tokens) => {
-                let Some((_, mut group)) = self.waiting.pop_first() else { return Ok(Admitted::No) };
-                let id = group.id();
-                group.rank = group.rank.admitted();
-                if !std::mem::replace(&mut group.admitted_before, true) {
-                    schedule.admitted.push((id, cached_tokens.unwrap_or(0)));
+                self.waiting.pop_first();
+                head.rank = head.rank.admitted();
+                head.resident = true;
+                self.resident.insert(head.rank);
+                self.resident_sequences += head.seats;
+                if !std::mem::replace(&mut head.admitted_before, true) {
+                    schedule.admitted.push((id, cached_tokens));
                 }
-                self.resident_sequences += group.seats;
-                self.ranks.insert(id, group.rank);
-                self.resident.insert(group.rank, group);
                 Ok(Admitted::Yes(id))
             }
             // Blocks whose copies are under way are free, and readable, in the next step.
             Err(CacheError::Pending(_)) => Ok(Admitted::No),
-            Err(CacheError::OutOfBlocks { .. }) if cache.device_usage().pending > 0 => Ok(Admitted::No),
-            Err(CacheError::OutOfBlocks { .. }) if !alone => Ok(Admitted::No),
+            Err(CacheError::OutOfBlocks { .. }) if !alone || cache.device_usage().pending > 0 => {
+                Ok(Admitted::No)
+            }
             Err(CacheError::OutOfBlocks { .. }) => {
                 if !self.reclaim(cache)? {
-                    let Some((_, group)) = self.waiting.pop_first() else { return Ok(Admitted::No) };
-                    self.refuse(group, schedule, cache)?;
+                    self.refuse(id, schedule, cache)?;
                 }
                 Ok(Admitted::AskAgain)
             }
@@ -137,24 +112,64 @@ impl Scheduler {
     /// Somebody swapped out may hold blocks on the device that were once shared. Where nobody else has any to
     /// give, the last such group gives up all of its blocks and will be recomputed. `false` if there is none.
     pub(super) fn reclaim(&mut self, cache: &mut dyn CacheManager) -> Result<bool, CacheError> {
-        let mut waiting = self.waiting.values_mut().rev();
-        match waiting.find(|group| group.sequences.iter().any(|sequence| sequence.slots > 0)) {
+        let holds = |rank: &&Rank| self.groups.get(&rank.id()).is_some_and(|group| !group.held().is_empty());
+        let last = self.waiting.iter().rev().find(holds).map(|rank| rank.id());
+        match last.and_then(|id| self.groups.get_mut(&id)) {
             Some(group) => rebuild::give_up(group, cache).map(|()| true),
             None => Ok(false),
         }
     }
 
-    /// Lets a group go that can never fit. It is in neither map any more.
+    /// Lets a group go that can never fit.
     pub(super) fn refuse(
         &mut self,
-        mut group: Group,
+        id: RequestId,
         schedule: &mut Schedule,
         cache: &mut dyn CacheManager,
     ) -> Result<(), CacheError> {
-        self.ranks.remove(&group.id());
-        schedule.refused.push((group.id(), exceeds_cache(&group, cache)));
+        let Some(mut group) = self.take(id) else { return Ok(()) };
+        schedule.refused.push((id, exceeds_cache(&group, cache)));
         group.release(cache)
     }
+}
+
+/// The first of a group's sequences to come in, and what it brings: all that is computed before another is forked from
+/// it.
+fn leader(group: &Group, salt: u64) -> Option<(usize, Prompt<'_>)> {
+    let index = group.sequences.iter().position(|sequence| !sequence.finished)?;
+    let tokens = &group.sequences.get(index)?.tokens;
+    let tokens = tokens.get(..group.goal(index)).unwrap_or(tokens);
+    let use_prefix_cache = group.prompt_rows_done >= group.prompt_rows_wanted;
+    Some((index, Prompt { tokens, salt, use_prefix_cache }))
+}
+
+/// Whether a group can come in beside others, to which `promised` blocks belong, and have a token more.
+fn has_room(group: &Group, promised: usize, salt: u64, cache: &dyn CacheManager) -> bool {
+    let swapped = group.held();
+    let admission = if swapped.is_empty() {
+        leader(group, salt).map_or(Admission::Never, |(_, prompt)| cache.can_allocate(&[prompt]))
+    } else {
+        cache.can_swap_in(&swapped)
+    };
+    // What the cache answers covers one prompt and its next token.
+    let covered = group.seats == 1 && promised == 0 && swapped.is_empty();
+    admission == Admission::Now && (covered || demand(group, cache) + promised <= cache.device_usage().free)
+}
+
+/// Brings a group into the cache. Returns how many of its tokens were there already.
+fn enter(group: &mut Group, salt: u64, cache: &mut dyn CacheManager) -> Result<usize, CacheError> {
+    let swapped = group.held();
+    if !swapped.is_empty() {
+        return cache.swap_in(&swapped).map(|()| 0);
+    }
+    let Some((index, prompt)) = leader(group, salt) else { return Ok(0) };
+    let slots = prompt.tokens.len();
+    let Some(id) = group.sequences.get(index).map(|sequence| sequence.id) else { return Ok(0) };
+    let cached_tokens = cache.allocate(id, prompt)?.cached_tokens;
+    if let Some(sequence) = group.sequences.get_mut(index) {
+        (sequence.slots, sequence.planned) = (slots, cached_tokens);
+    }
+    Ok(cached_tokens)
 }
 
 /// Blocks of a group once each of its sequences has room for one token more: what is shared once, the rest for

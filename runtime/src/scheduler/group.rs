@@ -28,6 +28,8 @@ pub struct NewGroup {
 #[derive(Debug)]
 pub(super) struct Group {
     pub(super) rank: Rank,
+    /// In the cache and running, or waiting.
+    pub(super) resident: bool,
     pub(super) prompt_len: usize,
     pub(super) sequences: Vec<Sequence>,
     /// Sequences that it may yet run at a time: room is kept for them from the first step on.
@@ -80,6 +82,7 @@ impl Group {
         };
         Self {
             rank: Rank::new(new.id, new.urgency),
+            resident: false,
             prompt_len,
             sequences: vec![sequence],
             seats: new.width,

@@ -45,7 +45,7 @@ use group::Group;
 use order::Rank;
 use pagewise_kvcache::{CacheError, CacheManager, SequenceId};
 use rustc_hash::FxHashMap;
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
 /// Limits of a step and of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,10 +124,10 @@ pub struct SchedulerStats {
 pub struct Scheduler {
     config: SchedulerConfig,
     costs: PreemptionCosts,
-    waiting: BTreeMap<Rank, Group>,
-    resident: BTreeMap<Rank, Group>,
-    /// The rank of every group in one of the two.
-    ranks: FxHashMap<RequestId, Rank>,
+    groups: FxHashMap<RequestId, Group>,
+    /// Each of the groups is in one of the two, in their order.
+    waiting: BTreeSet<Rank>,
+    resident: BTreeSet<Rank>,
     /// Seats of the resident groups.
     resident_sequences: usize,
     /// Cancelled while they held blocks, which come free at the next step.
@@ -145,9 +145,9 @@ impl Scheduler {
         Self {
             config,
             costs: PreemptionCosts::default(),
-            waiting: BTreeMap::new(),
-            resident: BTreeMap::new(),
-            ranks: FxHashMap::default(),
+            groups: FxHashMap::default(),
+            waiting: BTreeSet::new(),
+            resident: BTreeSet::new(),
             resident_sequences: 0,
             cancelled: Vec::new(),
             next_sequence: 0,
@@ -177,8 +177,8 @@ impl Scheduler {
         self.check(&new, cache)?;
         let group = Group::new(new, SequenceId(self.next_sequence));
         self.next_sequence += 1;
-        self.ranks.insert(group.id(), group.rank);
-        self.waiting.insert(group.rank, group);
+        self.waiting.insert(group.rank);
+        self.groups.insert(group.id(), group);
         Ok(())
     }
 
@@ -207,16 +207,13 @@ impl Scheduler {
     ) -> (Vec<RequestId>, Result<(), CacheError>) {
         self.salt += 1;
         self.resident_sequences = 0;
-        let resident = std::mem::take(&mut self.resident);
-        let ids: Vec<RequestId> = resident.values().map(Group::id).collect();
-        for id in &ids {
-            self.ranks.remove(id);
-        }
+        let ids: Vec<RequestId> = std::mem::take(&mut self.resident).into_iter().map(Rank::id).collect();
+        let gone: Vec<Group> = ids.iter().filter_map(|id| self.groups.remove(id)).collect();
         let mut result = Ok(());
-        for mut group in resident.into_values().chain(std::mem::take(&mut self.cancelled)) {
+        for mut group in gone.into_iter().chain(std::mem::take(&mut self.cancelled)) {
             result = result.and(group.release(cache));
         }
-        for group in self.waiting.values_mut().filter(|group| !group.held().is_empty()) {
+        for group in self.groups.values_mut().filter(|group| !group.held().is_empty()) {
             result = result.and(rebuild::give_up(group, cache));
         }
         (ids, result)
@@ -233,20 +230,23 @@ impl Scheduler {
         }
     }
 
-    fn resident_mut(&mut self, id: RequestId) -> Option<&mut Group> {
-        self.resident.get_mut(self.ranks.get(&id)?)
+    fn group_mut(&mut self, id: RequestId) -> Option<&mut Group> {
+        self.groups.get_mut(&id)
     }
 
-    fn group_mut(&mut self, id: RequestId) -> Option<&mut Group> {
-        let rank = self.ranks.get(&id)?;
-        self.resident.get_mut(rank).or_else(|| self.waiting.get_mut(rank))
+    fn resident_mut(&mut self, id: RequestId) -> Option<&mut Group> {
+        self.group_mut(id).filter(|group| group.resident)
     }
 
     /// Takes a group out, wherever it is. It still holds its blocks.
     fn take(&mut self, id: RequestId) -> Option<Group> {
-        let rank = self.ranks.remove(&id)?;
-        let resident = self.resident.remove(&rank);
-        self.resident_sequences -= resident.as_ref().map_or(0, |group| group.seats);
-        resident.or_else(|| self.waiting.remove(&rank))
+        let group = self.groups.remove(&id)?;
+        if group.resident {
+            self.resident.remove(&group.rank);
+            self.resident_sequences -= group.seats;
+        } else {
+            self.waiting.remove(&group.rank);
+        }
+        Some(group)
     }
 }

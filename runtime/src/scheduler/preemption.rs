@@ -3,6 +3,7 @@
 
 use super::admission::demand;
 use super::group::{Group, Sequence};
+use super::order::Rank;
 use super::{Schedule, Scheduler, rebuild};
 use pagewise_kvcache::{CacheError, CacheManager};
 use std::ops::Bound;
@@ -78,32 +79,41 @@ impl Scheduler {
     ) -> Result<Reserved, CacheError> {
         let mut outcome = Reserved::All;
         let mut coming = Coming::default();
-        let mut next = Bound::Unbounded;
-        while let Some((&rank, _)) = self.resident.range((next, Bound::Unbounded)).next() {
-            next = Bound::Excluded(rank);
+        let mut after = Bound::Unbounded;
+        while let Some((rank, mut wanted)) = self.append_all(after, cache)? {
+            outcome = Reserved::Short;
+            after = Bound::Excluded(rank);
             // The last in the order go until this one has its slots; it may itself be the last.
-            loop {
-                let Some(group) = self.resident.get_mut(&rank) else { return Ok(outcome) };
-                let wanted = append_missing(group, cache)?;
-                if wanted == 0 {
-                    break;
-                }
-                outcome = Reserved::Short;
-                if coming.promise(wanted) {
-                    break;
-                }
+            while wanted > 0 && !coming.promise(wanted) {
                 if self.resident.len() > 1 {
                     coming.blocks += self.preempt_last(schedule, cache)?;
                 } else if cache.device_usage().pending > 0 {
                     break;
                 } else if !self.reclaim(cache)? {
-                    let Some(group) = self.resident.remove(&rank) else { break };
-                    self.resident_sequences -= group.seats;
-                    self.refuse(group, schedule, cache)?;
+                    self.refuse(rank.id(), schedule, cache)?;
                 }
+                let Some(group) = self.resident_mut(rank.id()) else { break };
+                wanted = append_missing(group, cache)?;
             }
         }
         Ok(outcome)
+    }
+
+    /// Gives slots to the residents from some place in the order on, until one cannot have all of its own. Returns that
+    /// one's rank, and the blocks that it wants.
+    fn append_all(
+        &mut self,
+        after: Bound<Rank>,
+        cache: &mut dyn CacheManager,
+    ) -> Result<Option<(Rank, usize)>, CacheError> {
+        for &rank in self.resident.range((after, Bound::Unbounded)) {
+            let Some(group) = self.groups.get_mut(&rank.id()) else { continue };
+            let wanted = append_missing(group, cache)?;
+            if wanted > 0 {
+                return Ok(Some((rank, wanted)));
+            }
+        }
+        Ok(None)
     }
 
     /// Preempts the last resident; returns the blocks that come free when its copies are done.
@@ -112,7 +122,9 @@ impl Scheduler {
         schedule: &mut Schedule,
         cache: &mut dyn CacheManager,
     ) -> Result<usize, CacheError> {
-        let Some((_, mut group)) = self.resident.pop_last() else { return Ok(0) };
+        let Some(rank) = self.resident.pop_last() else { return Ok(0) };
+        let Some(mut group) = self.groups.remove(&rank.id()) else { return Ok(0) };
+        group.resident = false;
         // While it is being rebuilt, who waits for whom must stay as it is.
         if !group.rebuilding() {
             rebuild::plan(&mut group);
@@ -127,7 +139,8 @@ impl Scheduler {
         self.swaps += u64::from(swapped);
         self.resident_sequences -= group.seats;
         schedule.preempted.push(group.id());
-        self.waiting.insert(group.rank, group);
+        self.waiting.insert(rank);
+        self.groups.insert(rank.id(), group);
         released.map(|()| moved)
     }
 

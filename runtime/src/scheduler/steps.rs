@@ -35,8 +35,11 @@ impl Scheduler {
             tokens: self.config.max_batch_tokens,
             prompt_logit_rows: self.config.max_prompt_logit_rows.max(1),
         };
+        schedule.plan.chunks.reserve(self.resident_sequences);
+        schedule.chunks.reserve(self.resident_sequences);
         for decodes in [true, false] {
-            for group in self.resident.values_mut() {
+            for rank in &self.resident {
+                let Some(group) = self.groups.get_mut(&rank.id()) else { continue };
                 add_chunks(group, decodes, &mut budget, &mut schedule, cache);
             }
         }
@@ -151,10 +154,10 @@ fn add_chunks(
         };
         budget.tokens -= count;
         let blocks = end.div_ceil(cache.config().block_size.max(1));
-        let block_tables = (0..cache.config().groups.len())
-            .filter_map(|kv_group| cache.block_table(sequence.id, kv_group))
-            .map(|table| table.get(..blocks).unwrap_or(table).to_vec())
-            .collect();
+        let groups = cache.config().groups.len();
+        let mut block_tables = Vec::with_capacity(groups);
+        let tables = (0..groups).filter_map(|kv_group| cache.block_table(sequence.id, kv_group));
+        block_tables.extend(tables.map(|table| table.get(..blocks).unwrap_or(table).to_vec()));
         let known = sequence.tokens.get(start..end.min(sequence.tokens.len())).unwrap_or_default();
         let mut tokens: Vec<TokenInput> = known.iter().map(|&token| TokenInput::Known(token)).collect();
         if next_token {
