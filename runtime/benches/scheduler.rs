@@ -13,8 +13,8 @@ use pagewise_runtime::backend::{BatchLimits, StepBatch};
 use pagewise_runtime::engine::{Engine, EngineConfig};
 use pagewise_runtime::executor::{Executor, ExecutorError, StepOutput};
 use pagewise_runtime::plan::StepPlan;
-use pagewise_runtime::request::{Request, RequestId, SamplingParams};
-use pagewise_runtime::scheduler::{NewGroup, Preemption, Scheduler, SchedulerConfig, Urgency};
+use pagewise_runtime::request::{Request, RequestId, SamplingParams, Urgency};
+use pagewise_runtime::scheduler::{NewGroup, Preemption, Scheduler, SchedulerConfig};
 use std::time::{Duration, Instant};
 
 const SEQUENCES: usize = 256;

@@ -1,6 +1,6 @@
 //! What a caller asks for and what comes back. Plain data; the fields are those of the command line's JSON.
 
-use crate::scheduler::Urgency;
+use std::time::Duration;
 
 /// Identifies a request from [`Engine::add`](crate::engine::Engine::add) until it is finished.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -25,6 +25,16 @@ impl Request {
     pub fn new(prompt: Vec<u32>, params: SamplingParams) -> Self {
         Self { prompt, params, ..Self::default() }
     }
+}
+
+/// How a request stands to others. The default is first come, first served.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Urgency {
+    /// A lower number goes first.
+    pub priority: i32,
+    /// Time on the engine's clock by which it must have finished, or it fails. Among requests of one priority those
+    /// with the earlier deadline go first, those without one last.
+    pub deadline: Option<Duration>,
 }
 
 /// How a prompt is continued.

@@ -11,6 +11,7 @@ mod config;
 mod detokenize;
 mod logits;
 mod metrics;
+mod notes;
 mod prefixes;
 mod state;
 mod step;
@@ -87,7 +88,7 @@ impl Engine {
         detokenizer: Option<DetokenizerFactory>,
     ) -> Self {
         let mut executor = executor;
-        let costs = step::measure_link(&*manager, &mut *executor);
+        let costs = notes::measure_link(&*manager, &mut *executor);
         let mut scheduler = Scheduler::new(config.scheduler());
         scheduler.set_costs(costs);
         Self {

@@ -61,8 +61,8 @@ impl Prefixes {
 
 impl Engine {
     /// Computes a prefix and keeps its full blocks in the cache until it is unregistered: requests that name it
-    /// ([`Request::prefix`]) never compute them again. Runs the engine until the prefix is there; the events of other
-    /// requests come with the next [`step`](Self::step). A name that is registered already is replaced.
+    /// ([`Request::prefix`]) never compute them again. Runs the engine until the prefix is there; the events and
+    /// figures of other requests come with the next [`step`](Self::step). A name that is registered already is replaced.
     ///
     /// # Errors
     /// [`PrefixError::Refused`] where the prefix fills no block or does not fit beside what is pinned already.
@@ -84,7 +84,7 @@ impl Engine {
         let params = SamplingParams { max_tokens: 1, temperature: 0.0, ..SamplingParams::default() };
         let id = self.add(Request::new(tokens.clone(), params))?;
         let mut result = Err(RequestError { param: Some("prefix"), message: "it was lost".into() });
-        let mut held = Vec::new();
+        let (mut held, mut ended) = (Vec::new(), Vec::new());
         while self.has_work() && self.requests.contains_key(&id) {
             for event in self.step()? {
                 match event {
@@ -94,8 +94,10 @@ impl Engine {
                     other => held.push(other),
                 }
             }
+            ended.append(&mut self.metrics.ended);
         }
         self.held_events.extend(held);
+        self.ended.splice(..0, ended);
         result?;
         self.prefixes.by_name.insert(name.to_owned(), Prefix { tokens, pin: None });
         self.prefixes.pin(name, self.scheduler.salt(), &mut *self.cache);

@@ -1,15 +1,15 @@
 //! One step of the engine, from the schedule to the events.
 
 use super::logits::LogitCursor;
-use super::metrics::{Outcome, StepMetrics};
+use super::metrics::Outcome;
 use super::state::{Choice, Step};
 use super::{Engine, EngineError};
-use crate::executor::{Executor, StepOutput};
+use crate::executor::StepOutput;
 use crate::request::{Event, FinishReason, RequestError, RequestId};
 use crate::sampling::beam::BeamStep;
 use crate::sampling::{NoUsableLogit, Sampler};
-use crate::scheduler::{PreemptionCosts, Schedule};
-use pagewise_kvcache::{CacheError, CacheManager};
+use crate::scheduler::Schedule;
+use pagewise_kvcache::CacheError;
 use rayon::prelude::*;
 use std::time::Duration;
 
@@ -75,53 +75,6 @@ impl Engine {
             expired = true;
         }
         Ok(expired)
-    }
-
-    fn note_schedule(&mut self, schedule: &Schedule, now: Duration) {
-        for &(id, cached_tokens) in &schedule.admitted {
-            if let Some(state) = self.requests.get_mut(&id) {
-                state.metrics.cached_tokens = cached_tokens;
-                state.metrics.admitted = Some(now);
-                self.metrics.stats.cached_tokens += cached_tokens as u64;
-            }
-        }
-        for id in &schedule.preempted {
-            if let Some(state) = self.requests.get_mut(id) {
-                state.metrics.preemptions += 1;
-            }
-        }
-    }
-
-    fn note_step(&mut self, schedule: &Schedule, [started, scheduled, executed, ended]: [Duration; 4]) {
-        let plan = &schedule.plan;
-        let tokens = plan.num_tokens();
-        let decode_tokens = plan.chunks.iter().filter(|chunk| chunk.tokens.len() == 1).count();
-        let prefill_tokens = tokens - decode_tokens;
-        let step = StepMetrics {
-            id: plan.id,
-            started,
-            schedule: scheduled.saturating_sub(started),
-            execute: executed.saturating_sub(scheduled),
-            sample: ended.saturating_sub(executed),
-            sequences: plan.chunks.len(),
-            prefill_tokens,
-            decode_tokens,
-            preempted: schedule.preempted.len(),
-            swapped_out_blocks: plan.block_ops.swap_out.len(),
-            swapped_in_blocks: plan.block_ops.swap_in.len(),
-            copied_blocks: plan.block_ops.copy.len(),
-        };
-        self.metrics.step = step;
-        self.metrics.stats.steps += 1;
-        self.metrics.stats.computed_tokens += tokens as u64;
-        // A step that is mostly prefill says how fast prefill is; the last ones count most.
-        let seconds = step.execute.as_secs_f64();
-        if prefill_tokens >= 8 && prefill_tokens >= decode_tokens && seconds > 0.0 {
-            let rate = tokens as f64 / seconds;
-            let known = &mut self.costs.prefill_tokens_per_second;
-            *known = if *known > 0.0 { 0.8 * *known + 0.2 * rate } else { rate };
-            self.scheduler.set_costs(self.costs);
-        }
     }
 
     /// Hands every logit row to whom it belongs: prompt log-probabilities, then the next tokens.
@@ -273,18 +226,6 @@ impl Engine {
         let output = state.into_output(self.detokenizer.as_ref());
         events.push(Event::Finished { request, output });
     }
-}
-
-/// What the executor knows of the link to the host.
-pub(super) fn measure_link(cache: &dyn CacheManager, executor: &mut dyn Executor) -> PreemptionCosts {
-    let mut costs = PreemptionCosts::default();
-    if cache.host_usage().total > 0
-        && let Some(link) = executor.measure_link()
-    {
-        costs.block_bytes = link.block_bytes;
-        costs.link_bytes_per_second = link.bytes_per_second;
-    }
-    costs
 }
 
 /// An executor must answer with the rows that the plan asked for.

@@ -135,7 +135,8 @@ impl<T> BeamSearch<T> {
         for (rank, &(sum, token)) in ranked.iter().enumerate() {
             let ends = self.rules.end_tokens.contains(&token.token_id);
             let runs_on = !ends && kept.len() < width;
-            if !runs_on && !(ends && rank < width) {
+            let finishes = ends && rank < width;
+            if !(runs_on || finishes) {
                 continue;
             }
             let Some((path, _)) = self.running.get(token.parent) else { continue };

@@ -1,8 +1,8 @@
 //! A request's sequences as the scheduler sees them.
 
-use super::order::{Rank, Urgency};
+use super::order::Rank;
 use crate::plan::TokenPlace;
-use crate::request::RequestId;
+use crate::request::{RequestId, Urgency};
 use pagewise_kvcache::{CacheError, CacheManager, SequenceId};
 
 /// What [`Scheduler::add`](super::Scheduler::add) takes.

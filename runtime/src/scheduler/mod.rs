@@ -6,7 +6,7 @@
 //! - **Iteration level.** Groups join and leave at every step. Decodes go first, then pieces of prompts in
 //!   order, all in one batch of at most `max_batch_tokens`. No more sequences are resident than the budget has
 //!   tokens, so every decode runs in every step and the first prompt in line always advances.
-//! - **First come, first served,** among requests of one [`Urgency`]. Nothing overtakes: where the head of the queue
+//! - **First come, first served,** among requests of one [`Urgency`](crate::request::Urgency). Nothing overtakes: where the head of the queue
 //!   has to wait, all wait.
 //! - **All or nothing.** The sequences of a group (its samples, its beams) are admitted and preempted together, and
 //!   room is kept for those that it will become.
@@ -36,7 +36,6 @@ mod steps;
 mod tokens;
 
 pub use group::NewGroup;
-pub use order::Urgency;
 pub use preemption::{Preemption, PreemptionCosts};
 
 use crate::plan::StepPlan;

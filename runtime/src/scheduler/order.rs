@@ -1,17 +1,7 @@
 //! Who goes before whom.
 
-use crate::request::RequestId;
+use crate::request::{RequestId, Urgency};
 use std::time::Duration;
-
-/// How a request stands to others. The default is first come, first served.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Urgency {
-    /// A lower number goes first.
-    pub priority: i32,
-    /// Time on the engine's clock by which it must have finished, or it fails. Among requests of one priority those
-    /// with the earlier deadline go first, those without one last.
-    pub deadline: Option<Duration>,
-}
 
 /// A place in the order of requests: priority, then those that were preempted, then the deadline, then arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -10,8 +10,8 @@ use pagewise_runtime::executor::{Executor, ModelExecutor};
 use pagewise_runtime::model_dir::{ModelDir, Weights};
 use pagewise_runtime::models::{WeightSource, load_model};
 use pagewise_runtime::plan::TokenInput;
-use pagewise_runtime::request::{Request, RequestId, SamplingParams};
-use pagewise_runtime::scheduler::{NewGroup, Preemption, Scheduler, SchedulerConfig, Urgency};
+use pagewise_runtime::request::{Request, RequestId, SamplingParams, Urgency};
+use pagewise_runtime::scheduler::{NewGroup, Preemption, Scheduler, SchedulerConfig};
 use std::collections::HashMap;
 
 const TOKENS: usize = 20;

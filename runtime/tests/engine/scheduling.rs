@@ -3,8 +3,8 @@
 use crate::support::cache_config;
 use pagewise_kvcache::{CacheConfig, CacheManager, KvCacheManager};
 use pagewise_runtime::plan::LogitRows;
-use pagewise_runtime::request::RequestId;
-use pagewise_runtime::scheduler::{NewGroup, Preemption, Schedule, Scheduler, SchedulerConfig, Urgency};
+use pagewise_runtime::request::{RequestId, Urgency};
+use pagewise_runtime::scheduler::{NewGroup, Preemption, Schedule, Scheduler, SchedulerConfig};
 
 fn group(id: u64, length: usize, width: usize) -> NewGroup {
     NewGroup {

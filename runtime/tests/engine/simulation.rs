@@ -10,8 +10,10 @@ use crate::support::{Numbers, Streams, VOCAB, cache_config, engine, engine_confi
 use pagewise_kvcache::{CacheConfig, KvGroup};
 use pagewise_runtime::engine::{EngineConfig, Outcome, RequestMetrics};
 use pagewise_runtime::plan::LogitRows;
-use pagewise_runtime::request::{EarlyStopping, Event, Request, RequestId, RequestOutput, SamplingParams};
-use pagewise_runtime::scheduler::{Preemption, Urgency};
+use pagewise_runtime::request::{
+    EarlyStopping, Event, Request, RequestId, RequestOutput, SamplingParams, Urgency,
+};
+use pagewise_runtime::scheduler::Preemption;
 use std::collections::{BTreeMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;

@@ -3,8 +3,8 @@
 use crate::support::{Log, cache_config, engine, engine_config};
 use pagewise_kvcache::CacheConfig;
 use pagewise_runtime::engine::{Engine, EngineConfig, Outcome, RequestMetrics};
-use pagewise_runtime::request::{Event, Request, RequestId, SamplingParams};
-use pagewise_runtime::scheduler::{Preemption, Urgency};
+use pagewise_runtime::request::{Event, Request, RequestId, SamplingParams, Urgency};
+use pagewise_runtime::scheduler::Preemption;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
