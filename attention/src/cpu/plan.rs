@@ -16,10 +16,6 @@ pub(super) const TILE_ROWS: usize = 64;
 /// Rows from which on keys and values are converted to `f32` once a chunk instead of once for each four rows.
 pub(super) const CONVERT_ROWS: usize = 9;
 
-/// Most bytes of keys and values that a tile takes from a chunk, if it takes several heads: that chunk and the
-/// next one, which is on its way, should fit the second-level cache.
-const CHUNK_BYTES: usize = 1 << 18;
-
 /// Multiply-adds below which another thread costs more than it helps.
 const LEAST_SHARE: u64 = 1 << 17;
 
@@ -188,15 +184,11 @@ fn tiles(problem: &Problem<'_>, threads: usize) -> Vec<Tile> {
     // With little else to share out, every key-value head goes its own way.
     let segments: usize = views().map(|(_, view)| view.query_len.min(1) * view.len.div_ceil(SEGMENT)).sum();
     let shares = (2 * threads).div_ceil(segments.max(1));
-    let head_bytes = CHUNK * (config.head_dim_qk + config.head_dim_v) * config.kv_dtype.size();
     let mut tiles = Vec::new();
     for (sequence, view) in views() {
         let rows = heads * view.query_len.min(tile_queries);
         let kv_heads = match rows < CONVERT_ROWS {
-            true => {
-                let most = (TILE_ROWS / rows.max(1)).min(CHUNK_BYTES / head_bytes.max(1));
-                most.min(config.kv_heads.div_ceil(shares)).max(1)
-            }
+            true => (TILE_ROWS / rows.max(1)).min(config.kv_heads.div_ceil(shares)).max(1),
             false => 1,
         };
         for first in (0..view.query_len).step_by(tile_queries) {
