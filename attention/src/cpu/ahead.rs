@@ -7,8 +7,6 @@ use super::kernel::RowPointers;
 use super::lanes::Lanes;
 use std::ops::Range;
 
-const LINE: usize = 64;
-
 /// Rows of a chunk's keys or values that will be read.
 pub(super) struct Coming<'a, T> {
     /// A token's row of the first head.
@@ -21,96 +19,87 @@ pub(super) struct Coming<'a, T> {
     pub(super) head_stride: usize,
 }
 
-impl<T> Coming<'_, T> {
-    fn lines(&self) -> usize {
-        (self.dim * size_of::<T>()).div_ceil(LINE)
-    }
-}
-
 /// What a group reads of a chunk, and of the next one's keys.
 pub(super) struct Ahead<'a, T> {
     /// Keys, values, and the next chunk's keys.
-    pub(super) streams: [Coming<'a, T>; 3],
-    pub(super) heads: usize,
+    streams: [Coming<'a, T>; 3],
+    heads: usize,
     /// Tokens of a strip.
-    pub(super) strip: usize,
+    strip: usize,
     /// Whether a head's tokens lie side by side, rather than a token's heads.
-    pub(super) head_major: bool,
-    cursor: Cursor,
-}
-
-/// The line that is asked for next.
-#[derive(Clone, Copy, Default)]
-struct Cursor {
+    head_major: bool,
+    /// The stream, strip, token and head of the row that is asked for next, or no stream if there is none.
     stream: usize,
-    strip: (usize, usize),
+    tokens: Range<usize>,
     token: usize,
     head: usize,
-    line: usize,
+    /// Parts of a row that have been used and not yet made up for.
+    credit: usize,
 }
 
 impl<'a, T> Ahead<'a, T> {
     /// Begins with the keys.
     pub(super) fn new(streams: [Coming<'a, T>; 3], heads: usize, strip: usize, head_major: bool) -> Self {
-        let mut ahead = Self { streams, heads, strip, head_major, cursor: Cursor::default() };
+        let (stream, tokens, token, head, credit) = (0, 0..0, 0, 0, 0);
+        let mut ahead = Self { streams, heads, strip, head_major, stream, tokens, token, head, credit };
         ahead.enter(0, None);
         ahead
     }
 
-    /// Moves to the strip of a stream that begins at `token`, or to the stream's first; and on to the next
+    /// Moves to the strip of a stream that begins at a token, or to the stream's first; and on to the next
     /// stream if there is none.
     #[inline(always)]
     fn enter(&mut self, stream: usize, token: Option<usize>) {
-        let mut at = (stream, token);
-        while let Some(coming) = self.streams.get(at.0) {
-            let start = at.1.unwrap_or(coming.tokens.start);
+        (self.stream, self.head) = (stream, 0);
+        let mut token = token;
+        while let Some(coming) = self.streams.get(self.stream) {
+            let start = token.unwrap_or(coming.tokens.start);
             if start < coming.tokens.end {
                 let end = coming.tokens.end.min((start / self.strip + 1) * self.strip);
-                self.cursor = Cursor { stream: at.0, strip: (start, end), token: start, head: 0, line: 0 };
+                (self.tokens, self.token) = (start..end, start);
                 return;
             }
-            at = (at.0 + 1, None);
+            (self.stream, token) = (self.stream + 1, None);
         }
-        self.cursor.stream = self.streams.len();
     }
 
     /// Passes over the first strip, which has been asked for, or asks for it at once.
     #[inline(always)]
     pub(super) fn first_strip<L: Lanes>(&mut self, was_asked_for: bool) {
-        let (start, end) = self.cursor.strip;
         match was_asked_for {
-            true => self.enter(self.cursor.stream, Some(end)),
-            false => self.rows::<L>((end - start) * self.heads, 1),
+            true => self.enter(self.stream, Some(self.tokens.end)),
+            false => self.used::<L>(self.tokens.len() * self.heads, 1),
         }
     }
 
-    /// Asks for the lines of `rows / parts` rows.
+    /// Asks for as many rows as are being used: `parts` of which `whole` make one.
     #[inline(always)]
-    pub(super) fn rows<L: Lanes>(&mut self, rows: usize, parts: usize) {
-        let Some(coming) = self.streams.get(self.cursor.stream) else { return };
-        for _ in 0..(rows * coming.lines()).div_ceil(parts) {
-            self.line::<L>();
+    pub(super) fn used<L: Lanes>(&mut self, parts: usize, whole: usize) {
+        self.credit += parts;
+        while self.credit >= whole {
+            self.credit -= whole;
+            self.row::<L>();
         }
     }
 
     #[inline(always)]
-    fn line<L: Lanes>(&mut self) {
-        let Some(coming) = self.streams.get(self.cursor.stream) else { return };
-        let Cursor { stream, strip: (start, end), token, head, line } = self.cursor;
-        let Some(row) = coming.pointers.get(token) else { return };
-        let row = row.wrapping_add(head * coming.head_stride).cast::<u8>();
-        L::prefetch(row.wrapping_add(line * LINE));
-        if line + 1 < coming.lines() {
-            self.cursor.line += 1;
-            return;
+    fn row<L: Lanes>(&mut self) {
+        const LINE: usize = 64;
+        let Some(coming) = self.streams.get(self.stream) else { return };
+        let Some(row) = coming.pointers.get(self.token) else { return };
+        let row = row.wrapping_add(self.head * coming.head_stride).cast::<u8>();
+        let mut at = 0;
+        while at < coming.dim * size_of::<T>() {
+            L::prefetch(row.wrapping_add(at));
+            at += LINE;
         }
-        let (token, head) = match self.head_major {
-            true if token + 1 < end => (token + 1, head),
-            true if head + 1 < self.heads => (start, head + 1),
-            false if head + 1 < self.heads => (token, head + 1),
-            false if token + 1 < end => (token + 1, 0),
-            _ => return self.enter(stream, Some(end)),
+        let (first, end) = (self.tokens.start, self.tokens.end);
+        (self.token, self.head) = match self.head_major {
+            true if self.token + 1 < end => (self.token + 1, self.head),
+            true if self.head + 1 < self.heads => (first, self.head + 1),
+            false if self.head + 1 < self.heads => (self.token, self.head + 1),
+            false if self.token + 1 < end => (self.token + 1, 0),
+            _ => return self.enter(self.stream, Some(end)),
         };
-        self.cursor = Cursor { token, head, line: 0, ..self.cursor };
     }
 }

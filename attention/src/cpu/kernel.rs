@@ -138,7 +138,7 @@ impl<T: Element, N> Tiles for Scores<'_, '_, T, N> {
             if row == 0
                 && let Some(ahead) = self.ahead.as_mut()
             {
-                ahead.rows::<L>(K, 1);
+                ahead.used::<L>(K, 1);
             }
             // Lanes of the sums that are not used stay 0.
             let mut sums = [L::splat(0.0); LANES];
@@ -329,7 +329,7 @@ impl<T: Element, N> Tiles for WeightedSums<'_, '_, T, N> {
             if row == 0
                 && let Some(ahead) = self.ahead.as_mut()
             {
-                ahead.rows::<L>(keys.len() * V, registers);
+                ahead.used::<L>(keys.len() * V, registers);
             }
             self.tile::<L, R, V>(head, row, keys.clone(), register);
             register += V;
