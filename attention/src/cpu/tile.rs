@@ -172,9 +172,7 @@ impl<T: Element> TileRun<'_, '_, T> {
             let source = |gather: &Gather<'_, T>, pointers, converts, buffer: &mut [f32]| {
                 let heads = Heads { pointers, first: head * gather.strides.head as usize, stride: 0 };
                 match converts {
-                    true => {
-                        Source::Converted(gather.convert::<L>(chunk.first, keys.clone(), heads, buffer))
-                    }
+                    true => Source::Converted(gather.convert::<L>(chunk.first, keys.clone(), heads, buffer)),
                     false => Source::Stored(heads),
                 }
             };
@@ -274,10 +272,15 @@ impl<T: Element> TileRun<'_, '_, T> {
                     });
                 }
             }
-            let mut add = |at: usize, first_head: usize, group: Group, keys: Range<usize>| {
+            // One row of a head, or all rows of all heads.
+            let mut add = |row: Option<(usize, usize)>, keys: Range<usize>| {
                 if keys.is_empty() {
                     return;
                 }
+                let (first_head, at, group) = match row {
+                    Some((head, i)) => (head, head * group.rows + i, Group { heads: 1, rows: 1 }),
+                    None => (0, 0, group),
+                };
                 let probabilities = scores.add(at * SCORE_STRIDE).cast_const();
                 let (sums, vectors, ahead) = (sums.add(at * width), v_vectors, ahead.as_deref_mut());
                 match v {
@@ -291,14 +294,13 @@ impl<T: Element> TileRun<'_, '_, T> {
                     }
                 }
             };
-            let mut add_row = |head: usize, i: usize, keys: Range<usize>| {
-                add(head * group.rows + i, head, Group { heads: 1, rows: 1 }, keys);
+            let rows = || {
+                (0..group.heads)
+                    .flat_map(|head| seen.iter().enumerate().map(move |(i, keys)| (head, i, keys)))
             };
             if self.context.plan.problem().config().mask == Mask::Bits {
-                for head in 0..group.heads {
-                    for (i, keys) in seen.iter().enumerate() {
-                        for_each_run(&visible[i], keys.clone(), |keys| add_row(head, i, keys));
-                    }
+                for (head, i, keys) in rows() {
+                    for_each_run(&visible[i], keys.clone(), |keys| add(Some((head, i)), keys));
                 }
                 return;
             }
@@ -307,16 +309,12 @@ impl<T: Element> TileRun<'_, '_, T> {
             let start = seen.iter().map(|keys| keys.start).max().unwrap_or(0);
             let end = seen.iter().map(|keys| keys.end).min().unwrap_or(0);
             let (start, end) = if start < end { (start, end) } else { (CHUNK, CHUNK) };
-            for head in 0..group.heads {
-                for (i, keys) in seen.iter().enumerate() {
-                    add_row(head, i, keys.start..keys.end.min(start));
-                }
+            for (head, i, keys) in rows() {
+                add(Some((head, i)), keys.start..keys.end.min(start));
             }
-            add(0, 0, group, start..end);
-            for head in 0..group.heads {
-                for (i, keys) in seen.iter().enumerate() {
-                    add(head * group.rows + i, head, Group { heads: 1, rows: 1 }, end.max(keys.start)..keys.end);
-                }
+            add(None, start..end);
+            for (head, i, keys) in rows() {
+                add(Some((head, i)), end.max(keys.start)..keys.end);
             }
         }
     }
