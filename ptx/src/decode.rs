@@ -377,6 +377,7 @@ impl Decode {
                 params: PARAMS.to_vec(),
                 max_threads: threads,
                 static_shared: tuning.warps * TILE_QUERIES * (row_pitch * 4 + 8) + 4,
+                dynamic_shared: 0,
             },
         })
     }

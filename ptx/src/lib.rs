@@ -12,9 +12,10 @@
 //! assert_eq!(write_kv.kernel().entry(), "write_kv_bf16_bf16_v8");
 //! assert!(write_kv.kernel().text().contains(".target sm_80"));
 //!
-//! // 512 tokens with 8 KV heads of 128 elements: two tokens to a thread block.
-//! let launch = write_kv.launch(WriteKvShape { tokens: 512, kv_heads: 8, head_dim_k: 128, head_dim_v: 128 })?;
-//! assert_eq!((launch.grid, launch.block), ([256, 1, 1], [16, 8, 2]));
+//! // 512 tokens with 8 KV heads of 128 elements: eight tokens to a thread block.
+//! let shape = WriteKvShape { tokens: 512, kv_heads: 8, head_dim_k: 128, head_dim_v: 128, q_heads: 0 };
+//! let launch = write_kv.launch(shape)?;
+//! assert_eq!((launch.grid, launch.block), ([64, 1, 1], [8, 8, 4]));
 //! # Ok::<(), pagewise_ptx::Error>(())
 //! ```
 //!

@@ -88,7 +88,14 @@ impl Device {
     pub(super) fn check_kernel(&self, kernel: &pagewise_ptx::Kernel) -> Result<(), CudaError> {
         let target = kernel.target();
         let gpu = ComputeCapability::from_sm(target.sm);
-        self.check_for(kernel.entry(), gpu, CudaVersion::from_number(target.cuda_version()))
+        self.check_for(kernel.entry(), gpu, CudaVersion::from_number(target.cuda_version()))?;
+        let (found, needed) =
+            (self.shared_memory_per_block, kernel.static_shared() + kernel.dynamic_shared());
+        if found < needed {
+            let (kernel, gpu) = (kernel.entry().to_owned(), self.name.clone());
+            return Err(CudaError::SharedMemory { kernel, gpu, found, needed });
+        }
+        Ok(())
     }
 
     fn check_for(&self, what: &str, gpu: ComputeCapability, cuda: CudaVersion) -> Result<(), CudaError> {

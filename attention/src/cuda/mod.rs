@@ -17,6 +17,7 @@ mod device;
 mod error;
 mod launch;
 mod plan;
+mod rotary;
 mod write_kv;
 
 pub use context::Context;
@@ -30,4 +31,5 @@ pub use error::CudaError;
 pub use launch::RawStream;
 pub use pagewise_ptx as ptx;
 pub use plan::{DecodePlan, PlanOptions, Shrink};
+pub use rotary::{PositionType, Rotary, RotaryQueries, RotaryTables};
 pub use write_kv::{Element, KvScales, WriteKvCall, WriteKvSlices, WriteKvVariant};
