@@ -22,13 +22,15 @@
 //! | module | kernel |
 //! |---|---|
 //! | [`mod@decode`] | one query row a sequence over a paged cache, keys split over thread blocks |
+//! | [`mod@merge_states`] | puts attention over parts of the keys together, by their log-sum-exp |
 //! | [`mod@page_read`] | reads pages through a table: the yardstick of benches |
-//! | [`mod@write_kv`] | stores new K and V rows into cache blocks, given by a slot mapping |
+//! | [`mod@write_kv`] | stores new K and V rows into cache blocks, given by a slot mapping; turns K and queries on the way |
 
 pub mod decode;
 mod dtype;
 mod error;
 mod kernel;
+pub mod merge_states;
 pub mod page_read;
 pub mod receipt;
 mod template;
@@ -44,8 +46,10 @@ pub use kernel::{Arg, Kernel, Launch, Param, ParamType, Target};
 /// [`Error::Template`] when a template does not render, which is a defect of this crate.
 pub fn all_kernels() -> Result<Vec<Kernel>, Error> {
     let write_kv = write_kv::WriteKvSpec::all().map(|spec| Ok(write_kv::WriteKv::new(spec)?.into_kernel()));
+    let merge_states = merge_states::MergeStatesSpec::all()
+        .map(|spec| Ok(merge_states::MergeStates::new(spec)?.into_kernel()));
     let decode = decode::DecodeSpec::all().map(|spec| Ok(decode::Decode::new(spec)?.into_kernel()));
     let page_read =
         [false, true].into_iter().map(|merges| Ok(page_read::PageRead::new(merges)?.into_kernel()));
-    write_kv.chain(decode).chain(page_read).collect()
+    write_kv.chain(merge_states).chain(decode).chain(page_read).collect()
 }

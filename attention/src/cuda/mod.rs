@@ -16,6 +16,7 @@ mod decode;
 mod device;
 mod error;
 mod launch;
+mod merge_states;
 mod plan;
 mod rotary;
 mod write_kv;
@@ -29,6 +30,7 @@ pub use device::{
 };
 pub use error::CudaError;
 pub use launch::RawStream;
+pub use merge_states::{MergeStatesCall, MergeStatesVariant};
 pub use pagewise_ptx as ptx;
 pub use plan::{DecodePlan, PlanOptions, Shrink};
 pub use rotary::{PositionType, Rotary, RotaryQueries, RotaryTables};

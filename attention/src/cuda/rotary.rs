@@ -3,7 +3,7 @@
 //! Owns the checks of what rotary embedding adds to a [`WriteKvCall`] and the choice of variant; the launch is
 //! `write_kv.rs`'s.
 
-use pagewise_ptx::write_kv::{RotaryArgs, RotaryStyle, WriteKvSpec};
+use pagewise_ptx::write_kv::{RotaryArgs, RotaryStyle, WriteKvArgs, WriteKvSpec};
 
 use super::decode::ptx_type;
 use super::write_kv::{WriteKvCall, WriteKvVariant, aligned, small, source_rows};
@@ -136,13 +136,19 @@ impl Rotary {
         Ok(WriteKvVariant(plain.with_rotary(self.style)))
     }
 
-    /// The kernel's arguments, and the number of query heads.
-    fn args(&self, call: &WriteKvCall<'_>) -> Result<(RotaryArgs, u32), CudaError> {
+    /// The kernel's arguments for a call.
+    ///
+    /// # Errors
+    /// [`CudaError::TooLarge`] for a size that 32 bits do not hold.
+    pub fn args(&self, call: &WriteKvCall<'_>) -> Result<WriteKvArgs, CudaError> {
         let Self { dim, tables, positions, position_type, queries, .. } = *self;
+        let mut args = call.args()?;
         let (query, query_out) = queries
-            .map(|queries| (source_rows(queries.q, queries.q_strides), source_rows(queries.out, queries.out_strides)))
+            .map(|RotaryQueries { q, q_strides, out, out_strides }| {
+                (source_rows(q, q_strides), source_rows(out, out_strides))
+            })
             .unwrap_or_default();
-        let args = RotaryArgs {
+        args.rotary = Some(RotaryArgs {
             query,
             query_out,
             positions,
@@ -152,9 +158,11 @@ impl Rotary {
             table_stride: tables.stride,
             num_positions: small("the number of positions", tables.positions as u64)?,
             half: small("the rotary dimension", dim as u64 / 2)?,
-        };
-        let q_heads = if queries.is_some() { small("q_heads", call.config.q_heads as u64)? } else { 0 };
-        Ok((args, q_heads))
+        });
+        if queries.is_some() {
+            args.shape.q_heads = small("q_heads", call.config.q_heads as u64)?;
+        }
+        Ok(args)
     }
 }
 
@@ -194,9 +202,11 @@ impl Context {
         stream: RawStream,
     ) -> Result<WriteKvVariant, CudaError> {
         let variant = rotary.variant(call)?;
-        let args = rotary.args(call)?;
-        // SAFETY: promised by the caller.
-        unsafe { self.launch_write_kv(variant, call, Some(args), stream) }
+        if call.tokens > 0 {
+            // SAFETY: promised by the caller.
+            unsafe { self.launch_write_kv(variant, &rotary.args(call)?, stream) }?;
+        }
+        Ok(variant)
     }
 }
 

@@ -7,12 +7,11 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr};
 use pagewise_ptx::write_kv::{
-    CacheRows, RotaryArgs, Scales, SourceRows, WriteKv, WriteKvArgs, WriteKvShape, WriteKvSpec,
+    CacheRows, Scales, SourceRows, WriteKv, WriteKvArgs, WriteKvShape, WriteKvSpec,
 };
 
 use super::context::Entry;
 use super::decode::ptx_type;
-use super::launch::LoadedKernel;
 use super::{Context, CudaError, RawStream};
 use crate::{AttentionConfig, CacheLayout, DType, KvStrides, ProblemError, RowStrides};
 
@@ -65,6 +64,11 @@ impl WriteKvVariant {
     /// The kernel's name, as in `pagewise_ptx`: `write_kv_bf16_bf16_v8`.
     pub fn name(&self) -> String {
         self.0.entry()
+    }
+
+    /// What was rendered for it.
+    pub fn spec(&self) -> WriteKvSpec {
+        self.0
     }
 
     /// Elements that a thread moves: 1 where an address or stride is not aligned to 16 bytes.
@@ -134,7 +138,11 @@ impl WriteKvCall<'_> {
         Ok(is_wide.then_some(wide))
     }
 
-    fn args(&self) -> Result<WriteKvArgs, CudaError> {
+    /// The kernel's arguments.
+    ///
+    /// # Errors
+    /// [`CudaError::TooLarge`] for a size that 32 bits do not hold.
+    pub fn args(&self) -> Result<WriteKvArgs, CudaError> {
         let Self { config, layout, .. } = *self;
         let cache = |address, strides: KvStrides| CacheRows {
             address,
@@ -197,35 +205,29 @@ impl Context {
         stream: RawStream,
     ) -> Result<WriteKvVariant, CudaError> {
         let variant = call.variant()?;
-        // SAFETY: promised by the caller.
-        unsafe { self.launch_write_kv(variant, call, None, stream) }
+        if call.tokens > 0 {
+            // SAFETY: promised by the caller.
+            unsafe { self.launch_write_kv(variant, &call.args()?, stream) }?;
+        }
+        Ok(variant)
     }
 
-    /// Launches a variant that was chosen for the call.
+    /// Launches a variant.
     ///
     /// # Safety
-    /// As [`Context::write_kv_raw`] and, with rotary embedding, [`Context::write_kv_rotary_raw`].
+    /// As [`Context::write_kv_raw`] and, with rotary embedding, [`Context::write_kv_rotary_raw`]; the arguments are
+    /// those of a call that takes this variant.
     pub(super) unsafe fn launch_write_kv(
         &self,
         variant: WriteKvVariant,
-        call: &WriteKvCall<'_>,
-        rotary: Option<(RotaryArgs, u32)>,
+        args: &WriteKvArgs,
         stream: RawStream,
-    ) -> Result<WriteKvVariant, CudaError> {
-        if call.tokens == 0 {
-            return Ok(variant);
-        }
-        let mut args = call.args()?;
-        if let Some((rotary, q_heads)) = rotary {
-            args.shape.q_heads = q_heads;
-            args.rotary = Some(rotary);
-        }
+    ) -> Result<(), CudaError> {
         let _entered = self.enter()?;
         let entry = self.write_kv_kernel(variant)?;
         let launch = entry.descriptor.launch(args.shape)?;
         // SAFETY: the arguments are in the descriptor's order; the caller answers for addresses and stream.
-        unsafe { entry.kernel.launch(launch, &args.values(), stream) }?;
-        Ok(variant)
+        unsafe { entry.kernel.launch(launch, &args.values(), stream) }
     }
 
     /// Puts a `write_kv` on a cudarc stream.
@@ -305,7 +307,7 @@ impl Context {
     pub(super) fn write_kv_kernel(&self, variant: WriteKvVariant) -> Result<Arc<Entry<WriteKv>>, CudaError> {
         self.write_kv.get(variant.0, || {
             let descriptor = WriteKv::new(variant.0)?;
-            let kernel = LoadedKernel::load(descriptor.kernel(), self.device())?;
+            let kernel = self.load(descriptor.kernel())?;
             Ok(Entry { descriptor, kernel })
         })
     }

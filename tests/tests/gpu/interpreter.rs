@@ -7,9 +7,13 @@
 use std::collections::HashMap;
 
 use pagewise_attention::DType;
+use pagewise_attention::cuda::ptx::merge_states::MergeStates;
+use pagewise_attention::cuda::ptx::write_kv::WriteKv;
 use pagewise_attention::cuda::ptx::{Arg, Kernel, Launch};
+use pagewise_attention::cuda::{MergeStatesCall, Rotary, WriteKvCall};
 
 use super::encode::encode;
+use super::machine::Machine;
 
 /// Device memory: allocations far apart, so that no wrong address hits another one by chance.
 #[derive(Debug, Default)]
@@ -80,6 +84,7 @@ enum Kind {
     Float(Float),
     Compare,
     Select,
+    Not,
     Convert,
     Parameter,
     Load,
@@ -272,6 +277,7 @@ fn execute(
             })
         }
         Kind::Select => if value(2) & 1 == 1 { value(0) } else { value(1) },
+        Kind::Not => !value(0),
         Kind::Convert => convert(words, value(0), || value(1))?,
         Kind::Parameter => {
             let arg = args.get(*number as usize).ok_or("no such argument")?;
@@ -501,12 +507,19 @@ impl Reader {
             "xor" => Kind::Integer(Integer::Xor),
             "setp" => Kind::Compare,
             "selp" => Kind::Select,
+            "not" => Kind::Not,
             "cvt" => Kind::Convert,
             other => return Err(format!("instruction {other}")),
         };
         let ordinary = matches!(
             instruction.kind,
-            Kind::Move | Kind::Integer(_) | Kind::Float(_) | Kind::Compare | Kind::Select | Kind::Convert
+            Kind::Move
+                | Kind::Integer(_)
+                | Kind::Float(_)
+                | Kind::Compare
+                | Kind::Select
+                | Kind::Not
+                | Kind::Convert
         );
         if ordinary {
             instruction.targets = vec![self.register(&operands[0])];
@@ -538,8 +551,56 @@ fn split_operands(text: &str) -> Vec<String> {
     parts.iter().map(|part| part.trim().to_owned()).collect()
 }
 
-/// Runs a kernel as it is rendered.
-pub fn run(kernel: &Kernel, launch: Launch, args: &[Arg], memory: &mut Memory) -> Result<(), String> {
-    let program = Program::read(kernel.text()).map_err(|error| format!("{}: {error}", kernel.entry()))?;
-    program.run(launch, args, memory).map_err(|error| format!("{}: {error}", kernel.entry()))
+/// The interpreter as a machine. Kernels run with the text that `alter` makes of theirs.
+pub struct Interpreter {
+    memory: Memory,
+    alter: Box<dyn Fn(&str, &str) -> String>,
+}
+
+impl Interpreter {
+    pub fn new(alter: impl Fn(&str, &str) -> String + 'static) -> Self {
+        Self { memory: Memory::default(), alter: Box::new(alter) }
+    }
+
+    fn run(&mut self, kernel: &Kernel, launch: Launch, args: &[Arg]) -> Result<String, String> {
+        let text = (self.alter)(kernel.entry(), kernel.text());
+        Program::read(&text)
+            .and_then(|program| program.run(launch, args, &mut self.memory))
+            .map_err(|error| format!("{}: {error}", kernel.entry()))?;
+        Ok(kernel.entry().to_owned())
+    }
+}
+
+fn text(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}
+
+impl Machine for Interpreter {
+    fn upload(&mut self, bytes: &[u8]) -> u64 {
+        self.memory.upload(bytes)
+    }
+
+    fn download(&self, address: u64) -> Vec<u8> {
+        self.memory.download(address).to_vec()
+    }
+
+    fn clear(&mut self) {
+        self.memory = Memory::default();
+    }
+
+    fn write_kv(&mut self, call: &WriteKvCall<'_>, rotary: Option<&Rotary>) -> Result<String, String> {
+        let variant = rotary.map_or_else(|| call.variant(), |rotary| rotary.variant(call)).map_err(text)?;
+        let args = rotary.map_or_else(|| call.args(), |rotary| rotary.args(call)).map_err(text)?;
+        let descriptor = WriteKv::new(variant.spec()).map_err(text)?;
+        let launch = descriptor.launch(args.shape).map_err(text)?;
+        self.run(descriptor.kernel(), launch, &args.values())
+    }
+
+    fn merge_states(&mut self, call: &MergeStatesCall) -> Result<String, String> {
+        let variant = call.variant().map_err(text)?;
+        let args = call.args().map_err(text)?;
+        let descriptor = MergeStates::new(variant.spec()).map_err(text)?;
+        let launch = descriptor.launch(args.shape).map_err(text)?;
+        self.run(descriptor.kernel(), launch, &args.values())
+    }
 }
