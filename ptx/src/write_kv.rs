@@ -408,7 +408,11 @@ impl WriteKv {
             return Err(Error::UnsupportedVector { kernel: FAMILY, vector, source_dtype: source, widest });
         }
         if !tuning.is_valid() {
-            return Err(Error::UnsupportedTuning { kernel: FAMILY, what: "tokens of a thread", bounds: "1 to 8" });
+            return Err(Error::UnsupportedTuning {
+                kernel: FAMILY,
+                what: "tokens of a thread",
+                bounds: "1 to 8",
+            });
         }
         // Ada brought the fp8 conversions, PTX 8.1 their names; PTX 7.4 brought cache hints.
         let target =

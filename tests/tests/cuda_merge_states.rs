@@ -34,7 +34,7 @@ use machine::check_merge;
 use merge::{MergeAddresses, MergeCase};
 use pagewise_attention::conformance::{Operation, Outcome, quick, run_case};
 use pagewise_attention::cuda::ptx::all_kernels;
-use pagewise_attention::cuda::{CudaError, MergeStatesCall, cudarc};
+use pagewise_attention::cuda::{CudaError, MergeStatesCall};
 use pagewise_attention::{DType, ProblemError};
 use random::{Random, run_cases, run_seed};
 

@@ -39,7 +39,7 @@ use machine::{check_merge, check_rotary, check_write};
 use merge::MergeCase;
 use pagewise_attention::DType;
 use pagewise_attention::conformance::{Case as ConformanceCase, Outcome, run_case};
-use pagewise_attention::cuda::{Context, PlanOptions, cudarc};
+use pagewise_attention::cuda::{Context, PlanOptions};
 use random::{Random, run_cases, run_seed};
 use write_kv::Case;
 
@@ -109,8 +109,14 @@ fn faults_of_merge_states_are_found() {
 
 /// What decode's faults must fail: few keys and many, windows, groups that fill no tile, empty rows, and splits.
 const DECODE_CASES: &[(&str, Option<u32>)] = &[
-    ("attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal sequences=1:1,1:17,1:130,1:511,1:0", None),
-    ("attention q=bf16 kv=bf16 heads=20/2 dim=128 block=32 mask=window:37 layout=hnd sequences=1:300,0:9,1:40", None),
+    (
+        "attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal sequences=1:1,1:17,1:130,1:511,1:0",
+        None,
+    ),
+    (
+        "attention q=bf16 kv=bf16 heads=20/2 dim=128 block=32 mask=window:37 layout=hnd sequences=1:300,0:9,1:40",
+        None,
+    ),
     ("attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal sequences=1:900,1:33", Some(64)),
     ("attention q=bf16 kv=bf16 heads=4/4 dim=128 block=16 mask=causal scores=60 sequences=1:3000", Some(64)),
 ];

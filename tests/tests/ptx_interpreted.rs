@@ -32,10 +32,11 @@ use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 
 use interpreter::Interpreter;
-use machine::{check_merge, check_rotary, check_write};
+use machine::{Machine, check_merge, check_rotary, check_write};
 use merge::MergeCase;
 use pagewise_attention::DType;
 use pagewise_attention::cuda::ptx::all_kernels;
+use pagewise_attention::cuda::ptx::counter::{Counter, CounterArgs, number};
 use random::{Random, run_seed};
 use write_kv::{Case, wanted_case};
 
@@ -47,7 +48,11 @@ fn unaltered() -> Interpreter {
 
 fn all_of(family: &str) -> BTreeSet<String> {
     let kernels = all_kernels().unwrap();
-    kernels.iter().filter(|kernel| kernel.family() == family).map(|kernel| kernel.entry().to_owned()).collect()
+    kernels
+        .iter()
+        .filter(|kernel| kernel.family() == family)
+        .map(|kernel| kernel.entry().to_owned())
+        .collect()
 }
 
 #[test]
@@ -63,12 +68,13 @@ fn write_kv_stores_what_plain_code_says_and_turns_what_it_should() {
     for (source, cache) in SOURCES.into_iter().flat_map(|s| DType::ALL.into_iter().map(move |c| (s, c))) {
         for unit in [8, 8, 2, 1] {
             let case = Case { source, cache, unit, seed: random.next() };
-            let (variant, _) = check_write(&mut machine, &case).unwrap_or_else(|e| panic!("PAGEWISE_CASE=\"{case}\": {e}"));
+            let (variant, _) =
+                check_write(&mut machine, &case).unwrap_or_else(|e| panic!("PAGEWISE_CASE=\"{case}\": {e}"));
             ran.insert(variant);
             for _ in 0..2 {
                 let case = Case { seed: random.next(), ..case };
-                let (variant, _) =
-                    check_rotary(&mut machine, &case).unwrap_or_else(|e| panic!("PAGEWISE_CASE=\"{case}\": {e}"));
+                let (variant, _) = check_rotary(&mut machine, &case)
+                    .unwrap_or_else(|e| panic!("PAGEWISE_CASE=\"{case}\": {e}"));
                 ran.insert(variant);
             }
         }
@@ -86,12 +92,41 @@ fn merge_states_agrees_with_the_definition() {
     for (part, out) in SOURCES.into_iter().flat_map(|part| SOURCES.into_iter().map(move |out| (part, out))) {
         for unit in [8, 8, 1] {
             let case = MergeCase { part, out, unit, seed: random.next() };
-            let (variant, _) = check_merge(&mut machine, &case).unwrap_or_else(|error| panic!("{case:?}: {error}"));
+            let (variant, _) =
+                check_merge(&mut machine, &case).unwrap_or_else(|error| panic!("{case:?}: {error}"));
             ran.insert(variant);
         }
     }
     let variants = all_of("merge_states");
     assert!(ran.len() + 2 >= variants.len(), "only {} of {} variants ran", ran.len(), variants.len());
+}
+
+#[test]
+fn the_counter_writes_the_numbers_that_the_host_knows() {
+    for dtype in Counter::TYPES {
+        let counter = Counter::new(dtype).unwrap();
+        let size = dtype.size() as usize;
+        let count = 304u64;
+        let mut machine = unaltered();
+        let data = machine.upload(&vec![0xff; (count as usize + 8) * size]);
+        let args = CounterArgs { data, count, seed: 7 };
+        machine.run(counter.kernel(), counter.launch(count).unwrap(), &args.values()).unwrap();
+        let found = machine.download(data);
+        let attention_type =
+            SOURCES.into_iter().find(|source| source.to_string() == dtype.to_string()).unwrap();
+        for (index, bytes) in found.chunks_exact(size).enumerate() {
+            let value = encode::decode(attention_type, bytes);
+            match index < count as usize {
+                true => assert_eq!(value, f64::from(number(7, index as u64))),
+                false => assert!(value.is_nan(), "element {index} was written"),
+            }
+        }
+    }
+    // Not one number twice in a row for long, and all over the range.
+    let values: Vec<f32> = (0..10_000).map(|i| number(1, (1 << 33) + i)).collect();
+    let mean = values.iter().map(|&x| f64::from(x)).sum::<f64>() / 1e4;
+    assert!(mean.abs() < 0.05, "{mean}");
+    assert!(values.contains(&-2.0) && values.contains(&1.984_375));
 }
 
 /// The same faults are planted on a GPU by `cuda_mutations`.
@@ -109,7 +144,9 @@ fn planted_faults_are_found() {
             let unit = [8, 2][turn % 2];
             let cache = DType::ALL[turn % 5];
             let result = match fault.family {
-                "merge_states" => check_merge(&mut machine, &MergeCase { part: source, out: source, unit: 8, seed }),
+                "merge_states" => {
+                    check_merge(&mut machine, &MergeCase { part: source, out: source, unit: 8, seed })
+                }
                 _ if turn % 2 == 0 => check_write(&mut machine, &Case { source, cache, unit, seed }),
                 _ => check_rotary(&mut machine, &Case { source, cache, unit: 8, seed }),
             };

@@ -11,7 +11,7 @@ use super::{Context, CudaError, DecodePlan, RawStream};
 use crate::{DType, KvStrides, RowStrides};
 
 /// The device addresses of one decode.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DecodeCall {
     /// Queries, `[rows, q_heads, head_dim]` with the strides of the planned problem.
     pub q: u64,

@@ -74,7 +74,9 @@ pub enum CudaError {
         log: String,
     },
     /// The GPU gives a thread block less shared memory than a kernel takes.
-    #[error("{kernel} takes {needed} bytes of shared memory a thread block, {gpu} has {found}: use a tuning with fewer warps or stages")]
+    #[error(
+        "{kernel} takes {needed} bytes of shared memory a thread block, {gpu} has {found}: use a tuning with fewer warps or stages"
+    )]
     SharedMemory {
         /// Kernel variant.
         kernel: String,

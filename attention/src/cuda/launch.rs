@@ -51,8 +51,8 @@ impl LoadedKernel {
             message,
             log,
         };
-        let text = CString::new(text)
-            .map_err(|_| jit_error("the text holds a zero byte".into(), String::new()))?;
+        let text =
+            CString::new(text).map_err(|_| jit_error("the text holds a zero byte".into(), String::new()))?;
 
         let mut log = vec![0u8; LOG_BYTES];
         let mut options = [CU_JIT_ERROR_LOG_BUFFER, CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
@@ -90,7 +90,8 @@ impl LoadedKernel {
                     kernel.dynamic_shared().cast_signed(),
                 )
             };
-            CudaError::check("cuFuncSetAttribute", result).map_err(|error| error.of_kernel(kernel.entry()))?;
+            CudaError::check("cuFuncSetAttribute", result)
+                .map_err(|error| error.of_kernel(kernel.entry()))?;
         }
         tracing::debug!(kernel = kernel.entry(), gpu = device.name, "loaded a CUDA kernel");
         Ok(loaded)

@@ -84,16 +84,14 @@ impl Rotary {
         let Self { dim, tables, position_type, .. } = *self;
         let head_dim = call.config.head_dim_qk;
         if dim == 0 || !dim.is_multiple_of(2) || dim > head_dim {
-            let problem =
-                format!("the rotary dimension is {dim}; it must be even, above 0 and at most head_dim_qk = {head_dim}");
+            let problem = format!(
+                "the rotary dimension is {dim}; it must be even, above 0 and at most head_dim_qk = {head_dim}"
+            );
             return Err(wrong(problem));
         }
         if tables.stride < dim as u64 / 2 {
-            let problem = format!(
-                "the stride of the tables is {}; a row holds {} elements",
-                tables.stride,
-                dim / 2
-            );
+            let problem =
+                format!("the stride of the tables is {}; a row holds {} elements", tables.stride, dim / 2);
             return Err(wrong(problem));
         }
         if tables.stride.checked_mul(tables.positions as u64).is_none_or(|elements| elements >= 1 << 61) {

@@ -44,9 +44,9 @@ impl Memory {
         let number = ((address >> SPAN) as usize).wrapping_sub(1);
         let allocation = self.allocations.get_mut(number);
         let len = allocation.as_ref().map_or(0, |allocation| allocation.len());
-        allocation
-            .and_then(|allocation| allocation.get_mut(offset..offset + size))
-            .ok_or_else(|| format!("{size} bytes at {address:#x}: outside of allocation {number} of {len} bytes"))
+        allocation.and_then(|allocation| allocation.get_mut(offset..offset + size)).ok_or_else(|| {
+            format!("{size} bytes at {address:#x}: outside of allocation {number} of {len} bytes")
+        })
     }
 }
 
@@ -224,8 +224,20 @@ fn execute(
                     Integer::Mad => a.wrapping_mul(small).wrapping_add(value(2)),
                     Integer::Div => a.checked_div(small).ok_or("division by zero")?,
                     Integer::Rem => a.checked_rem(small).ok_or("division by zero")?,
-                    Integer::Shl => if shift >= bits { 0 } else { a << shift },
-                    Integer::Shr => if shift >= bits { 0 } else { a >> shift },
+                    Integer::Shl => {
+                        if shift >= bits {
+                            0
+                        } else {
+                            a << shift
+                        }
+                    }
+                    Integer::Shr => {
+                        if shift >= bits {
+                            0
+                        } else {
+                            a >> shift
+                        }
+                    }
                     Integer::And => a & b,
                     Integer::Or => a | b,
                     Integer::Xor => a ^ b,
@@ -276,7 +288,13 @@ fn execute(
                 _ => holds,
             })
         }
-        Kind::Select => if value(2) & 1 == 1 { value(0) } else { value(1) },
+        Kind::Select => {
+            if value(2) & 1 == 1 {
+                value(0)
+            } else {
+                value(1)
+            }
+        }
         Kind::Not => !value(0),
         Kind::Convert => convert(words, value(0), || value(1))?,
         Kind::Parameter => {
@@ -386,9 +404,8 @@ impl Reader {
     }
 
     fn source(&mut self, text: &str) -> Result<Source, String> {
-        if let Some(place) = ["%ctaid.", "%ntid.", "%tid.", "%nctaid."]
-            .iter()
-            .position(|name| text.starts_with(name))
+        if let Some(place) =
+            ["%ctaid.", "%ntid.", "%tid.", "%nctaid."].iter().position(|name| text.starts_with(name))
         {
             let axis = "xyz".find(&text[text.len() - 1..]).ok_or("axis")?;
             return Ok(Source::Special(3 * place + axis));
@@ -401,7 +418,8 @@ impl Reader {
             None => text.parse::<i64>().ok().map(|value| value as u64),
         };
         // `createpolicy` has a decimal fraction, which nothing here computes with.
-        parsed.or_else(|| text.parse::<f32>().ok().map(|value| u64::from(value.to_bits())))
+        parsed
+            .or_else(|| text.parse::<f32>().ok().map(|value| u64::from(value.to_bits())))
             .map(Source::Immediate)
             .ok_or_else(|| format!("operand {text}"))
     }
@@ -562,7 +580,7 @@ impl Interpreter {
         Self { memory: Memory::default(), alter: Box::new(alter) }
     }
 
-    fn run(&mut self, kernel: &Kernel, launch: Launch, args: &[Arg]) -> Result<String, String> {
+    pub fn run(&mut self, kernel: &Kernel, launch: Launch, args: &[Arg]) -> Result<String, String> {
         let text = (self.alter)(kernel.entry(), kernel.text());
         Program::read(&text)
             .and_then(|program| program.run(launch, args, &mut self.memory))

@@ -127,7 +127,9 @@ impl MergeTensors {
     /// Where a row of a part begins: element of the outputs, element of the LSE.
     fn places(&self, part: usize, row: usize, head: usize) -> (usize, usize) {
         let place = |first: usize, stride: i64, rows: RowStrides| {
-            (first as i64 + stride * part as i64) as usize + rows.token as usize * row + rows.head as usize * head
+            (first as i64 + stride * part as i64) as usize
+                + rows.token as usize * row
+                + rows.head as usize * head
         };
         (
             place(self.part_out_first, self.part_out_stride, self.part_out_strides),
@@ -138,7 +140,10 @@ impl MergeTensors {
     /// Poisoned outputs.
     pub fn outputs(&self) -> (Vec<u8>, Vec<f32>) {
         let elements = self.out_strides.token as usize * self.rows;
-        (vec![0xff; elements * self.case.out.size()], vec![f32::NAN; self.lse_strides.token as usize * self.rows])
+        (
+            vec![0xff; elements * self.case.out.size()],
+            vec![f32::NAN; self.lse_strides.token as usize * self.rows],
+        )
     }
 
     pub fn call(&self, at: MergeAddresses) -> MergeStatesCall {
@@ -197,7 +202,9 @@ impl MergeTensors {
                 // Rounding keeps order: the result lies between the bounds, rounded.
                 let error = relative * weight;
                 if !(nearest(sum - error)..=nearest(sum + error)).contains(&found) {
-                    return Err(format!("{what}, element {element}: expected {sum} ± {error:e}, found {found}"));
+                    return Err(format!(
+                        "{what}, element {element}: expected {sum} ± {error:e}, found {found}"
+                    ));
                 }
                 worst = worst.max((found - sum).abs() / 2.0);
                 out[at..at + size].fill(0xff);

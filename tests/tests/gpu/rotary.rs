@@ -1,8 +1,8 @@
 //! Random cases of `write_kv` with rotary embedding, and the plain code that says what they must store.
 
+use pagewise_attention::RowStrides;
 use pagewise_attention::cuda::ptx::write_kv::RotaryStyle;
 use pagewise_attention::cuda::{PositionType, Rotary, RotaryQueries, RotaryTables};
-use pagewise_attention::RowStrides;
 
 use super::encode::{decode, encode};
 use super::random::Random;
@@ -90,9 +90,12 @@ impl RotaryTensors {
             PositionType::I32 => vec![-1, num_positions as i64],
             PositionType::I64 => vec![-1, num_positions as i64, 1 << 32],
         };
-        let positions = (0..tokens)
-            .map(|_| if random.one_in(12) { random.pick(&outside) } else { random.below(num_positions) as i64 })
-            .collect();
+        let positions =
+            (0..tokens)
+                .map(|_| {
+                    if random.one_in(12) { random.pick(&outside) } else { random.below(num_positions) as i64 }
+                })
+                .collect();
         let q_heads = plain.config.q_heads;
         let gaps = |random: &mut Random| if random.one_in(2) { 0 } else { (unit * random.below(9)) as u64 };
         let strides = |random: &mut Random| row_strides(random, tokens, q_heads, dim_k, gaps);
@@ -254,7 +257,9 @@ impl RotaryTensors {
         self.plain.compare(&expected.caches, &caches)?;
         // The queries are compared as one more cache would be, in their own type.
         let as_source = Tensors { config: self.source_config(), ..self.plain.clone() };
-        as_source.compare(&[expected.queries.clone()], &[queries]).map_err(|error| format!("queries: {error}"))?;
+        as_source
+            .compare(&[expected.queries.clone()], &[queries])
+            .map_err(|error| format!("queries: {error}"))?;
         Ok(())
     }
 
@@ -264,4 +269,3 @@ impl RotaryTensors {
         config
     }
 }
-

@@ -165,7 +165,13 @@ impl Case {
     }
 
     /// New rows, with poison in the gaps.
-    pub fn rows(&self, random: &mut Random, strides: RowStrides, offset: usize, shape: [usize; 3]) -> Vec<u8> {
+    pub fn rows(
+        &self,
+        random: &mut Random,
+        strides: RowStrides,
+        offset: usize,
+        shape: [usize; 3],
+    ) -> Vec<u8> {
         let [tokens, heads, dim] = shape;
         let size = self.source.size();
         let bytes = offset + strides.extent(tokens, heads, dim) as usize * size;
