@@ -569,10 +569,13 @@ fn split_operands(text: &str) -> Vec<String> {
     parts.iter().map(|part| part.trim().to_owned()).collect()
 }
 
+/// From an entry point and its text to the text that runs.
+type AlterText = dyn Fn(&str, &str) -> String;
+
 /// The interpreter as a machine. Kernels run with the text that `alter` makes of theirs.
 pub struct Interpreter {
     memory: Memory,
-    alter: Box<dyn Fn(&str, &str) -> String>,
+    alter: Box<AlterText>,
 }
 
 impl Interpreter {
