@@ -120,6 +120,11 @@ const DECODE_CASES: &[(&str, Option<u32>)] = &[
     ),
     ("attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal sequences=1:900,1:33", Some(64)),
     ("attention q=bf16 kv=bf16 heads=4/4 dim=128 block=16 mask=causal scores=60 sequences=1:3000", Some(64)),
+    // Many tiles to a warp, and maxima that rise late.
+    (
+        "attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal scores=60 sequences=1:2000,1:700",
+        Some(4096),
+    ),
 ];
 
 #[test]

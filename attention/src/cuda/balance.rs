@@ -1,6 +1,6 @@
 //! How a step's work is best spread over the GPU: KV heads of a thread block, and where rows are cut.
 //!
-//! A model of time with six constants, all measured on one H100 (`docs/kernel-notes.md`). Reading takes the bytes of
+//! A model of time with five constants, all measured on one H100 (`docs/kernel-notes.md`). Reading takes the bytes of
 //! all rows over the bandwidth of the memory; but one multiprocessor cannot draw more than a small multiple of its
 //! share, so a thread block that has too much to do is late. Cutting rows makes thread blocks equal; merging what they
 //! found costs time of its own.
@@ -21,9 +21,6 @@ const NEXT: f64 = 36e3;
 /// What the DRAM loses when a thread block reads one KV head of a block instead of eight, as a part of the time; a
 /// third less for two heads, two thirds less for four.
 const SCATTER: f64 = 0.01;
-
-/// What is lost where only one thread block fits a multiprocessor, as a part of the time.
-const ALONE: f64 = 0.008;
 
 /// What each wave of thread blocks after the first adds, as a part of what one thread block has to do: they do not
 /// all end together.
@@ -97,8 +94,9 @@ pub(super) fn choose(rows: &[Keys], step: &Step, block_heads: Option<u32>, shrin
     let (slots, each) = (step.slots() as f64, step.blocks_each as f64);
     // The bytes of a multiprocessor's share, the floor of every choice.
     let bytes = lengths.total * (step.key_bytes * step.blocks_per_item(1)) as f64;
-    let alone = if step.blocks_each == 1 { 1.0 + ALONE } else { 1.0 };
-    let share = bytes / step.multiprocessors as f64 * alone;
+    let share = bytes / step.multiprocessors as f64;
+    // The most that one thread block draws, as long as others share its multiprocessor.
+    let most = MOST_SHARES / each;
     let scattered = |heads: u32| share * (1.0 + SCATTER * (1.0 - f64::from(heads).log2() / 3.0));
     let (next, merge) = (NEXT / each, MERGE * (1.0 + each) / 2.0);
 
@@ -124,7 +122,7 @@ pub(super) fn choose(rows: &[Keys], step: &Step, block_heads: Option<u32>, shrin
             true => (mean / MOST_SHARES - last).max(0.0) + (next + WAVE * mean) * (waves - 1.0),
             false => 0.0,
         };
-        let cost = (scattered(heads) + tail).max(key * lengths.longest / MOST_SHARES);
+        let cost = (scattered(heads) + tail).max(key * lengths.longest / most);
         Choice { block_heads: heads, cut: Cut::Equal(u32::MAX), cost }
     };
     let whole = step.head_choices(block_heads).map(whole).reduce(cheaper).unwrap_or(shrinking);
@@ -136,7 +134,7 @@ pub(super) fn choose(rows: &[Keys], step: &Step, block_heads: Option<u32>, shrin
     let equal = one_wave(rows, step, cut_heads).map(|keys| Choice {
         block_heads: cut_heads,
         cut: Cut::Equal(keys),
-        cost: scattered(cut_heads).max(f64::from(keys) * key / MOST_SHARES) + merge,
+        cost: scattered(cut_heads).max(f64::from(keys) * key / most) + merge,
     });
     [Some(whole), equal].into_iter().flatten().fold(shrinking, cheaper)
 }
