@@ -34,7 +34,10 @@ pub struct Context {
 
 /// Changes a kernel's text before it is loaded: gets the entry point and the text, gives the text to load.
 #[cfg(feature = "conformance")]
-struct Alteration(Box<dyn Fn(&str, &str) -> String + Send + Sync>);
+struct Alteration(Box<Alter>);
+
+#[cfg(feature = "conformance")]
+type Alter = dyn Fn(&str, &str) -> String + Send + Sync;
 
 #[cfg(feature = "conformance")]
 impl std::fmt::Debug for Alteration {

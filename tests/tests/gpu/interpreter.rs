@@ -572,8 +572,11 @@ fn split_operands(text: &str) -> Vec<String> {
 /// The interpreter as a machine. Kernels run with the text that `alter` makes of theirs.
 pub struct Interpreter {
     memory: Memory,
-    alter: Box<dyn Fn(&str, &str) -> String>,
+    alter: Box<Alter>,
 }
+
+/// Makes the text to run of an entry point and its text.
+type Alter = dyn Fn(&str, &str) -> String;
 
 impl Interpreter {
     pub fn new(alter: impl Fn(&str, &str) -> String + 'static) -> Self {
