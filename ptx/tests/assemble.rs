@@ -100,3 +100,18 @@ fn the_selection_holds_every_pair_and_stays_small() {
     }
     assert!(jobs.len() <= 250, "{} assemblies take too long for every test run", jobs.len());
 }
+
+#[test]
+fn a_variant_for_every_gpu() {
+    let kernels = all_kernels().unwrap();
+    for kernel in &kernels {
+        let small = format!("{}_small", kernel.entry());
+        let variants: Vec<Kernel> =
+            kernels.iter().filter(|k| k.entry() == kernel.entry() || k.entry() == small).cloned().collect();
+        let jobs = all_jobs(&variants);
+        for arch in ARCHS.iter().filter(|arch| arch.runs(kernel)) {
+            let found = jobs.iter().any(|(_, on)| on.name == arch.name);
+            assert!(found, "neither {} nor {small} fits {}", kernel.entry(), arch.name);
+        }
+    }
+}

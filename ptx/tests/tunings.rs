@@ -4,7 +4,7 @@
 mod common;
 
 use common::{ARCHS, Job, Ptxas, assemble_jobs, faults};
-use pagewise_ptx::decode::{Decode, DecodeSpec, DecodeTuning, LoadHint};
+use pagewise_ptx::decode::{Decode, DecodeSpec, DecodeTuning, Prefetch, Ring};
 use pagewise_ptx::write_kv::{self, StoreHint, WriteKv, WriteKvSpec, WriteKvTuning};
 use pagewise_ptx::{DType, Kernel};
 
@@ -20,17 +20,18 @@ fn assemble_for_hopper(kernels: &[Kernel]) {
 
 #[test]
 fn other_tunings_of_decode_assemble_without_spills() {
-    let tuned =
-        |tuning| Decode::new(DecodeSpec { dtype: DType::Bf16, head_dim: 128, tuning }).unwrap().into_kernel();
-    let warps = [(4, 3), (2, 6), (6, 2), (8, 1), (1, 12)];
-    let shapes = warps.map(|(warps, blocks_per_multiprocessor)| DecodeTuning {
+    let usual = DecodeSpec::for_head(DType::Bf16, DType::Bf16, 128, Ring::Large).unwrap();
+    let rings = [(8, 3, 1), (4, 3, 2), (4, 2, 3), (4, 4, 1), (4, 6, 1), (1, 6, 4)];
+    let rings = rings.map(|(warps, stages, blocks_per_multiprocessor)| DecodeTuning {
         warps,
+        stages,
         blocks_per_multiprocessor,
-        ..DecodeTuning::default()
+        ..usual.tuning
     });
-    let loads = LoadHint::ALL.map(|load| DecodeTuning { load, ..DecodeTuning::default() });
-    let merges = [2, 1 << 20].map(|merge_group| DecodeTuning { merge_group, ..DecodeTuning::default() });
-    let kernels: Vec<Kernel> = shapes.into_iter().chain(loads).chain(merges).map(tuned).collect();
+    let hints = Prefetch::ALL.map(|prefetch| DecodeTuning { prefetch, ..usual.tuning });
+    let merges = [2, 1 << 20].map(|merge_group| DecodeTuning { merge_group, ..usual.tuning });
+    let tuned = |tuning| Decode::new(DecodeSpec { tuning, ..usual }).unwrap().into_kernel();
+    let kernels: Vec<Kernel> = rings.into_iter().chain(hints).chain(merges).map(tuned).collect();
     assemble_for_hopper(&kernels);
 }
 

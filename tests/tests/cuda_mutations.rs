@@ -39,6 +39,7 @@ use machine::{check_merge, check_rotary, check_write};
 use merge::MergeCase;
 use pagewise_attention::DType;
 use pagewise_attention::conformance::{Case as ConformanceCase, Outcome, run_case};
+use pagewise_attention::cuda::ptx::decode::Ring;
 use pagewise_attention::cuda::{Context, PlanOptions};
 use random::{Random, run_cases, run_seed};
 use write_kv::Case;
@@ -126,7 +127,7 @@ fn faults_of_decode_are_found() {
     every_fault_is_found(faults::DECODE, |context| {
         let mut subject = Cuda::new(context);
         for &(line, item_keys) in DECODE_CASES {
-            subject.options = PlanOptions { item_keys, ..PlanOptions::default() };
+            subject.options = PlanOptions { item_keys, ring: Some(Ring::Large), ..PlanOptions::default() };
             let case: ConformanceCase = line.parse().unwrap();
             let case = ConformanceCase { seed: run_seed() % 1_000_000_000, ..case };
             match run_case(&mut subject, &case).outcome {

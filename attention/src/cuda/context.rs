@@ -34,10 +34,11 @@ pub struct Context {
 
 /// Changes a kernel's text before it is loaded: gets the entry point and the text, gives the text to load.
 #[cfg(feature = "conformance")]
-struct Alteration(Box<Alter>);
+struct Alteration(Box<AlterText>);
 
+/// From an entry point and its text to the text to load.
 #[cfg(feature = "conformance")]
-type Alter = dyn Fn(&str, &str) -> String + Send + Sync;
+type AlterText = dyn Fn(&str, &str) -> String + Send + Sync;
 
 #[cfg(feature = "conformance")]
 impl std::fmt::Debug for Alteration {

@@ -42,9 +42,11 @@ impl Arch {
 /// One assembly.
 pub(crate) type Job<'a> = (&'a Kernel, Arch);
 
-/// All pairs of a kernel and a GPU that it runs on.
+/// All pairs of a kernel and a GPU that it runs on. A variant that needs more shared memory than a GPU has is not for
+/// that one: `a_variant_for_every_gpu` sees that another is.
 pub(crate) fn all_jobs(kernels: &[Kernel]) -> Vec<Job<'_>> {
-    let archs = |kernel| ARCHS.into_iter().filter(move |arch: &Arch| arch.runs(kernel));
+    let fits = |kernel: &Kernel, arch: &Arch| kernel.static_shared() + kernel.dynamic_shared() <= arch.shared;
+    let archs = |kernel| ARCHS.into_iter().filter(move |arch: &Arch| arch.runs(kernel) && fits(kernel, arch));
     kernels.iter().flat_map(|kernel| archs(kernel).map(move |arch| (kernel, arch))).collect()
 }
 

@@ -3,28 +3,44 @@
 use crate::support::cache_config;
 use pagewise_kvcache::{CacheConfig, CacheManager, KvCacheManager};
 use pagewise_runtime::plan::LogitRows;
-use pagewise_runtime::request::RequestId;
-use pagewise_runtime::scheduler::{NewGroup, NextToken, Schedule, Scheduler, SchedulerConfig};
+use pagewise_runtime::request::{RequestId, Urgency};
+use pagewise_runtime::scheduler::{NewGroup, Preemption, Schedule, Scheduler, SchedulerConfig};
+
+fn group(id: u64, length: usize, width: usize) -> NewGroup {
+    NewGroup {
+        id: RequestId(id),
+        prompt: vec![id as u32; length],
+        width,
+        beams: false,
+        prompt_logits: false,
+        urgency: Urgency::default(),
+    }
+}
 
 struct Bench {
     scheduler: Scheduler,
     cache: KvCacheManager,
     next_token: u32,
+    /// Requests whose next tokens the test pushes itself.
+    branching: Vec<u64>,
 }
 
 impl Bench {
     fn new(max_num_seqs: usize, max_batch_tokens: usize, block_size: usize, blocks: usize) -> Self {
-        let config =
-            SchedulerConfig { max_num_seqs, max_batch_tokens, max_model_len: 1000, max_prompt_logit_rows: 3 };
+        let config = SchedulerConfig {
+            max_num_seqs,
+            max_batch_tokens,
+            max_model_len: 1000,
+            max_prompt_logit_rows: 3,
+            preemption: Preemption::Recompute,
+        };
         let config_of_cache = CacheConfig { prefix_cache: false, ..cache_config(block_size, blocks) };
         let cache = KvCacheManager::new(config_of_cache).unwrap();
-        Self { scheduler: Scheduler::new(config), cache, next_token: 0 }
+        Self { scheduler: Scheduler::new(config), cache, next_token: 0, branching: vec![] }
     }
 
-    fn add(&mut self, id: u64, length: usize, samples: usize) {
-        let prompt = vec![id as u32; length];
-        let new = NewGroup { id: RequestId(id), prompt, samples, prompt_logits: false };
-        self.scheduler.add(new, &self.cache).unwrap();
+    fn add(&mut self, id: u64, length: usize, width: usize) {
+        self.scheduler.add(group(id, length, width), &self.cache).unwrap();
     }
 
     /// One step in which every row samples a new token. Returns (request, tokens) of each chunk.
@@ -33,10 +49,10 @@ impl Bench {
         self.cache.confirm_block_ops().unwrap();
         self.scheduler.commit(&schedule, &mut self.cache).unwrap();
         for (chunk, of) in schedule.plan.chunks.iter().zip(&schedule.chunks) {
-            assert_eq!(chunk.logits == LogitRows::None, of.next_token == NextToken::None);
-            if of.next_token == NextToken::Sample {
+            assert_eq!(chunk.logits == LogitRows::None, !of.next_token);
+            if of.next_token && !self.branching.contains(&of.request.0) {
                 self.next_token += 1;
-                self.scheduler.push_token(of.request, of.sample, self.next_token);
+                self.scheduler.push_token(of.request, of.index, self.next_token);
             }
         }
         let chunks = schedule.plan.chunks.iter().zip(&schedule.chunks);
@@ -48,7 +64,7 @@ impl Bench {
     }
 
     fn finish(&mut self, id: u64) {
-        self.scheduler.finish_sample(RequestId(id), 0, &mut self.cache).unwrap().unwrap();
+        self.scheduler.finish_sequence(RequestId(id), 0, &mut self.cache).unwrap().unwrap();
     }
 }
 
@@ -123,11 +139,14 @@ fn a_group_is_admitted_and_preempted_whole() {
     bench.add(0, 4, 1);
     bench.add(1, 6, 3);
     bench.add(2, 1, 1);
+    bench.branching = vec![1];
     // 1's prompt, and a block of its own for each of its samples: 1 + 3, besides 0's two.
     assert_eq!(bench.chunks(), [(0, 4), (1, 6)], "2 would be a fifth sequence");
+    bench.scheduler.branch(RequestId(1), &[0, 0, 0], &mut bench.cache).unwrap();
     for sample in 0..3 {
         bench.scheduler.push_token(RequestId(1), sample, 7 + sample as u32);
     }
+    bench.branching.clear();
     let (chunks, schedule) = bench.step();
     assert_eq!(chunks, [(0, 1), (1, 1), (1, 1), (1, 1)]);
     assert_eq!(schedule.plan.block_ops.copy.len(), 2, "the last owner writes in place");
@@ -145,7 +164,7 @@ fn a_group_is_admitted_and_preempted_whole() {
 #[test]
 fn prompt_logits_stay_within_their_rows() {
     let mut bench = Bench::new(8, 100, 4, 100);
-    let new = NewGroup { id: RequestId(0), prompt: vec![1; 8], samples: 1, prompt_logits: true };
+    let new = NewGroup { prompt_logits: true, ..group(0, 8, 1) };
     bench.scheduler.add(new, &bench.cache).unwrap();
     let mut rows = Vec::new();
     for _ in 0..4 {

@@ -569,14 +569,14 @@ fn split_operands(text: &str) -> Vec<String> {
     parts.iter().map(|part| part.trim().to_owned()).collect()
 }
 
+/// From an entry point and its text to the text that runs.
+type AlterText = dyn Fn(&str, &str) -> String;
+
 /// The interpreter as a machine. Kernels run with the text that `alter` makes of theirs.
 pub struct Interpreter {
     memory: Memory,
-    alter: Box<Alter>,
+    alter: Box<AlterText>,
 }
-
-/// Makes the text to run of an entry point and its text.
-type Alter = dyn Fn(&str, &str) -> String;
 
 impl Interpreter {
     pub fn new(alter: impl Fn(&str, &str) -> String + 'static) -> Self {
