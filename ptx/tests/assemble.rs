@@ -109,7 +109,7 @@ fn a_variant_for_every_gpu() {
         let variants: Vec<Kernel> =
             kernels.iter().filter(|k| k.entry() == kernel.entry() || k.entry() == small).cloned().collect();
         let jobs = all_jobs(&variants);
-        for arch in common::ARCHS.iter().filter(|arch| arch.runs(kernel)) {
+        for arch in ARCHS.iter().filter(|arch| arch.runs(kernel)) {
             let found = jobs.iter().any(|(_, on)| on.name == arch.name);
             assert!(found, "neither {} nor {small} fits {}", kernel.entry(), arch.name);
         }

@@ -188,7 +188,7 @@ fn random_cases_turn_keys_and_queries_as_plain_code_does() {
             eprintln!("SKIPPED: {cache} caches need sm_89");
             continue;
         }
-        for unit in [8, 8, 1] {
+        for unit in [8, 8, 1, 1] {
             (0..run_cases(12)).for_each(|_| check(Case { source, cache, unit, seed: random.next() }));
         }
     }

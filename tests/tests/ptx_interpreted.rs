@@ -167,3 +167,12 @@ fn planted_faults_are_found() {
     }
     assert!(survived.is_empty(), "no test found: {survived:#?}");
 }
+
+#[test]
+fn every_fault_is_listed_in_the_documentation() {
+    let listed = include_str!("../../docs/kernel-testing.md");
+    for fault in [faults::WRITE_KV, faults::MERGE_STATES, faults::DECODE].concat() {
+        let row = format!("| `{}` | {} | {} |", fault.family, fault.name, fault.breaks);
+        assert!(listed.contains(&row), "docs/kernel-testing.md lacks the row\n{row}");
+    }
+}

@@ -258,7 +258,7 @@ impl RotaryTensors {
         // The queries are compared as one more cache would be, in their own type.
         let as_source = Tensors { config: self.source_config(), ..self.plain.clone() };
         as_source
-            .compare(&[expected.queries.clone()], &[queries])
+            .compare(std::slice::from_ref(&expected.queries), &[queries])
             .map_err(|error| format!("queries: {error}"))?;
         Ok(())
     }
