@@ -189,18 +189,22 @@ pub(super) unsafe fn dots<L: Lanes, T: Weight, const MR: usize, const NR: usize>
             fill(&mut last_weight, tile.weight.add(k - rest), k, rest);
         }
         let mut sums = [L::zeros(); MAX_SUMS];
-        let all = (Rows { start: tile.x, stride: k }, Rows { start: tile.weight, stride: k });
-        let end = (
-            Rows { start: last_x.as_ptr().cast(), stride: LANES },
-            Rows { start: last_weight.as_ptr().cast(), stride: LANES },
-        );
-        let parts = [(all, k / LANES), (end, usize::from(rest > 0))];
+        let whole = Stretch {
+            x: Rows { start: tile.x, stride: k },
+            weight: Rows { start: tile.weight, stride: k },
+            count: k / LANES,
+        };
+        let end = Stretch {
+            x: Rows { start: last_x.as_ptr().cast(), stride: LANES },
+            weight: Rows { start: last_weight.as_ptr().cast(), stride: LANES },
+            count: usize::from(rest > 0),
+        };
         // One row waits for memory, so it takes the weights in their order; two registers are the sixteen lanes of
         // the only instruction set for which that differs.
         if MR == 1 && L::PARTS == 2 {
-            passes::<L, T, MR, NR, 2>(&mut sums, parts, tile.ahead);
+            passes::<L, T, MR, NR, 2>(&mut sums, [whole, end], tile.ahead);
         } else {
-            passes::<L, T, MR, NR, 1>(&mut sums, parts, tile.ahead);
+            passes::<L, T, MR, NR, 1>(&mut sums, [whole, end], tile.ahead);
         }
         let mut totals = [0.0f32; MAX_SUMS];
         for i in 0..(MR * NR).div_ceil(4) {
@@ -226,6 +230,14 @@ struct Rows<T> {
     stride: usize,
 }
 
+/// Steps of sixteen elements of activations and weights.
+#[derive(Clone, Copy)]
+struct Stretch<T> {
+    x: Rows<f32>,
+    weight: Rows<T>,
+    count: usize,
+}
+
 impl<T> Rows<T> {
     /// From element `at` of each row on.
     ///
@@ -245,11 +257,10 @@ impl<T> Rows<T> {
 ///
 /// # Safety
 /// Those of [`steps`] for each stretch; `MR · NR ≤ MAX_SUMS`.
-#[expect(clippy::needless_range_loop, reason = "indices of two arrays each")]
 #[inline(always)]
 unsafe fn passes<L: Lanes, T: Weight, const MR: usize, const NR: usize, const P: usize>(
     sums: &mut [L::All; MAX_SUMS],
-    stretches: [((Rows<f32>, Rows<T>), usize); 2],
+    stretches: [Stretch<T>; 2],
     mut ahead: Ahead,
 ) {
     // SAFETY: the caller's.
@@ -257,7 +268,7 @@ unsafe fn passes<L: Lanes, T: Weight, const MR: usize, const NR: usize, const P:
         for pass in 0..L::PARTS / P {
             let lanes = pass * P * L::WIDTH;
             let mut acc = [[[L::zero(); P]; NR]; MR];
-            for ((x, weight), count) in stretches {
+            for Stretch { x, weight, count } in stretches {
                 steps::<L, T, MR, NR, P>(&mut acc, x.from(lanes), weight.from(lanes), count, &mut ahead);
             }
             for m in 0..MR {
