@@ -21,6 +21,10 @@ pub(super) struct Gather<'a, T> {
 }
 
 /// Keys or values of a chunk: as they are stored, or a head's converted.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "two are alive at a time, on the stack; a run allocates nothing"
+)]
 pub(super) enum Source<'a, T> {
     Stored(Heads<'a, T>),
     Converted(RowPointers<f32>),

@@ -188,19 +188,23 @@ pub(super) unsafe fn dots<L: Lanes, T: Weight, const MR: usize, const NR: usize>
             fill(&mut last_x, tile.x.add(k - rest), k, rest);
             fill(&mut last_weight, tile.weight.add(k - rest), k, rest);
         }
-        let mut acc = [[L::zeros(); NR]; MR];
-        let (x, weight) = (Rows { start: tile.x, stride: k }, Rows { start: tile.weight, stride: k });
-        steps::<L, T, MR, NR>(&mut acc, x, weight, k / LANES, tile.ahead);
-        if rest > 0 {
-            let x = Rows { start: last_x.as_ptr().cast(), stride: LANES };
-            let weight = Rows { start: last_weight.as_ptr().cast(), stride: LANES };
-            steps::<L, T, MR, NR>(&mut acc, x, weight, 1, Ahead::NONE);
-        }
         let mut sums = [L::zeros(); MAX_SUMS];
-        for m in 0..MR {
-            for n in 0..NR {
-                sums[m * NR + n] = acc[m][n];
-            }
+        let whole = Stretch {
+            x: Rows { start: tile.x, stride: k },
+            weight: Rows { start: tile.weight, stride: k },
+            count: k / LANES,
+        };
+        let end = Stretch {
+            x: Rows { start: last_x.as_ptr().cast(), stride: LANES },
+            weight: Rows { start: last_weight.as_ptr().cast(), stride: LANES },
+            count: usize::from(rest > 0),
+        };
+        // One row waits for memory, so it takes the weights in their order; two registers are the sixteen lanes of
+        // the only instruction set for which that differs.
+        if MR == 1 && L::PARTS == 2 {
+            passes::<L, T, MR, NR, 2>(&mut sums, [whole, end], tile.ahead);
+        } else {
+            passes::<L, T, MR, NR, 1>(&mut sums, [whole, end], tile.ahead);
         }
         let mut totals = [0.0f32; MAX_SUMS];
         for i in 0..(MR * NR).div_ceil(4) {
@@ -226,22 +230,74 @@ struct Rows<T> {
     stride: usize,
 }
 
-/// Adds `count` steps of sixteen elements to the sums.
-///
-/// # Safety
-/// That of [`Lanes`]; `x` has `MR` rows and `weight` has `NR` rows of `count` such steps.
-#[expect(clippy::needless_range_loop, reason = "indices of three arrays each, and of memory")]
-#[inline(always)]
-unsafe fn steps<L: Lanes, T: Weight, const MR: usize, const NR: usize>(
-    acc: &mut [[L::All; NR]; MR],
+/// Steps of sixteen elements of activations and weights.
+#[derive(Clone, Copy)]
+struct Stretch<T> {
     x: Rows<f32>,
     weight: Rows<T>,
     count: usize,
-    ahead: Ahead,
+}
+
+impl<T> Rows<T> {
+    /// From element `at` of each row on.
+    ///
+    /// # Safety
+    /// The rows have it.
+    #[inline(always)]
+    unsafe fn from(self, at: usize) -> Self {
+        // SAFETY: the caller's.
+        Self { start: unsafe { self.start.add(at) }, ..self }
+    }
+}
+
+/// Dot products over some stretches of rows, each of a number of steps of sixteen elements.
+///
+/// Lanes do not meet before the sum, so a tile goes through the registers of the sixteen `P` at a time: the fewer, the
+/// more dot products stay in registers, and the more of them each widened weight serves.
+///
+/// # Safety
+/// Those of [`steps`] for each stretch; `MR · NR ≤ MAX_SUMS`.
+#[inline(always)]
+unsafe fn passes<L: Lanes, T: Weight, const MR: usize, const NR: usize, const P: usize>(
+    sums: &mut [L::All; MAX_SUMS],
+    stretches: [Stretch<T>; 2],
+    mut ahead: Ahead,
 ) {
     // SAFETY: the caller's.
     unsafe {
-        let Ahead { start: mut next, end: ahead_end, per_step } = ahead;
+        for pass in 0..L::PARTS / P {
+            let lanes = pass * P * L::WIDTH;
+            let mut acc = [[[L::zero(); P]; NR]; MR];
+            for Stretch { x, weight, count } in stretches {
+                steps::<L, T, MR, NR, P>(&mut acc, x.from(lanes), weight.from(lanes), count, &mut ahead);
+            }
+            for m in 0..MR {
+                for n in 0..NR {
+                    for p in 0..P {
+                        sums[m * NR + n][pass * P + p] = acc[m][n][p];
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Adds to the sums, of each of `count` steps of sixteen elements, the first `P` registers.
+///
+/// # Safety
+/// That of [`Lanes`]; `x` has `MR` rows and `weight` has `NR` rows of as many elements.
+#[expect(clippy::needless_range_loop, reason = "indices of three arrays each, and of memory")]
+#[inline(always)]
+unsafe fn steps<L: Lanes, T: Weight, const MR: usize, const NR: usize, const P: usize>(
+    acc: &mut [[[L::Register; P]; NR]; MR],
+    x: Rows<f32>,
+    weight: Rows<T>,
+    count: usize,
+    ahead: &mut Ahead,
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        let Ahead { start: mut next, end: ahead_end, per_step } = *ahead;
         for step in 0..count {
             if next < ahead_end {
                 let end = next.wrapping_add(per_step);
@@ -250,8 +306,8 @@ unsafe fn steps<L: Lanes, T: Weight, const MR: usize, const NR: usize>(
                     next = next.wrapping_add(LINE);
                 }
             }
-            for part in 0..L::PARTS {
-                let at = step * LANES + part * L::WIDTH;
+            for p in 0..P {
+                let at = step * LANES + p * L::WIDTH;
                 let mut w = [L::zero(); NR];
                 for n in 0..NR {
                     w[n] = T::load::<L>(weight.start.add(n * weight.stride + at));
@@ -259,11 +315,12 @@ unsafe fn steps<L: Lanes, T: Weight, const MR: usize, const NR: usize>(
                 for m in 0..MR {
                     let x = L::load(x.start.add(m * x.stride + at));
                     for n in 0..NR {
-                        acc[m][n][part] = L::multiply_add(x, w[n], acc[m][n][part]);
+                        acc[m][n][p] = L::multiply_add(x, w[n], acc[m][n][p]);
                     }
                 }
             }
         }
+        ahead.start = next;
     }
 }
 

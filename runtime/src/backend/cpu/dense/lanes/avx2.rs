@@ -5,7 +5,7 @@ use super::{Lanes, Weight};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
-/// 16 registers: 3 rows × 2 weights, 12 registers of sums.
+/// 16 registers: 4 rows × 3 weights, 12 registers of sums.
 #[derive(Clone, Copy)]
 pub(in super::super) struct Avx2;
 
@@ -13,7 +13,7 @@ impl Lanes for Avx2 {
     type Register = __m256;
     type All = [__m256; 2];
     const WIDTH: usize = 8;
-    const TILE_ROWS: usize = 3;
+    const TILE_ROWS: usize = 4;
 
     #[inline(always)]
     unsafe fn zero() -> __m256 {
@@ -92,8 +92,9 @@ impl Lanes for Avx2 {
         unsafe {
             match tile.rows {
                 1 => strip::<Self, T, 1, 4>(tile, ahead),
-                2 => strip::<Self, T, 2, 3>(tile, ahead),
-                _ => strip::<Self, T, 3, 2>(tile, ahead),
+                2 => strip::<Self, T, 2, 6>(tile, ahead),
+                3 => strip::<Self, T, 3, 4>(tile, ahead),
+                _ => strip::<Self, T, 4, 3>(tile, ahead),
             }
         }
     }
