@@ -6,6 +6,7 @@ use pagewise_attention::DType;
 use pagewise_attention::conformance::{
     self, Case, CaseMask, Cpu, Layout, Operation, Outcome, Rows, ScaleKind, SequenceShape, Tables,
 };
+use pagewise_attention::cpu::Level;
 use proptest::prelude::*;
 
 fn sequence() -> impl Strategy<Value = SequenceShape> {
@@ -67,13 +68,20 @@ prop_compose! {
     }
 }
 
+/// Runs a case on one of the instruction sets of this processor, by its seed.
 fn check(case: &Case) -> Result<(), TestCaseError> {
-    match conformance::run_case(&mut Cpu::default(), case).outcome {
+    match conformance::run_case(&mut Cpu::with_level(level(case)), case).outcome {
         Outcome::Passed(_) => Ok(()),
         Outcome::Failed(reason) | Outcome::Skipped(reason) => {
-            Err(TestCaseError::fail(format!("{reason}\n    PAGEWISE_CASE=\"{case}\"")))
+            let level = level(case).name();
+            Err(TestCaseError::fail(format!("{level}: {reason}\n    PAGEWISE_CASE=\"{case}\"")))
         }
     }
+}
+
+fn level(case: &Case) -> Level {
+    let levels: Vec<Level> = Level::ALL.into_iter().filter(|level| level.is_available()).collect();
+    levels[case.seed as usize % levels.len()]
 }
 
 proptest! {
@@ -115,6 +123,7 @@ fn one_case() {
     let line = std::env::var("PAGEWISE_CASE").unwrap_or_else(|_| {
         "attention q=f32 kv=bf16 heads=4/2 dim=64 block=16 mask=causal sequences=3:40 seed=1".into()
     });
-    let result = conformance::run_case(&mut Cpu::default(), &line.parse().unwrap());
+    let case: Case = line.parse().unwrap();
+    let result = conformance::run_case(&mut Cpu::with_level(level(&case)), &case);
     assert!(matches!(result.outcome, Outcome::Passed(_)), "{result:?}");
 }

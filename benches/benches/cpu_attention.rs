@@ -2,8 +2,9 @@
 //!
 //! `cargo bench -p pagewise-benches --bench cpu_attention [-- WORDS]` prints one line a case; with words, only
 //! cases whose name contains one of them. Decode is bound by reading the cache once, so it is given as a
-//! fraction of the bandwidth that plain summing of a large buffer reaches in the same run; prefill is bound by
-//! arithmetic and given in multiply-adds.
+//! fraction of the bandwidth that plain summing of a large buffer reaches; prefill is bound by arithmetic and
+//! given in multiply-adds. Runs and summing take turns, so that what else the machine does slows both, and the
+//! fraction is the median over the turns.
 
 use pagewise_attention::conformance::{Agreement, AttentionData, Case, Reference};
 use pagewise_attention::cpu::{Inputs, Level, Outputs, Plan};
@@ -61,18 +62,14 @@ const CASES: &[(&str, &str)] = &[
 fn main() {
     // `cargo bench` passes `--bench`; what is no option chooses cases.
     let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
-    let bandwidth = read_bandwidth();
-    println!(
-        "{} threads, {}, read bandwidth {bandwidth:.1} GB/s",
-        rayon::current_num_threads(),
-        Level::detect().name()
-    );
+    println!("{} threads, {}", rayon::current_num_threads(), Level::detect().name());
+    let yardstick = Yardstick::new();
     let mut failed = false;
     for (name, line) in CASES {
         if !words.is_empty() && !words.iter().any(|word| name.contains(word.as_str())) {
             continue;
         }
-        match bench(line, bandwidth) {
+        match bench(line, &yardstick) {
             Ok(text) => println!("{name:24} {text}"),
             Err(error) => {
                 failed = true;
@@ -86,7 +83,7 @@ fn main() {
 }
 
 /// Checks a case, times it, and says what it reached.
-fn bench(line: &str, bandwidth: f64) -> Result<String, String> {
+fn bench(line: &str, yardstick: &Yardstick) -> Result<String, String> {
     let case: Case = line.parse().map_err(|error| format!("{error}"))?;
     let data = AttentionData::generate(&case);
     let task = data.task().map_err(|error| error.to_string())?;
@@ -102,50 +99,76 @@ fn bench(line: &str, bandwidth: f64) -> Result<String, String> {
         plan.run(&inputs, &mut Outputs { out: out.as_mut(), lse }).map_err(|error| error.to_string())
     };
     run(Some(&mut lse))?;
-    let times = time(|| run(None))?;
+    let turns = take_turns(|| run(None), yardstick)?;
     let reference = Reference::attention(&data);
     Agreement::of_attention(&data, &reference, 0.0, &before, &out, Some(&lse))?;
 
     let config = &data.config;
-    let median = times[times.len() / 2].as_secs_f64();
     let keys: usize = case.sequences.iter().map(|shape| shape.keys).sum();
     let dims = config.head_dim_qk + config.head_dim_v;
     let bytes = (keys * config.kv_heads * dims * config.kv_dtype.size()) as f64;
     let pairs: usize = reference.rows.iter().map(|row| row.keys).sum();
-    let (rate, flops) = (bytes / median / 1e9, 2.0 * (pairs * dims) as f64 / median / 1e9);
+    let time = median(turns.iter().map(|turn| turn.time));
+    let best = turns.iter().map(|turn| turn.time).fold(f64::INFINITY, f64::min);
+    let bandwidth = median(turns.iter().map(|turn| turn.bandwidth));
+    let share = median(turns.iter().map(|turn| bytes / turn.time / turn.bandwidth));
+    let (rate, flops) = (bytes / time / 1e9, 2.0 * (pairs * dims) as f64 / time / 1e9);
     Ok(format!(
-        "{:9.3} ms  (best {:.3})  {rate:6.1} GB/s = {:3.0}% of read bandwidth  {flops:6.1} GFLOP/s",
-        median * 1e3,
-        times[0].as_secs_f64() * 1e3,
-        100.0 * rate / bandwidth,
+        "{:9.3} ms  (best {:.3})  {rate:6.1} GB/s = {:3.0}% of {:.1} GB/s read  {flops:6.1} GFLOP/s",
+        time * 1e3,
+        best * 1e3,
+        100.0 * share,
+        bandwidth / 1e9,
     ))
 }
 
-/// Sorted times of a second's worth of runs, at least five.
-fn time(mut run: impl FnMut() -> Result<(), String>) -> Result<Vec<Duration>, String> {
-    let (begin, mut times) = (Instant::now(), Vec::new());
-    while times.len() < 5 || (begin.elapsed() < Duration::from_secs(1) && times.len() < 10_000) {
-        let start = Instant::now();
-        run()?;
-        times.push(start.elapsed());
-    }
-    times.sort();
-    Ok(times)
+/// What was measured together.
+struct Turn {
+    /// Seconds of a run, the median of some.
+    time: f64,
+    /// Bytes a second that summing read.
+    bandwidth: f64,
 }
 
-/// The best of several runs in which all threads sum a buffer far larger than the caches, in GB/s.
-fn read_bandwidth() -> f64 {
-    use rayon::prelude::*;
-    let buffer = vec![1u64; 1 << 26];
-    let bytes = size_of_val(&buffer[..]) as f64;
-    let best = (0..7).map(|_| {
+/// Three seconds' worth of turns, at least five.
+fn take_turns(
+    mut run: impl FnMut() -> Result<(), String>,
+    yardstick: &Yardstick,
+) -> Result<Vec<Turn>, String> {
+    let (begin, mut turns) = (Instant::now(), Vec::new());
+    while turns.len() < 5 || begin.elapsed() < Duration::from_secs(3) {
+        let (start, mut times) = (Instant::now(), Vec::new());
+        while times.is_empty() || start.elapsed() < Duration::from_millis(30) {
+            let start = Instant::now();
+            run()?;
+            times.push(start.elapsed().as_secs_f64());
+        }
+        turns.push(Turn { time: median(times.into_iter()), bandwidth: yardstick.bandwidth() });
+    }
+    Ok(turns)
+}
+
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// A buffer far larger than the caches.
+struct Yardstick(Vec<u64>);
+
+impl Yardstick {
+    fn new() -> Self {
+        Self(vec![1; 1 << 24])
+    }
+
+    /// Bytes a second when all threads sum the buffer.
+    fn bandwidth(&self) -> f64 {
+        use rayon::prelude::*;
         let start = Instant::now();
-        let sum: u64 = buffer
-            .par_chunks(1 << 17)
-            .map(|chunk| chunk.iter().fold(0u64, |sum, &x| sum.wrapping_add(x)))
-            .reduce(|| 0, u64::wrapping_add);
+        let chunks = self.0.par_chunks(1 << 17);
+        let sum: u64 = chunks.map(|chunk| chunk.iter().fold(0u64, |sum, &x| sum.wrapping_add(x))).sum();
         black_box(sum);
-        start.elapsed()
-    });
-    bytes / best.min().map_or(1.0, |time| time.as_secs_f64()) / 1e9
+        size_of_val(&self.0[..]) as f64 / start.elapsed().as_secs_f64()
+    }
 }

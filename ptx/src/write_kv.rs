@@ -256,6 +256,7 @@ impl WriteKv {
                 params: PARAMS.to_vec(),
                 max_threads: MAX_THREADS,
                 static_shared: 0,
+                dynamic_shared: 0,
             },
         })
     }

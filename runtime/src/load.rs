@@ -187,7 +187,14 @@ pub fn load(
     let max_model_len = max_model_len(options, &config)?;
 
     let weights = match options.load_format {
-        LoadFormat::Auto => WeightSource::Files { weights: Weights::open(&path)?, dtype: options.dtype },
+        LoadFormat::Auto => {
+            let weights = Weights::open(&path)?;
+            // Weights that fill the memory would push out their own first pages.
+            if machine_memory().is_none_or(|memory| weights.file_bytes() <= memory / 2) {
+                weights.page_in();
+            }
+            WeightSource::Files { weights, dtype: options.dtype }
+        }
         LoadFormat::Dummy => dummy_weights(&config, options.dtype.unwrap_or(DType::Bf16))?,
     };
     progress(LoadProgress::Stage("reading the tokenizer"));

@@ -1,7 +1,7 @@
 //! Element types of caches as Rust types, and the scalar conversions between them and `f32`.
 //! Rounding is to nearest, ties to even; the 8-bit types saturate at their largest finite value.
 
-use super::lanes::Lanes;
+use super::lanes::Vector;
 use half::{bf16, f16};
 
 /// An fp8 E4M3 element (OCP OFP8: no infinities, NaN is `0x7f` and `0xff`).
@@ -22,11 +22,11 @@ pub(super) trait Element: Copy + Send + Sync + 'static {
     /// Rounded to nearest, ties to even.
     fn from_f32(value: f32) -> Self;
 
-    /// Sixteen elements, exactly.
+    /// As many elements as the vector has lanes, exactly.
     ///
     /// # Safety
-    /// `from` is valid for reads of sixteen elements.
-    unsafe fn load<L: Lanes>(from: *const Self) -> L;
+    /// `from` is valid for reads of as many elements.
+    unsafe fn load<V: Vector>(from: *const Self) -> V;
 }
 
 impl Element for f32 {
@@ -41,9 +41,9 @@ impl Element for f32 {
     }
 
     #[inline(always)]
-    unsafe fn load<L: Lanes>(from: *const Self) -> L {
+    unsafe fn load<V: Vector>(from: *const Self) -> V {
         // SAFETY: the caller's.
-        unsafe { L::load(from) }
+        unsafe { V::load(from) }
     }
 }
 
@@ -59,9 +59,9 @@ impl Element for f16 {
     }
 
     #[inline(always)]
-    unsafe fn load<L: Lanes>(from: *const Self) -> L {
+    unsafe fn load<V: Vector>(from: *const Self) -> V {
         // SAFETY: the caller's; `f16` is a transparent `u16`.
-        unsafe { L::load_f16(from.cast()) }
+        unsafe { V::load_f16(from.cast()) }
     }
 }
 
@@ -77,9 +77,9 @@ impl Element for bf16 {
     }
 
     #[inline(always)]
-    unsafe fn load<L: Lanes>(from: *const Self) -> L {
+    unsafe fn load<V: Vector>(from: *const Self) -> V {
         // SAFETY: the caller's; `bf16` is a transparent `u16`.
-        unsafe { L::load_bf16(from.cast()) }
+        unsafe { V::load_bf16(from.cast()) }
     }
 }
 
@@ -114,9 +114,9 @@ impl Element for E4m3 {
     }
 
     #[inline(always)]
-    unsafe fn load<L: Lanes>(from: *const Self) -> L {
+    unsafe fn load<V: Vector>(from: *const Self) -> V {
         // SAFETY: the caller's; `E4m3` is a transparent `u8`.
-        unsafe { L::load_e4m3(from.cast()) }
+        unsafe { V::load_e4m3(from.cast()) }
     }
 }
 
@@ -144,9 +144,9 @@ impl Element for E5m2 {
     }
 
     #[inline(always)]
-    unsafe fn load<L: Lanes>(from: *const Self) -> L {
+    unsafe fn load<V: Vector>(from: *const Self) -> V {
         // SAFETY: the caller's; `E5m2` is a transparent `u8`.
-        unsafe { L::load_e5m2(from.cast()) }
+        unsafe { V::load_e5m2(from.cast()) }
     }
 }
 

@@ -3,7 +3,7 @@
 
 use super::CHUNK;
 use super::elements::Element;
-use super::kernel::{Convert, RowPointers};
+use super::kernel::{Convert, Heads, RowPointers};
 use super::lanes::{LANES, Lanes};
 use super::run::padded;
 use crate::KvStrides;
@@ -20,9 +20,9 @@ pub(super) struct Gather<'a, T> {
     pub(super) block_size: usize,
 }
 
-/// Keys or values of a chunk: as they are stored, or converted.
-pub(super) enum Source<T> {
-    Stored(RowPointers<T>),
+/// Keys or values of a chunk: as they are stored, or a head's converted.
+pub(super) enum Source<'a, T> {
+    Stored(Heads<'a, T>),
     Converted(RowPointers<f32>),
 }
 
@@ -57,19 +57,19 @@ impl<T: Element> Gather<'_, T> {
         !self.dim.is_multiple_of(LANES) || (many_rows && size_of::<T>() != size_of::<f32>())
     }
 
-    /// The rows of `keys` converted into `buffer`, `[CHUNK, padded(dim)]`, whose padding is 0.
+    /// The rows of `keys` of the first head converted into `buffer`, `[CHUNK, padded(dim)]`, whose padding is 0.
     pub(super) fn convert<L: Lanes>(
         &self,
         first: usize,
         keys: Range<usize>,
-        pointers: &RowPointers<T>,
+        rows: Heads<'_, T>,
         buffer: &mut [f32],
     ) -> RowPointers<f32> {
         let (dim, width) = (self.dim, padded(self.dim));
         let keys = keys.start - first..keys.end - first;
         debug_assert!(buffer.len() >= CHUNK * width);
         let to = buffer.as_mut_ptr();
-        let convert = Convert { pointers, keys: keys.clone(), dim, width, to };
+        let convert = Convert { rows, keys: keys.clone(), dim, width, to };
         // SAFETY: each key's row lies in the cache (`Inputs::check`) and has a place in the buffer.
         unsafe { L::enter(convert) };
         let mut converted: RowPointers<f32> = [to.cast_const(); CHUNK + LANES];

@@ -1,21 +1,24 @@
-//! The inner loops of attention over one chunk of keys, for a batch of one to four rows: scores
-//! (rows · keysᵀ), softmax of the scores, weighted sums of values; and the small loops around them.
+//! The inner loops of attention over one chunk of keys: scores (rows · keysᵀ), softmax of the scores, weighted
+//! sums of values; and the small loops around them.
 //!
 //! A key or a value is a row of `16 · n` elements found through a list of pointers, so that these loops know
-//! neither blocks nor strides. Bits of a row are the same for every size of batch and tile: a dot product is
-//! one chain of multiply-adds for each lane and a fixed tree; a weighted sum is one chain over the keys.
+//! neither blocks nor strides. They go through a chunk strip by strip, all heads of a strip before the next, so
+//! that memory is read in order whether a token's heads or a head's tokens lie side by side. Bits of a row are
+//! the same for every group, strip and tile: a dot product is one chain of multiply-adds for each lane and a
+//! fixed tree; a weighted sum is one chain over the keys.
 //!
 //! Registers travel in arrays that are indexed by constants only, in plain loops (see
 //! [`Kernel`]).
 #![expect(clippy::needless_range_loop, reason = "iterators over arrays of registers keep them in memory")]
 
 use super::CHUNK;
+use super::ahead::Ahead;
 use super::elements::Element;
-use super::lanes::{Kernel, LANES, Lanes};
+use super::lanes::{Kernel, LANES, Lanes, Vector};
 use super::math;
 use std::ops::Range;
 
-/// Rows that go through the loops together.
+/// Rows that share the keys and values in registers.
 pub(super) const ROWS: usize = 4;
 
 /// Distance between two rows of scores: a chunk, and what a tile may write past its end.
@@ -25,65 +28,89 @@ pub(super) const SCORE_STRIDE: usize = CHUNK + LANES;
 /// reach past the end.
 pub(super) type RowPointers<T> = [*const T; CHUNK + LANES];
 
-/// Rows of keys and values that will be read soon, in the order in which they lie in memory: that is what a
-/// processor's own prefetching follows, and it reaches further than the few lines that a core can ask for.
-pub(super) struct Ahead<'a, T> {
-    /// Keys and values: a token's row of the first head.
-    pub(super) rows: [&'a RowPointers<T>; 2],
-    /// Elements from a head to the next.
-    pub(super) head_strides: [usize; 2],
-    /// Elements of a row.
-    pub(super) dims: [usize; 2],
-    pub(super) heads: usize,
-    /// The tokens, as places in their chunk.
-    pub(super) tokens: Range<usize>,
-    /// Whether a head's tokens lie side by side, rather than a token's heads.
-    pub(super) head_major: bool,
-    /// What comes next: keys (0) or values (1), token, head.
-    pub(super) next: (usize, usize, usize),
+/// A chunk's keys or values for some heads.
+pub(super) struct Heads<'a, T> {
+    /// A token's row of some head.
+    pub(super) pointers: &'a RowPointers<T>,
+    /// Elements from there to the first head's row.
+    pub(super) first: usize,
+    /// Elements from a head's row to the next one's.
+    pub(super) stride: usize,
 }
 
-impl<T> Ahead<'_, T> {
-    /// Asks for the memory of the next row.
+impl<T> Heads<'_, T> {
+    /// Elements from a token's pointer to its row of a head.
     #[inline(always)]
-    fn step<L: Lanes>(&mut self) {
-        const LINE: usize = 64;
-        let (tensor, token, head) = self.next;
-        if tensor == 2 {
-            return;
-        }
-        let row = self.rows[tensor][token].wrapping_add(head * self.head_strides[tensor]).cast::<u8>();
-        let mut line = 0;
-        while line < self.dims[tensor] * size_of::<T>() {
-            L::prefetch(row.wrapping_add(line));
-            line += LINE;
-        }
-        self.next = match self.head_major {
-            true if token + 1 < self.tokens.end => (tensor, token + 1, head),
-            true if head + 1 < self.heads => (tensor, self.tokens.start, head + 1),
-            false if head + 1 < self.heads => (tensor, token, head + 1),
-            false if token + 1 < self.tokens.end => (tensor, token + 1, 0),
-            _ => (tensor + 1, self.tokens.start, 0),
-        };
+    pub(super) fn offset(&self, head: usize) -> usize {
+        self.first + head * self.stride
     }
 }
 
-/// Dot products of some rows of queries with keys of a chunk, into `scores[row · SCORE_STRIDE + key]`. Up to
+impl<T> Clone for Heads<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Heads<'_, T> {}
+
+/// Rows of queries that go through a chunk together, `[heads, rows]`: those of a head share its keys.
+#[derive(Clone, Copy)]
+pub(super) struct Group {
+    pub(super) heads: usize,
+    pub(super) rows: usize,
+}
+
+/// Loops over a tile of `R` rows and `N` keys or registers of values, whose accumulators stay in registers.
+trait Tiles {
+    /// The rows `row..row + R` of the head `head`.
+    fn rows<L: Lanes, const R: usize, const N: usize>(&mut self, head: usize, row: usize, keys: Range<usize>);
+
+    /// All rows of all heads against the keys, a strip at a time.
+    #[inline(always)]
+    fn strips<L: Lanes>(&mut self, group: Group, keys: Range<usize>, strip: usize) {
+        let mut start = keys.start;
+        while start < keys.end {
+            let end = keys.end.min((start / strip + 1) * strip);
+            for head in 0..group.heads {
+                let mut row = 0;
+                while row < group.rows {
+                    let keys = start..end;
+                    match (group.rows - row, L::REGISTERS >= 32) {
+                        (1, _) => self.rows::<L, 1, 8>(head, row, keys),
+                        (2, true) => self.rows::<L, 2, 8>(head, row, keys),
+                        (2, false) => self.rows::<L, 2, 4>(head, row, keys),
+                        (3, true) => self.rows::<L, 3, 4>(head, row, keys),
+                        (3, false) => self.rows::<L, 3, 2>(head, row, keys),
+                        (_, true) => self.rows::<L, 4, 4>(head, row, keys),
+                        (_, false) => self.rows::<L, 4, 2>(head, row, keys),
+                    }
+                    row += ROWS;
+                }
+            }
+            start = end;
+        }
+    }
+}
+
+/// Dot products of a group of queries with keys of a chunk, into `scores[row · SCORE_STRIDE + key]`. Up to
 /// 15 scores behind the last one are overwritten.
 ///
 /// # Safety
 /// It may be run only if
-/// - `q` is valid for reads of `rows` rows `16 · vectors` apart, each of as many elements,
-/// - `pointers[keys.start..keys.end + 15]` are valid for reads of `16 · vectors` elements each,
-/// - `scores` is valid for writes of `ROWS · SCORE_STRIDE` elements, `rows ≤ ROWS` and `keys.end ≤ CHUNK`.
+/// - `q` is valid for reads of the group's rows `16 · vectors` apart, each of as many elements,
+/// - the rows of `keys.start..keys.end + 15` of each head are valid for reads of `16 · vectors` elements each,
+/// - `scores` is valid for writes of the group's rows `SCORE_STRIDE` apart, each of as many elements, and
+///   `keys.end ≤ CHUNK`.
 pub(super) struct Scores<'a, 'n, T, N> {
-    pub(super) rows: usize,
+    pub(super) group: Group,
     pub(super) q: *const f32,
     pub(super) vectors: usize,
-    pub(super) pointers: &'a RowPointers<T>,
+    pub(super) k: Heads<'a, T>,
     pub(super) keys: Range<usize>,
+    /// Keys of a strip, a multiple of sixteen.
+    pub(super) strip: usize,
     pub(super) scores: *mut f32,
-    /// For each key, one more row is asked for.
     pub(super) ahead: Option<&'a mut Ahead<'n, N>>,
 }
 
@@ -92,82 +119,60 @@ impl<T: Element, N> Kernel for Scores<'_, '_, T, N> {
 
     #[inline(always)]
     unsafe fn run<L: Lanes>(mut self) {
-        // The tiles are those whose accumulators fit the registers.
-        if L::ACCUMULATORS >= 16 {
-            match self.rows {
-                1 => self.tiles::<L, 1, 16>(0),
-                2 => self.tiles::<L, 2, 8>(0),
-                3 => self.tiles::<L, 3, 4>(0),
-                _ => self.tiles::<L, 4, 4>(0),
-            }
-        } else {
-            let mut row = 0;
-            while row + 2 <= self.rows {
-                self.tiles::<L, 2, 2>(row);
-                row += 2;
-            }
-            if row < self.rows {
-                self.tiles::<L, 1, 4>(row);
-            }
-        }
+        self.strips::<L>(self.group, self.keys.clone(), self.strip);
     }
 }
 
-impl<T: Element, N> Scores<'_, '_, T, N> {
-    /// The rows from `first` on, in tiles of `R` rows and `K` keys, `R · K ≤ 16`.
+impl<T: Element, N> Tiles for Scores<'_, '_, T, N> {
     #[inline(always)]
-    fn tiles<L: Lanes, const R: usize, const K: usize>(&mut self, first: usize) {
+    fn rows<L: Lanes, const R: usize, const K: usize>(
+        &mut self,
+        head: usize,
+        row: usize,
+        strip: Range<usize>,
+    ) {
         let width = self.vectors * LANES;
-        let mut key = self.keys.start;
-        while key < self.keys.end {
-            let mut sums = [[L::splat(0.0); K]; R];
+        let first = head * self.group.rows + row;
+        let mut key = strip.start;
+        while key < strip.end {
+            if row == 0
+                && let Some(ahead) = self.ahead.as_mut()
+            {
+                ahead.used::<L>(K, 1);
+            }
+            // Lanes of the sums that are not used stay 0.
+            let mut sums = [L::splat(0.0); LANES];
             // SAFETY: see the type; `key + K ≤ keys.end + 15`, and the scores written end before `CHUNK + 16`.
             unsafe {
                 let q = self.q.add(first * width);
-                let scores = self.scores.add(first * SCORE_STRIDE + key);
-                let keys = &*self.pointers.as_ptr().add(key).cast::<[*const T; K]>();
-                if let Some(ahead) = self.ahead.as_mut().filter(|_| first == 0) {
-                    for _ in 0..K {
-                        ahead.step::<L>();
-                    }
-                }
-                for vector in 0..self.vectors {
-                    let mut k = [L::splat(0.0); K];
-                    for i in 0..K {
-                        k[i] = T::load(keys[i].add(vector * LANES));
+                let keys = &*self.k.pointers.as_ptr().add(key).cast::<[*const T; K]>();
+                let offset = self.k.offset(head);
+                for register in 0..LANES / L::Register::WIDTH {
+                    let mut acc = [[L::Register::splat(0.0); K]; R];
+                    let mut at = register * L::Register::WIDTH;
+                    while at < width {
+                        let mut q_at = [L::Register::splat(0.0); R];
+                        for i in 0..R {
+                            q_at[i] = L::Register::load(q.add(i * width + at));
+                        }
+                        for i in 0..K {
+                            let k: L::Register = T::load(keys[i].add(offset + at));
+                            for row in 0..R {
+                                acc[row][i] = q_at[row].fma(k, acc[row][i]);
+                            }
+                        }
+                        at += LANES;
                     }
                     for row in 0..R {
-                        let q = L::load(q.add(row * width + vector * LANES));
                         for i in 0..K {
-                            sums[row][i] = q.fma(k[i], sums[row][i]);
+                            sums[row * K + i] = sums[row * K + i].with_register(register, acc[row][i]);
                         }
                     }
                 }
-                if R * K > 4 {
-                    let mut all = [L::splat(0.0); 16];
-                    for row in 0..R {
-                        for i in 0..K {
-                            all[row * K + i] = sums[row][i];
-                        }
-                    }
-                    let mut flat = [0.0f32; 16];
-                    L::sum16(&all).store(flat.as_mut_ptr());
-                    for row in 0..R {
-                        let to = scores.add(row * SCORE_STRIDE).cast::<[f32; K]>();
-                        to.write(*flat.as_ptr().add(row * K).cast::<[f32; K]>());
-                    }
-                } else {
-                    let mut all = [L::splat(0.0); 4];
-                    for row in 0..R {
-                        for i in 0..K {
-                            all[row * K + i] = sums[row][i];
-                        }
-                    }
-                    let flat = L::sum4(&all);
-                    for row in 0..R {
-                        let to = scores.add(row * SCORE_STRIDE).cast::<[f32; K]>();
-                        to.write(*flat.as_ptr().add(row * K).cast::<[f32; K]>());
-                    }
+                let flat = L::sums(&sums, R * K);
+                for row in 0..R {
+                    let to = self.scores.add((first + row) * SCORE_STRIDE + key).cast::<[f32; K]>();
+                    to.write(*flat.as_ptr().add(row * K).cast::<[f32; K]>());
                 }
             }
             key += K;
@@ -282,21 +287,22 @@ static KEY_INDEX: [f32; CHUNK] = {
     index
 };
 
-/// Adds to each of some rows' weighted sums the values `keys` of a chunk times the row's probabilities.
+/// Adds to the weighted sums of a group's rows the values `keys` of a chunk times the rows' probabilities.
 ///
 /// # Safety
 /// It may be run only if
-/// - `probabilities` is valid for reads of `rows` rows `SCORE_STRIDE` apart, each of `keys.end` elements,
-/// - `pointers[keys]` are valid for reads of `16 · vectors` elements each, `keys.end ≤ CHUNK`,
-/// - `sums` is valid for reads and writes of `rows` rows `16 · vectors` apart, each of as many elements.
+/// - `probabilities` is valid for reads of the group's rows `SCORE_STRIDE` apart, each of `keys.end` elements,
+/// - the rows of `keys` of each head are valid for reads of `16 · vectors` elements each, `keys.end ≤ CHUNK`,
+/// - `sums` is valid for reads and writes of the group's rows `16 · vectors` apart, each of as many elements.
 pub(super) struct WeightedSums<'a, 'n, T, N> {
-    pub(super) rows: usize,
+    pub(super) group: Group,
     pub(super) probabilities: *const f32,
     pub(super) vectors: usize,
-    pub(super) pointers: &'a RowPointers<T>,
+    pub(super) v: Heads<'a, T>,
     pub(super) keys: Range<usize>,
+    /// Keys of a strip.
+    pub(super) strip: usize,
     pub(super) sums: *mut f32,
-    /// For each key, one more row is asked for.
     pub(super) ahead: Option<&'a mut Ahead<'n, N>>,
 }
 
@@ -305,66 +311,67 @@ impl<T: Element, N> Kernel for WeightedSums<'_, '_, T, N> {
 
     #[inline(always)]
     unsafe fn run<L: Lanes>(mut self) {
-        // The tiles are those whose accumulators fit the registers.
-        if L::ACCUMULATORS >= 16 {
-            match self.rows {
-                1 => self.tiles::<L, 1, 8>(0),
-                2 => self.tiles::<L, 2, 8>(0),
-                3 => self.tiles::<L, 3, 4>(0),
-                _ => self.tiles::<L, 4, 4>(0),
+        self.strips::<L>(self.group, self.keys.clone(), self.strip);
+    }
+}
+
+impl<T: Element, N> Tiles for WeightedSums<'_, '_, T, N> {
+    #[inline(always)]
+    fn rows<L: Lanes, const R: usize, const V: usize>(
+        &mut self,
+        head: usize,
+        row: usize,
+        keys: Range<usize>,
+    ) {
+        let registers = self.vectors * (LANES / L::Register::WIDTH);
+        let mut register = 0;
+        while register + V <= registers {
+            if row == 0
+                && let Some(ahead) = self.ahead.as_mut()
+            {
+                ahead.used::<L>(keys.len() * V, registers);
             }
-        } else {
-            let mut row = 0;
-            while row + 2 <= self.rows {
-                self.tiles::<L, 2, 2>(row);
-                row += 2;
-            }
-            if row < self.rows {
-                self.tiles::<L, 1, 4>(row);
-            }
+            self.tile::<L, R, V>(head, row, keys.clone(), register);
+            register += V;
+        }
+        while register < registers {
+            self.tile::<L, R, 1>(head, row, keys.clone(), register);
+            register += 1;
         }
     }
 }
 
 impl<T: Element, N> WeightedSums<'_, '_, T, N> {
-    /// The rows from `first` on, in tiles of `R` rows and `V` vectors, then single vectors.
+    /// `V` registers from `register` on of each row.
     #[inline(always)]
-    fn tiles<L: Lanes, const R: usize, const V: usize>(&mut self, first: usize) {
-        let mut vector = 0;
-        while vector + V <= self.vectors {
-            self.tile::<L, R, V>(first, vector);
-            vector += V;
-        }
-        while vector < self.vectors {
-            self.tile::<L, R, 1>(first, vector);
-            vector += 1;
-        }
-    }
-
-    #[inline(always)]
-    fn tile<L: Lanes, const R: usize, const V: usize>(&mut self, first: usize, vector: usize) {
+    fn tile<L: Lanes, const R: usize, const V: usize>(
+        &mut self,
+        head: usize,
+        row: usize,
+        keys: Range<usize>,
+        register: usize,
+    ) {
         let width = self.vectors * LANES;
+        let first = head * self.group.rows + row;
         // SAFETY: see the type.
         unsafe {
-            let sums = self.sums.add(first * width + vector * LANES);
+            let sums = self.sums.add(first * width + register * L::Register::WIDTH);
             let probabilities = self.probabilities.add(first * SCORE_STRIDE);
-            let mut acc = [[L::splat(0.0); V]; R];
+            let offset = self.v.offset(head) + register * L::Register::WIDTH;
+            let mut acc = [[L::Register::splat(0.0); V]; R];
             for row in 0..R {
                 for i in 0..V {
-                    acc[row][i] = L::load(sums.add(row * width + i * LANES));
+                    acc[row][i] = L::Register::load(sums.add(row * width + i * L::Register::WIDTH));
                 }
             }
-            for key in self.keys.clone() {
-                if let Some(ahead) = self.ahead.as_mut().filter(|_| first == 0 && vector == 0) {
-                    ahead.step::<L>();
-                }
-                let value = self.pointers.get_unchecked(key).add(vector * LANES);
-                let mut values = [L::splat(0.0); V];
+            for key in keys {
+                let value = self.v.pointers.get_unchecked(key).add(offset);
+                let mut values = [L::Register::splat(0.0); V];
                 for i in 0..V {
-                    values[i] = T::load(value.add(i * LANES));
+                    values[i] = T::load(value.add(i * L::Register::WIDTH));
                 }
                 for row in 0..R {
-                    let probability = L::splat(*probabilities.add(row * SCORE_STRIDE + key));
+                    let probability = L::Register::splat(*probabilities.add(row * SCORE_STRIDE + key));
                     for i in 0..V {
                         acc[row][i] = probability.fma(values[i], acc[row][i]);
                     }
@@ -372,7 +379,7 @@ impl<T: Element, N> WeightedSums<'_, '_, T, N> {
             }
             for row in 0..R {
                 for i in 0..V {
-                    acc[row][i].store(sums.add(row * width + i * LANES));
+                    acc[row][i].store(sums.add(row * width + i * L::Register::WIDTH));
                 }
             }
         }
@@ -383,10 +390,10 @@ impl<T: Element, N> WeightedSums<'_, '_, T, N> {
 /// are left alone.
 ///
 /// # Safety
-/// It may be run only if `pointers[keys]` are valid for reads of `dim` elements each and `to` is valid for writes of
+/// It may be run only if the first head's `rows` of `keys` are valid for reads of `dim` elements each and `to` is valid for writes of
 /// `keys.end · width` elements, `dim ≤ width`.
 pub(super) struct Convert<'a, T> {
-    pub(super) pointers: &'a RowPointers<T>,
+    pub(super) rows: Heads<'a, T>,
     pub(super) keys: Range<usize>,
     pub(super) dim: usize,
     pub(super) width: usize,
@@ -401,9 +408,11 @@ impl<T: Element> Kernel for Convert<'_, T> {
         for key in self.keys.clone() {
             // SAFETY: see the type.
             unsafe {
-                let (from, to) = (*self.pointers.get_unchecked(key), self.to.add(key * self.width));
+                let from = self.rows.pointers.get_unchecked(key).add(self.rows.first);
+                let to = self.to.add(key * self.width);
                 for vector in 0..self.dim / LANES {
-                    T::load::<L>(from.add(vector * LANES)).store(to.add(vector * LANES));
+                    let elements: L = T::load(from.add(vector * LANES));
+                    elements.store(to.add(vector * LANES));
                 }
                 for i in self.dim - self.dim % LANES..self.dim {
                     *to.add(i) = (*from.add(i)).to_f32();

@@ -49,7 +49,7 @@ pub(super) fn tanh<L: Lanes>(x: L) -> L {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::lanes::Portable;
+    use crate::cpu::lanes::{Portable, Vector};
 
     #[test]
     fn exp_is_within_two_units_in_the_last_place() {

@@ -35,6 +35,7 @@
 //! # Ok::<(), pagewise_attention::ProblemError>(())
 //! ```
 
+mod ahead;
 mod blocks;
 mod elements;
 mod gather;

@@ -16,10 +16,6 @@ pub(super) const TILE_ROWS: usize = 64;
 /// Rows from which on keys and values are converted to `f32` once a chunk instead of once for each four rows.
 pub(super) const CONVERT_ROWS: usize = 9;
 
-/// Most bytes of keys and values that a tile takes from a chunk, if it takes several heads: that chunk and the
-/// next one, which is on its way, should fit the second-level cache.
-const CHUNK_BYTES: usize = 1 << 18;
-
 /// Multiply-adds below which another thread costs more than it helps.
 const LEAST_SHARE: u64 = 1 << 17;
 
@@ -188,15 +184,11 @@ fn tiles(problem: &Problem<'_>, threads: usize) -> Vec<Tile> {
     // With little else to share out, every key-value head goes its own way.
     let segments: usize = views().map(|(_, view)| view.query_len.min(1) * view.len.div_ceil(SEGMENT)).sum();
     let shares = (2 * threads).div_ceil(segments.max(1));
-    let head_bytes = CHUNK * (config.head_dim_qk + config.head_dim_v) * config.kv_dtype.size();
     let mut tiles = Vec::new();
     for (sequence, view) in views() {
         let rows = heads * view.query_len.min(tile_queries);
         let kv_heads = match rows < CONVERT_ROWS {
-            true => {
-                let most = (TILE_ROWS / rows.max(1)).min(CHUNK_BYTES / head_bytes.max(1));
-                most.min(config.kv_heads.div_ceil(shares)).max(1)
-            }
+            true => (TILE_ROWS / rows.max(1)).min(config.kv_heads.div_ceil(shares)).max(1),
             false => 1,
         };
         for first in (0..view.query_len).step_by(tile_queries) {
@@ -230,3 +222,42 @@ fn visible_keys(
 }
 
 const _: () = assert!(SEGMENT.is_multiple_of(CHUNK) && CHUNK.is_multiple_of(32));
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{AttentionConfig, CacheLayout, DType};
+
+    /// Each key-value head of each key is read once in a decode: its tiles do not overlap, and the units of a
+    /// tile share its segments out.
+    #[test]
+    fn decode_reads_keys_and_values_once() {
+        for (q_heads, kv_heads) in [(32, 8), (9, 3), (8, 8), (64, 1), (60, 2)] {
+            for threads in [1, 2, 5, 16] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let config = AttentionConfig::new(q_heads, kv_heads, 64, DType::Bf16);
+                let lens = [1, 130, 4096, 7000];
+                let tables: Vec<i32> = vec![0; lens.len() * 438];
+                let starts: Vec<i32> = (0..=lens.len() as i32).collect();
+                let batch = PagedBatch::padded(&starts, &lens, &tables, 438);
+                let problem = Problem::new(&config, CacheLayout::nhd(1, 16, &config), batch).unwrap();
+                let plan = pool.install(|| Plan::new(problem));
+                for (sequence, &len) in lens.iter().enumerate() {
+                    let mut reads = vec![vec![0; len as usize]; kv_heads];
+                    for unit in &plan.units {
+                        let tile = &plan.tiles[unit.tile];
+                        let keys = unit.segments.start * SEGMENT..unit.segments.end * SEGMENT;
+                        let keys = keys.start.max(tile.keys.start)..keys.end.min(tile.keys.end);
+                        if tile.sequence == sequence {
+                            for head in tile.kv_heads.clone() {
+                                reads[head][keys.clone()].iter_mut().for_each(|reads| *reads += 1);
+                            }
+                        }
+                    }
+                    let once = reads.iter().flatten().all(|&reads| reads == 1);
+                    assert!(once, "{q_heads}/{kv_heads} heads, {threads} threads, sequence of {len}");
+                }
+            }
+        }
+    }
+}

@@ -2,7 +2,7 @@
 
 use super::CHUNK;
 use super::io::{Inputs, Outputs};
-use super::kernel::{Exp, MergeRow, ROWS, SCORE_STRIDE, Softmax};
+use super::kernel::{Exp, MergeRow, SCORE_STRIDE, Softmax};
 #[cfg(target_arch = "aarch64")]
 use super::lanes::Neon;
 #[cfg(target_arch = "x86_64")]
@@ -59,7 +59,7 @@ pub(super) struct Workspace {
     pub(super) q: Vec<f32>,
     /// What each row may see.
     pub(super) visible: Vec<Range<usize>>,
-    /// `[ROWS, SCORE_STRIDE]`
+    /// `[TILE_ROWS, SCORE_STRIDE]`
     pub(super) scores: Vec<f32>,
     /// Converted keys, `[CHUNK, padded(head_dim_qk)]`.
     pub(super) k: Vec<f32>,
@@ -75,7 +75,7 @@ impl Workspace {
         Self {
             q: vec![0.0; TILE_ROWS * k_width],
             visible: Vec::with_capacity(TILE_ROWS),
-            scores: vec![0.0; ROWS * SCORE_STRIDE],
+            scores: vec![0.0; TILE_ROWS * SCORE_STRIDE],
             k: vec![0.0; CHUNK * k_width],
             v: vec![0.0; CHUNK * v_width],
             segment: RowStates::new(v_width),

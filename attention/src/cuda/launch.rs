@@ -81,6 +81,18 @@ impl LoadedKernel {
         // SAFETY: the module is loaded and the name ends in a zero. On failure `loaded` unloads the module.
         let result = unsafe { sys::cuModuleGetFunction(&raw mut loaded.function, module, name.as_ptr()) };
         CudaError::check("cuModuleGetFunction", result).map_err(|error| error.of_kernel(kernel.entry()))?;
+        if kernel.dynamic_shared() > 0 {
+            // SAFETY: the function is loaded; the device has that much, as was checked.
+            let result = unsafe {
+                sys::cuFuncSetAttribute(
+                    loaded.function,
+                    sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                    kernel.dynamic_shared().cast_signed(),
+                )
+            };
+            CudaError::check("cuFuncSetAttribute", result)
+                .map_err(|error| error.of_kernel(kernel.entry()))?;
+        }
         tracing::debug!(kernel = kernel.entry(), gpu = device.name, "loaded a CUDA kernel");
         Ok(loaded)
     }

@@ -9,6 +9,7 @@ mod hub;
 mod hub_fetch;
 mod index;
 pub(crate) mod json;
+mod page_in;
 mod parse_config;
 mod parse_rope;
 pub(crate) mod quiet;

@@ -5,6 +5,7 @@ use super::{
     ModelError, WeightTensor,
     index::{self, Index},
     json::invalid,
+    page_in,
     shard::{Shard, shorten},
 };
 use pagewise_attention::DType;
@@ -113,6 +114,11 @@ impl Weights {
     /// Whether there is a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
         self.shard_of.contains_key(name)
+    }
+
+    /// Begins to bring all weights into memory, in the background.
+    pub fn page_in(&self) {
+        page_in::start(&self.shards);
     }
 
     /// Bytes of all files together.

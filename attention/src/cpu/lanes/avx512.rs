@@ -1,6 +1,6 @@
 //! Sixteen lanes in one AVX-512 register.
 
-use super::{Kernel, LANES, Lanes};
+use super::{Kernel, LANES, Lanes, Vector};
 use std::arch::x86_64::*;
 
 /// One register. Exists only where the processor has AVX-512 F, BW, DQ and VL: `run` chooses the type after
@@ -72,14 +72,8 @@ impl Avx512 {
     }
 }
 
-impl Lanes for Avx512 {
-    const ACCUMULATORS: usize = 16;
-
-    #[inline(always)]
-    unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
-        // SAFETY: the caller's, and the processor has the features, see the type.
-        unsafe { Self::with_features(kernel) }
-    }
+impl Vector for Avx512 {
+    const WIDTH: usize = LANES;
 
     #[inline(always)]
     fn splat(value: f32) -> Self {
@@ -138,6 +132,28 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    fn fma(self, factor: Self, addend: Self) -> Self {
+        Self(intrinsic!(_mm512_fmadd_ps(self.0, factor.0, addend.0)))
+    }
+}
+
+impl Lanes for Avx512 {
+    type Register = Self;
+
+    const REGISTERS: usize = 32;
+
+    #[inline(always)]
+    fn with_register(self, _index: usize, register: Self) -> Self {
+        register
+    }
+
+    #[inline(always)]
+    unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
+        // SAFETY: the caller's, and the processor has the features, see the type.
+        unsafe { Self::with_features(kernel) }
+    }
+
+    #[inline(always)]
     fn add(self, other: Self) -> Self {
         Self(intrinsic!(_mm512_add_ps(self.0, other.0)))
     }
@@ -155,11 +171,6 @@ impl Lanes for Avx512 {
     #[inline(always)]
     fn div(self, other: Self) -> Self {
         Self(intrinsic!(_mm512_div_ps(self.0, other.0)))
-    }
-
-    #[inline(always)]
-    fn fma(self, factor: Self, addend: Self) -> Self {
-        Self(intrinsic!(_mm512_fmadd_ps(self.0, factor.0, addend.0)))
     }
 
     #[inline(always)]
@@ -214,16 +225,15 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    fn sum16(vectors: &[Self; LANES]) -> Self {
+    fn sums(vectors: &[Self; LANES], _count: usize) -> [f32; LANES] {
+        let mut sums = [0.0f32; LANES];
         // Columns 0, 4, 8, 12 and so on, so that the result comes out in order.
         let (a, b) = (Self::column(vectors, 0), Self::column(vectors, 1));
         let (c, d) = (Self::column(vectors, 2), Self::column(vectors, 3));
-        Self::singles(Self::pairs(a, b), Self::pairs(c, d))
-    }
-
-    #[inline(always)]
-    fn sum4(vectors: &[Self; 4]) -> [f32; 4] {
-        [vectors[0].sum(), vectors[1].sum(), vectors[2].sum(), vectors[3].sum()]
+        let all = Self::singles(Self::pairs(a, b), Self::pairs(c, d));
+        // SAFETY: sixteen elements.
+        unsafe { all.store(sums.as_mut_ptr()) };
+        sums
     }
 
     #[inline(always)]

@@ -38,54 +38,70 @@ pub(super) trait Kernel {
     unsafe fn run<L: Lanes>(self) -> Self::Output;
 }
 
+/// Some `f32` lanes: a register of the processor, or all sixteen.
+pub(super) trait Vector: Copy {
+    /// Number of lanes, a divisor of sixteen.
+    const WIDTH: usize;
+
+    /// All lanes the same.
+    fn splat(value: f32) -> Self;
+
+    /// # Safety
+    /// `from` is valid for reads of `WIDTH` elements; no alignment is needed.
+    unsafe fn load(from: *const f32) -> Self;
+
+    /// Binary16 elements, exactly.
+    ///
+    /// # Safety
+    /// `from` is valid for reads of `WIDTH` elements.
+    unsafe fn load_f16(from: *const u16) -> Self;
+
+    /// Bfloat16 elements, exactly.
+    ///
+    /// # Safety
+    /// `from` is valid for reads of `WIDTH` elements.
+    unsafe fn load_bf16(from: *const u16) -> Self;
+
+    /// fp8 E4M3 elements, exactly.
+    ///
+    /// # Safety
+    /// `from` is valid for reads of `WIDTH` elements.
+    unsafe fn load_e4m3(from: *const u8) -> Self;
+
+    /// fp8 E5M2 elements, exactly.
+    ///
+    /// # Safety
+    /// `from` is valid for reads of `WIDTH` elements.
+    unsafe fn load_e5m2(from: *const u8) -> Self;
+
+    /// # Safety
+    /// `to` is valid for writes of `WIDTH` elements; no alignment is needed.
+    unsafe fn store(self, to: *mut f32);
+
+    /// `self · factor + addend`, rounded once where the processor can.
+    fn fma(self, factor: Self, addend: Self) -> Self;
+}
+
 /// Sixteen `f32` lanes.
 ///
 /// The types of an instruction set may be used only where the processor has it; [`Level::detect`] and the
 /// dispatch in `run` are the only places that choose one.
-pub(super) trait Lanes: Copy {
-    /// Accumulators that a tile of dot products or weighted sums can keep in registers.
-    const ACCUMULATORS: usize;
+pub(super) trait Lanes: Vector {
+    /// A register. Lanes do not mix until they are summed, so the loops that want many accumulators go through
+    /// the registers of sixteen lanes one after the other, with the same bits.
+    type Register: Vector;
+
+    /// Registers that the processor has.
+    const REGISTERS: usize;
+
+    /// These lanes with the register at `index` in their place.
+    fn with_register(self, index: usize, register: Self::Register) -> Self;
 
     /// Runs a kernel in a function for which the instruction set is enabled.
     ///
     /// # Safety
     /// The kernel's.
     unsafe fn enter<K: Kernel>(kernel: K) -> K::Output;
-
-    /// All lanes the same.
-    fn splat(value: f32) -> Self;
-
-    /// # Safety
-    /// `from` is valid for reads of 16 elements; no alignment is needed.
-    unsafe fn load(from: *const f32) -> Self;
-
-    /// Binary16 elements, exactly.
-    ///
-    /// # Safety
-    /// `from` is valid for reads of 16 elements.
-    unsafe fn load_f16(from: *const u16) -> Self;
-
-    /// Bfloat16 elements, exactly.
-    ///
-    /// # Safety
-    /// `from` is valid for reads of 16 elements.
-    unsafe fn load_bf16(from: *const u16) -> Self;
-
-    /// fp8 E4M3 elements, exactly.
-    ///
-    /// # Safety
-    /// `from` is valid for reads of 16 elements.
-    unsafe fn load_e4m3(from: *const u8) -> Self;
-
-    /// fp8 E5M2 elements, exactly.
-    ///
-    /// # Safety
-    /// `from` is valid for reads of 16 elements.
-    unsafe fn load_e5m2(from: *const u8) -> Self;
-
-    /// # Safety
-    /// `to` is valid for writes of 16 elements; no alignment is needed.
-    unsafe fn store(self, to: *mut f32);
 
     /// `self + other`
     fn add(self, other: Self) -> Self;
@@ -98,9 +114,6 @@ pub(super) trait Lanes: Copy {
 
     /// `self / other`
     fn div(self, other: Self) -> Self;
-
-    /// `self · factor + addend`, rounded once where the processor can.
-    fn fma(self, factor: Self, addend: Self) -> Self;
 
     /// The larger one; which, if one is NaN, is not said.
     fn max(self, other: Self) -> Self;
@@ -126,11 +139,8 @@ pub(super) trait Lanes: Copy {
     /// The sum of the lanes, in one fixed tree: lanes 8 apart, then 4, 2 and 1.
     fn sum(self) -> f32;
 
-    /// [`Lanes::sum`] of sixteen vectors, the `i`-th in lane `i`.
-    fn sum16(vectors: &[Self; 16]) -> Self;
-
-    /// [`Lanes::sum`] of four vectors.
-    fn sum4(vectors: &[Self; 4]) -> [f32; 4];
+    /// [`Lanes::sum`] of the first `count` vectors, a number known when compiled.
+    fn sums(vectors: &[Self; LANES], count: usize) -> [f32; LANES];
 
     /// Asks for the cache line at `at`, which need not be valid.
     #[inline(always)]

@@ -1,6 +1,6 @@
 //! Sixteen lanes in four NEON registers.
 
-use super::{Kernel, LANES, Lanes};
+use super::{Kernel, LANES, Lanes, Vector};
 use std::arch::aarch64::*;
 use std::array::from_fn;
 
@@ -29,7 +29,13 @@ impl Neon {
         let [a, b, c, d] = self.0;
         intrinsic!(vaddq_f32(vaddq_f32(a, c), vaddq_f32(b, d)))
     }
+}
 
+/// Four lanes.
+#[derive(Clone, Copy)]
+pub(in super::super) struct Quarter(float32x4_t);
+
+impl Quarter {
     /// Four binary16 bit patterns in 32-bit lanes. Moved to where a binary32 has them they read 2^112 too
     /// small, subnormals included; infinities and NaN keep the largest exponent.
     #[inline(always)]
@@ -45,106 +51,161 @@ impl Neon {
         }
     }
 
-    /// Sixteen bytes widened to 32-bit lanes.
+    /// Four bytes widened to 32-bit lanes.
     ///
     /// # Safety
-    /// `from` is valid for reads of 16 elements.
+    /// `from` is valid for reads of four elements.
     #[inline(always)]
-    unsafe fn load_bytes(from: *const u8) -> [uint32x4_t; 4] {
+    unsafe fn load_bytes(from: *const u8) -> uint32x4_t {
         // SAFETY: the caller's.
-        let bytes = unsafe { vld1q_u8(from) };
+        let four = unsafe { from.cast::<u32>().read_unaligned() };
         intrinsic! {
-            let (low, high) = (vmovl_u8(vget_low_u8(bytes)), vmovl_high_u8(bytes));
-            [
-                vmovl_u16(vget_low_u16(low)),
-                vmovl_high_u16(low),
-                vmovl_u16(vget_low_u16(high)),
-                vmovl_high_u16(high),
-            ]
+            let bytes = vreinterpret_u8_u32(vdup_n_u32(four));
+            vmovl_u16(vget_low_u16(vmovl_u8(bytes)))
         }
     }
 
-    /// Sixteen 16-bit elements widened to 32-bit lanes.
+    /// Four 16-bit elements widened to 32-bit lanes.
     ///
     /// # Safety
-    /// `from` is valid for reads of 16 elements.
+    /// `from` is valid for reads of four elements.
     #[inline(always)]
-    unsafe fn load_words(from: *const u16) -> [uint32x4_t; 4] {
+    unsafe fn load_words(from: *const u16) -> uint32x4_t {
         // SAFETY: the caller's.
-        let (low, high) = unsafe { (vld1q_u16(from), vld1q_u16(from.add(8))) };
-        intrinsic! {
-            [
-                vmovl_u16(vget_low_u16(low)),
-                vmovl_high_u16(low),
-                vmovl_u16(vget_low_u16(high)),
-                vmovl_high_u16(high),
-            ]
-        }
+        let words = unsafe { vld1_u16(from) };
+        intrinsic!(vmovl_u16(words))
     }
 }
 
-impl Lanes for Neon {
-    const ACCUMULATORS: usize = 4;
-
-    #[inline(always)]
-    unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
-        // SAFETY: the caller's.
-        unsafe { kernel.run::<Self>() }
-    }
+impl Vector for Quarter {
+    const WIDTH: usize = 4;
 
     #[inline(always)]
     fn splat(value: f32) -> Self {
-        Self([intrinsic!(vdupq_n_f32(value)); 4])
+        Self(intrinsic!(vdupq_n_f32(value)))
     }
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
         // SAFETY: the caller's.
-        Self(from_fn(|i| unsafe { vld1q_f32(from.add(4 * i)) }))
+        Self(unsafe { vld1q_f32(from) })
     }
 
     #[inline(always)]
     unsafe fn load_f16(from: *const u16) -> Self {
         // SAFETY: the caller's.
-        Self(unsafe { Self::load_words(from) }.map(Self::from_f16_bits))
+        Self(Self::from_f16_bits(unsafe { Self::load_words(from) }))
     }
 
     #[inline(always)]
     unsafe fn load_bf16(from: *const u16) -> Self {
         // SAFETY: the caller's.
-        let words = unsafe { Self::load_words(from) };
-        Self(words.map(|bits| intrinsic!(vreinterpretq_f32_u32(vshlq_n_u32::<16>(bits)))))
+        let bits = unsafe { Self::load_words(from) };
+        Self(intrinsic!(vreinterpretq_f32_u32(vshlq_n_u32::<16>(bits))))
     }
 
     #[inline(always)]
     unsafe fn load_e4m3(from: *const u8) -> Self {
         // The magnitude where a binary16 has it reads 2^8 too small; 0x7f is NaN.
         // SAFETY: the caller's.
-        let bytes = unsafe { Self::load_bytes(from) };
-        Self(bytes.map(|byte| {
-            intrinsic! {
-                let magnitude = vandq_u32(byte, vdupq_n_u32(0x7f));
-                let sign = vshlq_n_u32::<8>(vandq_u32(byte, vdupq_n_u32(0x80)));
-                let nan = vandq_u32(vceqq_u32(magnitude, vdupq_n_u32(0x7f)), vdupq_n_u32(0x7e00));
-                let bits = vorrq_u32(vorrq_u32(vshlq_n_u32::<7>(magnitude), nan), sign);
-                vmulq_f32(Self::from_f16_bits(bits), vdupq_n_f32(256.0))
-            }
-        }))
+        let byte = unsafe { Self::load_bytes(from) };
+        Self(intrinsic! {
+            let magnitude = vandq_u32(byte, vdupq_n_u32(0x7f));
+            let sign = vshlq_n_u32::<8>(vandq_u32(byte, vdupq_n_u32(0x80)));
+            let nan = vandq_u32(vceqq_u32(magnitude, vdupq_n_u32(0x7f)), vdupq_n_u32(0x7e00));
+            let bits = vorrq_u32(vorrq_u32(vshlq_n_u32::<7>(magnitude), nan), sign);
+            vmulq_f32(Self::from_f16_bits(bits), vdupq_n_f32(256.0))
+        })
     }
 
     #[inline(always)]
     unsafe fn load_e5m2(from: *const u8) -> Self {
         // SAFETY: the caller's.
-        let bytes = unsafe { Self::load_bytes(from) };
-        Self(bytes.map(|byte| Self::from_f16_bits(intrinsic!(vshlq_n_u32::<8>(byte)))))
+        let byte = unsafe { Self::load_bytes(from) };
+        Self(Self::from_f16_bits(intrinsic!(vshlq_n_u32::<8>(byte))))
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller's.
+        unsafe { vst1q_f32(to, self.0) }
+    }
+
+    #[inline(always)]
+    fn fma(self, factor: Self, addend: Self) -> Self {
+        Self(intrinsic!(vfmaq_f32(addend.0, self.0, factor.0)))
+    }
+}
+
+impl Vector for Neon {
+    const WIDTH: usize = LANES;
+
+    #[inline(always)]
+    fn splat(value: f32) -> Self {
+        Self([Quarter::splat(value).0; 4])
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller's.
+        Self(from_fn(|i| unsafe { Quarter::load(from.add(4 * i)).0 }))
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u16) -> Self {
+        // SAFETY: the caller's.
+        Self(from_fn(|i| unsafe { Quarter::load_f16(from.add(4 * i)).0 }))
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> Self {
+        // SAFETY: the caller's.
+        Self(from_fn(|i| unsafe { Quarter::load_bf16(from.add(4 * i)).0 }))
+    }
+
+    #[inline(always)]
+    unsafe fn load_e4m3(from: *const u8) -> Self {
+        // SAFETY: the caller's.
+        Self(from_fn(|i| unsafe { Quarter::load_e4m3(from.add(4 * i)).0 }))
+    }
+
+    #[inline(always)]
+    unsafe fn load_e5m2(from: *const u8) -> Self {
+        // SAFETY: the caller's.
+        Self(from_fn(|i| unsafe { Quarter::load_e5m2(from.add(4 * i)).0 }))
     }
 
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
         for (i, four) in self.0.into_iter().enumerate() {
             // SAFETY: the caller's.
-            unsafe { vst1q_f32(to.add(4 * i), four) };
+            unsafe { Quarter(four).store(to.add(4 * i)) };
         }
+    }
+
+    #[inline(always)]
+    fn fma(self, factor: Self, addend: Self) -> Self {
+        Self(from_fn(|i| intrinsic!(vfmaq_f32(addend.0[i], self.0[i], factor.0[i]))))
+    }
+}
+
+impl Lanes for Neon {
+    type Register = Quarter;
+
+    const REGISTERS: usize = 32;
+
+    #[inline(always)]
+    fn with_register(mut self, index: usize, register: Quarter) -> Self {
+        if let Some(four) = self.0.get_mut(index) {
+            *four = register.0;
+        }
+        self
+    }
+
+    #[inline(always)]
+    unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
+        // SAFETY: the caller's.
+        unsafe { kernel.run::<Self>() }
     }
 
     #[inline(always)]
@@ -165,11 +226,6 @@ impl Lanes for Neon {
     #[inline(always)]
     fn div(self, other: Self) -> Self {
         self.zip(other, |a, b| intrinsic!(vdivq_f32(a, b)))
-    }
-
-    #[inline(always)]
-    fn fma(self, factor: Self, addend: Self) -> Self {
-        Self(from_fn(|i| intrinsic!(vfmaq_f32(addend.0[i], self.0[i], factor.0[i]))))
     }
 
     #[inline(always)]
@@ -229,17 +285,7 @@ impl Lanes for Neon {
     }
 
     #[inline(always)]
-    fn sum16(vectors: &[Self; LANES]) -> Self {
-        let mut sums = [0.0f32; LANES];
-        for (to, four) in sums.as_chunks_mut::<4>().0.iter_mut().zip(vectors.as_chunks::<4>().0) {
-            *to = Self::sum4(four);
-        }
-        // SAFETY: sixteen elements.
-        unsafe { Self::load(sums.as_ptr()) }
-    }
-
-    #[inline(always)]
-    fn sum4(vectors: &[Self; 4]) -> [f32; 4] {
-        vectors.map(Self::sum)
+    fn sums(vectors: &[Self; LANES], count: usize) -> [f32; LANES] {
+        from_fn(|i| if i < count { vectors[i].sum() } else { 0.0 })
     }
 }

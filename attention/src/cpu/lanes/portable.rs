@@ -2,43 +2,39 @@
 //! Multiply-add rounds twice here: without the instruction, rounding once costs a library call a lane.
 
 use super::super::elements::{E4m3, E5m2, Element};
-use super::{Kernel, LANES, Lanes};
+use super::{Kernel, LANES, Lanes, Vector};
 use half::{bf16, f16};
 use std::array::from_fn;
 
-/// A plain array.
+/// A plain array of sixteen lanes, or of the four that most processors have in a register.
 #[derive(Clone, Copy)]
-#[repr(C, align(64))]
-pub(in super::super) struct Portable([f32; LANES]);
+pub(in super::super) struct Array<const WIDTH: usize>([f32; WIDTH]);
 
-impl Portable {
+/// Sixteen lanes.
+pub(in super::super) type Portable = Array<LANES>;
+
+impl<const WIDTH: usize> Array<WIDTH> {
     #[inline(always)]
     fn zip(self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
         Self(from_fn(|i| f(self.0[i], other.0[i])))
     }
 
     /// # Safety
-    /// `from` is valid for reads of 16 elements.
+    /// `from` is valid for reads of `WIDTH` elements.
     #[inline(always)]
     unsafe fn load_as<T: Copy>(from: *const T, to_f32: impl Fn(T) -> f32) -> Self {
         // SAFETY: the caller's; an array of `T` has no further invariants and the read needs no alignment.
-        let elements = unsafe { from.cast::<[T; LANES]>().read_unaligned() };
+        let elements = unsafe { from.cast::<[T; WIDTH]>().read_unaligned() };
         Self(elements.map(to_f32))
     }
 }
 
-impl Lanes for Portable {
-    const ACCUMULATORS: usize = 4;
-
-    #[inline(always)]
-    unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
-        // SAFETY: the caller's.
-        unsafe { kernel.run::<Self>() }
-    }
+impl<const WIDTH: usize> Vector for Array<WIDTH> {
+    const WIDTH: usize = WIDTH;
 
     #[inline(always)]
     fn splat(value: f32) -> Self {
-        Self([value; LANES])
+        Self([value; WIDTH])
     }
 
     #[inline(always)]
@@ -74,7 +70,32 @@ impl Lanes for Portable {
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: the caller's.
-        unsafe { to.cast::<[f32; LANES]>().write_unaligned(self.0) }
+        unsafe { to.cast::<[f32; WIDTH]>().write_unaligned(self.0) }
+    }
+
+    #[inline(always)]
+    fn fma(self, factor: Self, addend: Self) -> Self {
+        Self(from_fn(|i| self.0[i] * factor.0[i] + addend.0[i]))
+    }
+}
+
+impl Lanes for Portable {
+    type Register = Array<4>;
+
+    const REGISTERS: usize = 16;
+
+    #[inline(always)]
+    fn with_register(mut self, index: usize, register: Array<4>) -> Self {
+        if let Some(four) = self.0.as_chunks_mut::<4>().0.get_mut(index) {
+            *four = register.0;
+        }
+        self
+    }
+
+    #[inline(always)]
+    unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
+        // SAFETY: the caller's.
+        unsafe { kernel.run::<Self>() }
     }
 
     #[inline(always)]
@@ -95,11 +116,6 @@ impl Lanes for Portable {
     #[inline(always)]
     fn div(self, other: Self) -> Self {
         self.zip(other, |a, b| a / b)
-    }
-
-    #[inline(always)]
-    fn fma(self, factor: Self, addend: Self) -> Self {
-        Self(from_fn(|i| self.0[i] * factor.0[i] + addend.0[i]))
     }
 
     #[inline(always)]
@@ -145,12 +161,7 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
-    fn sum16(vectors: &[Self; 16]) -> Self {
-        Self(from_fn(|i| vectors[i].sum()))
-    }
-
-    #[inline(always)]
-    fn sum4(vectors: &[Self; 4]) -> [f32; 4] {
-        from_fn(|i| vectors[i].sum())
+    fn sums(vectors: &[Self; LANES], count: usize) -> [f32; LANES] {
+        from_fn(|i| if i < count { vectors[i].sum() } else { 0.0 })
     }
 }

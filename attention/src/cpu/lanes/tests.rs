@@ -25,6 +25,24 @@ fn same(found: [f32; LANES], expected: impl Fn(usize) -> f32) {
     }
 }
 
+/// Registers do what their lanes of all sixteen do.
+fn check_registers<L: Lanes>(a: &[f32; LANES], b: &[f32; LANES], c: &[f32; LANES], fused: bool) {
+    let width = L::Register::WIDTH;
+    let mut result = L::splat(f32::NAN);
+    for i in 0..LANES / width {
+        let of = |values: &[f32; LANES]| {
+            let values = &values[i * width..(i + 1) * width];
+            // SAFETY: as many elements as the register has lanes.
+            unsafe { L::Register::load(values.as_ptr()) }
+        };
+        let one = L::Register::splat(1.0);
+        // Products with 1 and sums with 0 are exact, so only the first rounds.
+        let zero = L::Register::splat(0.0);
+        result = result.with_register(i, of(a).fma(of(b), of(c)).fma(one, zero));
+    }
+    same(read(result), |i| if fused { a[i].mul_add(b[i], c[i]) } else { a[i] * b[i] + c[i] });
+}
+
 fn check_lanes<L: Lanes>(fused: bool) {
     let a: [f32; LANES] = std::array::from_fn(|i| (i as f32 * 1.37 - 8.1).powi(3) + 1e-3);
     let b: [f32; LANES] = std::array::from_fn(|i| 5.3 - i as f32 * 0.91);
@@ -56,9 +74,15 @@ fn check_lanes<L: Lanes>(fused: bool) {
     let many: [[f32; LANES]; 16] = std::array::from_fn(|j| {
         std::array::from_fn(|i| (i as f32 * 3.3 + j as f32).sin() * 10f32.powi(j as i32 % 5))
     });
-    same(read(L::sum16(&many.map(|v| make::<L>(&v)))), |i| tree(&many[i]));
-    let four = L::sum4(&[x, y, z, x]);
-    assert_eq!(four.map(f32::to_bits), [tree(&a), tree(&b), tree(&c), tree(&a)].map(f32::to_bits));
+    let many = many.map(|v| (v, make::<L>(&v)));
+    let (values, vectors) = (many.map(|(v, _)| v), many.map(|(_, v)| v));
+    for count in [1, 4, 6, 8, 12, 16] {
+        let sums = L::sums(&vectors, count);
+        for i in 0..count {
+            assert_eq!(sums[i].to_bits(), tree(&values[i]).to_bits(), "sum {i} of {count}");
+        }
+    }
+    check_registers::<L>(&a, &b, &c, fused);
 
     // All bit patterns of the small types.
     for start in (0..=u16::MAX).step_by(LANES) {

@@ -1,0 +1,326 @@
+//! The bits of a row of logits on the CPU depend on that row's tokens alone: not on the batch, the chunking of its
+//! prompt, a prefix hit, the number of threads or the block size. What every prompt gives alone, whole and in one
+//! thread is compared bit by bit with what it gives otherwise, for the fixtures and for SmolLM2.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+use pagewise_attention::DType;
+use pagewise_runtime::backend::AttentionSpec;
+use pagewise_runtime::backend::cpu::CpuBackend;
+use pagewise_runtime::executor::{Executor, ModelExecutor};
+use pagewise_runtime::model_dir::{ModelDir, Weights};
+use pagewise_runtime::models::{WeightSource, load_model};
+use pagewise_runtime::plan::{BlockId, Chunk, LogitRows, SequenceId, StepPlan, TokenInput};
+use pagewise_tests::smollm2_f32;
+use std::collections::HashMap;
+use std::fmt;
+use std::path::Path;
+
+/// How prompts are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Way {
+    /// Prompts at once; the i-th begins in step `i % 3`, so that all stages meet in a step.
+    batch: usize,
+    /// Tokens of a prompt in a step. With 1, all of them are computed as decodes are.
+    chunk: usize,
+    /// Whether all full blocks of a prompt but its last token's come from an earlier computation.
+    hit: bool,
+    threads: usize,
+    block_size: usize,
+}
+
+/// What everything is compared with.
+const ALONE: Way = Way { batch: 1, chunk: usize::MAX, hit: false, threads: 1, block_size: 16 };
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { batch, chunk, hit, threads, block_size } = self;
+        write!(f, "way({batch}, {chunk}, {hit}, {threads}, {block_size})")
+    }
+}
+
+const fn way(batch: usize, chunk: usize, hit: bool, threads: usize, block_size: usize) -> Way {
+    Way { batch, chunk, hit, threads, block_size }
+}
+
+const WHOLE: usize = usize::MAX;
+
+/// Every two values of two settings meet, but for those of `hit` and a block larger than the prompts.
+const WAYS: [Way; 18] = [
+    way(1, WHOLE, false, 2, 1),
+    way(1, 1, true, 1, 1),
+    way(1, 7, false, 2, 16),
+    way(1, 64, true, 2, 256),
+    way(2, WHOLE, true, 1, 16),
+    way(2, 1, false, 2, 256),
+    way(2, 7, true, 2, 1),
+    way(2, 64, false, 1, 1),
+    way(17, WHOLE, false, 2, 256),
+    way(17, 1, true, 2, 16),
+    way(17, 7, false, 1, 1),
+    way(17, 64, true, 2, 1),
+    way(64, WHOLE, true, 1, 1),
+    way(64, 1, false, 1, 16),
+    way(64, 7, true, 1, 256),
+    way(64, 64, false, 2, 16),
+    way(1, 64, false, 1, 16),
+    way(64, 7, false, 2, 16),
+];
+
+/// A model, and what is asked of it.
+#[derive(Clone)]
+struct Subject<'a> {
+    dir: &'a Path,
+    dtype: Option<DType>,
+    kv_dtype: DType,
+    logits: LogitRows,
+    prompts: Vec<Vec<u32>>,
+}
+
+/// Rows of logits as bits, by prompt and position.
+type Rows = HashMap<(usize, usize), Vec<u32>>;
+
+/// A prompt in the making.
+struct Sequence<'a> {
+    prompt: &'a [u32],
+    computed: usize,
+    /// One a KV group.
+    tables: Vec<Vec<BlockId>>,
+}
+
+/// A model with a cache whose blocks are handed out in a scrambled order.
+struct Machine {
+    executor: ModelExecutor<CpuBackend>,
+    groups: usize,
+    block_size: usize,
+    free: Vec<BlockId>,
+    steps: u64,
+}
+
+impl Machine {
+    fn new(subject: &Subject<'_>, way: Way) -> Self {
+        let ModelDir { config, .. } = ModelDir::open(subject.dir).unwrap();
+        let weights =
+            WeightSource::Files { weights: Weights::open(subject.dir).unwrap(), dtype: subject.dtype };
+        let backend = CpuBackend::new(Some(way.threads)).unwrap();
+        let model = load_model(&config, &weights, &backend).unwrap();
+        let groups = config.kv_groups().0.len();
+        let block_size = way.block_size;
+        let blocks = |prompt: &Vec<u32>| prompt.len().div_ceil(block_size);
+        let num_blocks = 2 * groups * subject.prompts.iter().map(blocks).sum::<usize>();
+        let spec = AttentionSpec::new(&config, subject.kv_dtype, block_size, num_blocks);
+        let executor = ModelExecutor::new(backend, model, spec, config.vocab_size).unwrap();
+        // 7919 is a prime that divides no such number of blocks, so that the order is a permutation.
+        assert!(!num_blocks.is_multiple_of(7919));
+        let free = (0..num_blocks).map(|i| (i * 7919 % num_blocks) as BlockId).collect();
+        Self { executor, groups, block_size, free, steps: 0 }
+    }
+
+    /// A step for some sequences, each with a number of tokens.
+    fn step(&mut self, work: &mut [(usize, &mut Sequence<'_>, usize)], logits: LogitRows, rows: &mut Rows) {
+        let mut plan = StepPlan { id: self.steps, ..StepPlan::default() };
+        self.steps += 1;
+        let mut wanted = Vec::new();
+        for (index, sequence, count) in work.iter_mut() {
+            let (start, end) = (sequence.computed, sequence.computed + *count);
+            for table in &mut sequence.tables {
+                while table.len() * self.block_size < end {
+                    table.push(self.free.pop().unwrap());
+                }
+            }
+            plan.chunks.push(Chunk {
+                sequence: SequenceId(*index as u64),
+                tokens: sequence.prompt[start..end].iter().map(|&token| TokenInput::Known(token)).collect(),
+                start,
+                block_tables: sequence.tables.clone(),
+                logits,
+            });
+            let first = match logits {
+                LogitRows::All => start,
+                LogitRows::Last => end - 1,
+                LogitRows::None => end,
+            };
+            wanted.extend((first..end).map(|position| (*index, position)));
+            sequence.computed = end;
+        }
+        let output = self.executor.execute(&plan).unwrap();
+        let found = output.logits.chunks_exact(output.vocab_size);
+        assert_eq!(found.len(), wanted.len());
+        for (place, row) in wanted.into_iter().zip(found) {
+            rows.insert(place, row.iter().map(|logit| logit.to_bits()).collect());
+        }
+    }
+
+    /// Computes some prompts together; the i-th from `cached[i]` on, in the blocks that it is given.
+    fn compute(
+        &mut self,
+        prompts: &[(usize, &[u32])],
+        cached: Vec<(usize, Vec<Vec<BlockId>>)>,
+        way: Way,
+        logits: LogitRows,
+    ) -> (Rows, Vec<Vec<Vec<BlockId>>>) {
+        let mut rows = Rows::new();
+        let begin = prompts.iter().zip(cached);
+        let mut sequences: Vec<Sequence<'_>> =
+            begin.map(|(&(_, prompt), (computed, tables))| Sequence { prompt, computed, tables }).collect();
+        for step in 0.. {
+            let mut work = Vec::new();
+            for (i, (&(index, _), sequence)) in prompts.iter().zip(&mut sequences).enumerate() {
+                let count = (sequence.prompt.len() - sequence.computed).min(way.chunk);
+                if count > 0 && step >= i % 3 {
+                    work.push((index, sequence, count));
+                }
+            }
+            match work.is_empty() {
+                true if step >= 3 => break,
+                true => {}
+                false => self.step(&mut work, logits, &mut rows),
+            }
+        }
+        (rows, sequences.into_iter().map(|sequence| sequence.tables).collect())
+    }
+
+    fn nothing_cached(&self, count: usize) -> Vec<(usize, Vec<Vec<BlockId>>)> {
+        vec![(0, vec![Vec::new(); self.groups]); count]
+    }
+
+    /// All prompts, a batch after the other.
+    fn all(&mut self, subject: &Subject<'_>, way: Way) -> Rows {
+        let prompts: Vec<_> = subject.prompts.iter().map(Vec::as_slice).enumerate().collect();
+        let mut rows = Rows::new();
+        for batch in prompts.chunks(way.batch) {
+            let mut cached = self.nothing_cached(batch.len());
+            if way.hit {
+                // Computed before, in an order and in chunks of its own.
+                let earlier = Way { chunk: 33, ..way };
+                let (_, tables) = self.compute(batch, cached, earlier, LogitRows::None);
+                let shared = |(&(_, prompt), tables): (&(usize, &[u32]), Vec<Vec<BlockId>>)| {
+                    let blocks = (prompt.len() - 1) / way.block_size;
+                    let tables = tables.into_iter().map(|table| table[..blocks].to_vec()).collect();
+                    (blocks * way.block_size, tables)
+                };
+                cached = batch.iter().zip(tables).map(shared).collect();
+            }
+            rows.extend(self.compute(batch, cached, way, subject.logits).0);
+        }
+        rows
+    }
+}
+
+/// Fails with the first row that differs, and with what gives it.
+fn check(name: &str, subject: &Subject<'_>, ways: &[Way]) {
+    let every_row = Subject { logits: LogitRows::All, ..subject.clone() };
+    let most = ways.iter().map(|&way| prompts_of(subject, way)).max().unwrap();
+    let every_row = Subject { prompts: subject.prompts[..most].to_vec(), ..every_row };
+    let reference = Machine::new(subject, ALONE).all(&every_row, ALONE);
+    let mut compared = 0;
+    for &way in ways {
+        let few =
+            Subject { prompts: subject.prompts[..prompts_of(subject, way)].to_vec(), ..subject.clone() };
+        let rows = Machine::new(&few, way).all(&few, way);
+        let last = |index: usize| (index, few.prompts[index].len() - 1);
+        assert!((0..few.prompts.len()).all(|index| rows.contains_key(&last(index))), "{name}, {way}");
+        for ((prompt, position), row) in rows {
+            let expected = &reference[&(prompt, position)];
+            let differs = row.iter().zip(expected).position(|(a, b)| a != b);
+            if let Some(token) = differs {
+                let [found, alone] = [row[token], expected[token]].map(f32::from_bits);
+                panic!(
+                    "{name}, {way}: prompt {prompt} of {} tokens, position {position}: the logit of token {token} is \
+                     {found:?}, alone {alone:?}",
+                    few.prompts[prompt].len()
+                );
+            }
+            assert!(row.iter().all(|&bits| f32::from_bits(bits).is_finite()), "{name}, {way}");
+            compared += 1;
+        }
+    }
+    eprintln!("{name}: {compared} rows of logits are the same bits");
+}
+
+/// Batches of one and two say enough with four prompts.
+fn prompts_of(subject: &Subject<'_>, way: Way) -> usize {
+    way.batch.max(4).min(subject.prompts.len())
+}
+
+/// 64 prompts of these lengths, cyclic, of tokens below `vocab_size`.
+fn prompts(lengths: impl Fn(usize) -> usize, vocab_size: u64) -> Vec<Vec<u32>> {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut token = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((state >> 33) % vocab_size) as u32
+    };
+    (0..64).map(|i| (0..lengths(i)).map(|_| token()).collect()).collect()
+}
+
+/// One prompt is longer than a segment of attention, one longer than the largest block, some longer than a chunk
+/// of attention; most are shorter than the model's 128 positions.
+fn fixture(name: &str) {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name);
+    let lengths = |i: usize| match i {
+        0 => 530,
+        1 => 270,
+        2 => 1,
+        3 => 141,
+        _ => 2 + i * 29 % 67,
+    };
+    let prompts = prompts(lengths, 256);
+    for (dtype, kv_dtype) in [(None, DType::F32), (Some(DType::Bf16), DType::F16)] {
+        let subject =
+            Subject { dir: &dir, dtype, kv_dtype, logits: LogitRows::All, prompts: prompts.clone() };
+        check(&format!("{name}, cache in {kv_dtype}"), &subject, &WAYS);
+    }
+}
+
+#[test]
+fn llama_gqa() {
+    fixture("llama_gqa");
+}
+
+#[test]
+fn llama_rope3() {
+    fixture("llama_rope3");
+}
+
+#[test]
+fn qwen2() {
+    fixture("qwen2");
+}
+
+#[test]
+fn mistral_swa() {
+    fixture("mistral_swa");
+}
+
+/// Fewer, as a step of this model takes its time; every value of every setting occurs.
+const SMOLLM2_WAYS: [Way; 9] = [
+    way(1, WHOLE, false, 2, 1),
+    way(1, 64, true, 2, 256),
+    way(2, 1, true, 2, 16),
+    way(2, 7, true, 1, 1),
+    way(17, 7, false, 2, 256),
+    way(17, 64, true, 2, 16),
+    way(64, WHOLE, true, 2, 1),
+    way(64, 1, false, 2, 16),
+    way(64, 64, false, 1, 256),
+];
+
+/// In bf16, as it is published, and once in f32.
+#[test]
+fn smollm2() {
+    let Some(dir) = smollm2_f32() else { return };
+    // One is longer than the longest chunk; most are short, for the test's time.
+    let lengths = |i: usize| match i {
+        0 => 70,
+        1 => 23,
+        2 => 1,
+        3 => 17,
+        _ => 2 + i % 3,
+    };
+    let prompts = prompts(lengths, 49_152);
+    let (dtype, logits) = (Some(DType::Bf16), LogitRows::Last);
+    let subject = Subject { dir: &dir, dtype, kv_dtype: DType::Bf16, logits, prompts: prompts.clone() };
+    check("SmolLM2 in bf16", &subject, &SMOLLM2_WAYS);
+    let subject = Subject { dir: &dir, dtype: None, kv_dtype: DType::F32, logits, prompts };
+    check("SmolLM2 in f32", &subject, &[way(2, 7, true, 2, 1)]);
+}
