@@ -74,6 +74,28 @@ pub enum Error {
         /// The field in question.
         field: &'static str,
     },
+    /// A tuning that no kernel can be made of.
+    #[error("{kernel} cannot be tuned so: {what} must be {bounds}")]
+    UnsupportedTuning {
+        /// Kernel family.
+        kernel: &'static str,
+        /// What is out of bounds.
+        what: &'static str,
+        /// Its bounds.
+        bounds: &'static str,
+    },
+    /// A size beyond what the kernel's 32-bit indices hold.
+    #[error("{kernel}: {field} = {value} is more than {limit}: split the call")]
+    TooLarge {
+        /// Kernel family.
+        kernel: &'static str,
+        /// The field in question.
+        field: &'static str,
+        /// Its value.
+        value: u32,
+        /// The most that is allowed.
+        limit: u32,
+    },
     /// A launch would need a larger grid than CUDA allows.
     #[error(
         "{kernel}: {field} = {value} needs {needed} thread blocks along one axis, CUDA allows {limit}: split the call"

@@ -2,7 +2,7 @@
 //! prompt, a prefix hit, the number of threads or the block size. What every prompt gives alone, whole and in one
 //! thread is compared bit by bit with what it gives otherwise, for the fixtures and for SmolLM2.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 use pagewise_attention::DType;
 use pagewise_runtime::backend::AttentionSpec;

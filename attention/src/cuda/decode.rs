@@ -7,7 +7,6 @@ use std::sync::Arc;
 use pagewise_ptx::decode::{CacheRows, Decode, DecodeArgs, Rows, ScoreArgs};
 
 use super::context::Entry;
-use super::launch::LoadedKernel;
 use super::{Context, CudaError, DecodePlan, RawStream};
 use crate::{DType, KvStrides, Mask, RowStrides};
 
@@ -99,7 +98,7 @@ impl Context {
     fn decode_kernel(&self, plan: &DecodePlan) -> Result<Arc<Entry<Decode>>, CudaError> {
         self.decode.get(plan.spec, || {
             let descriptor = Decode::new(plan.spec)?;
-            let kernel = LoadedKernel::load(descriptor.kernel(), self.device())?;
+            let kernel = self.load(descriptor.kernel())?;
             Ok(Entry { descriptor, kernel })
         })
     }

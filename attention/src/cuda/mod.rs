@@ -18,7 +18,9 @@ mod decode_slices;
 mod device;
 mod error;
 mod launch;
+mod merge_states;
 mod plan;
+mod rotary;
 mod split;
 mod write_kv;
 
@@ -32,7 +34,9 @@ pub use device::{
 };
 pub use error::CudaError;
 pub use launch::RawStream;
+pub use merge_states::{MergeStatesCall, MergeStatesVariant};
 pub use pagewise_ptx as ptx;
 pub use plan::{DecodePlan, PlanBound, PlanOptions, StepLimits};
+pub use rotary::{PositionType, Rotary, RotaryQueries, RotaryTables};
 pub use split::Shrink;
 pub use write_kv::{Element, KvScales, WriteKvCall, WriteKvSlices, WriteKvVariant};

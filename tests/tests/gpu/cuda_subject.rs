@@ -12,6 +12,9 @@ use pagewise_attention::cuda::{
 };
 use pagewise_attention::{AttentionConfig, BlockTables, DType, HostTensor, HostTensorMut};
 
+use pagewise_attention::RowStrides;
+use pagewise_attention::cuda::MergeStatesCall;
+
 pub struct Cuda<'a> {
     pub context: &'a Context,
     pub stream: Arc<CudaStream>,
@@ -238,10 +241,41 @@ impl Subject for Cuda<'_> {
 
     fn merge_states(
         &mut self,
-        _: &MergeTask<'_>,
-        _: HostTensorMut<'_>,
-        _: &mut [f32],
+        task: &MergeTask<'_>,
+        mut out: HostTensorMut<'_>,
+        lse: &mut [f32],
     ) -> Result<(), Refusal> {
-        unsupported("merge_states")
+        let MergeTask { rows, heads, head_dim, parts } = *task;
+        let dtype = out.dtype();
+        let part_out: Vec<u8> = parts.iter().flat_map(|part| bytes(part.out)).collect();
+        let part_lse: Vec<u8> = parts.iter().flat_map(|part| bytes(HostTensor::F32(part.lse))).collect();
+        let (part_out, part_lse) = (self.upload(&part_out), self.upload(&part_lse));
+        let device_out = self.upload(&bytes(out.as_ref()));
+        let device_lse = self.upload(&bytes(HostTensor::F32(lse)));
+        let (packed, one_each) = (RowStrides::packed(heads, head_dim), RowStrides::packed(heads, 1));
+        let call = MergeStatesCall {
+            parts: parts.len(),
+            rows,
+            heads,
+            head_dim,
+            part_dtype: dtype,
+            part_out: self.address(&part_out),
+            part_out_strides: packed,
+            part_out_stride: (rows * heads * head_dim) as i64,
+            part_lse: self.address(&part_lse),
+            part_lse_strides: one_each,
+            part_lse_stride: (rows * heads) as i64,
+            out_dtype: dtype,
+            out: self.address(&device_out),
+            out_strides: packed,
+            lse: self.address(&device_lse),
+            lse_strides: one_each,
+        };
+        // SAFETY: all addresses are those of live slices that hold what shapes and strides reach.
+        let variant = unsafe { self.context.merge_states_raw(&call, self.stream.cu_stream().into()) };
+        self.variants.push(variant.map_err(refusal)?.name());
+        set(out.reborrow(), &self.stream.clone_dtoh(&device_out).unwrap());
+        set(HostTensorMut::F32(lse), &self.stream.clone_dtoh(&device_lse).unwrap());
+        Ok(())
     }
 }
