@@ -24,7 +24,7 @@ use pagewise_runtime::scheduler::Preemption;
 use pagewise_runtime::text::Tokenizer;
 use serde::Deserialize;
 use std::collections::HashSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 const BLOCK_SIZE: usize = 16;
@@ -58,7 +58,7 @@ impl Executor for Counting {
     }
 }
 
-fn engine(dir: &PathBuf, blocks: Arc<Mutex<Blocks>>) -> Engine {
+fn engine(dir: &Path, blocks: Arc<Mutex<Blocks>>) -> Engine {
     let ModelDir { config, .. } = ModelDir::open(dir).unwrap();
     let weights = WeightSource::Files { weights: Weights::open(dir).unwrap(), dtype: None };
     let backend = CpuBackend::new(None).unwrap();
@@ -85,7 +85,7 @@ fn engine(dir: &PathBuf, blocks: Arc<Mutex<Blocks>>) -> Engine {
 }
 
 /// Share of blocks saved in one run.
-fn saved(dir: &PathBuf, requests: Vec<Request>) -> f64 {
+fn saved(dir: &Path, requests: Vec<Request>) -> f64 {
     let blocks = Arc::new(Mutex::new(Blocks::default()));
     for result in engine(dir, blocks.clone()).generate(requests).unwrap() {
         result.unwrap();

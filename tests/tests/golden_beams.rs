@@ -141,10 +141,11 @@ fn preempted_searches_end_the_same() {
     }
 }
 
-/// The first `n` of a wider search, and what a search costs in copies: the block that beams part in, never a full one.
+/// The best `n` of a search with their log-probabilities. In blocks of one token, all of which are full, no beam costs a
+/// copy.
 #[test]
-fn fewer_hypotheses_and_no_full_copies() {
-    let mut engine = engine("llama_gqa", |options| options.block_size = 4);
+fn fewer_hypotheses_with_log_probabilities_and_no_full_block_copied() {
+    let mut engine = engine("llama_gqa", |options| options.block_size = 1);
     for (golden, request) in cases("llama_gqa").into_iter().filter(|(golden, _)| golden.num_beams == 4) {
         let params = SamplingParams { n: 2, logprobs: Some(1), ..request.params };
         let output = engine.generate(vec![Request::new(request.prompt, params)]).unwrap().remove(0).unwrap();
@@ -162,4 +163,5 @@ fn fewer_hypotheses_and_no_full_copies() {
         let tokens: usize = output.outputs.iter().map(|o| o.token_ids.len()).sum();
         assert_eq!(output.usage.completion_tokens, tokens);
     }
+    assert_eq!(engine.stats().cache.copied_blocks, 0);
 }

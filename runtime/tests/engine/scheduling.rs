@@ -5,6 +5,7 @@ use pagewise_kvcache::{CacheConfig, CacheManager, KvCacheManager};
 use pagewise_runtime::plan::LogitRows;
 use pagewise_runtime::request::{RequestId, Urgency};
 use pagewise_runtime::scheduler::{NewGroup, Preemption, Schedule, Scheduler, SchedulerConfig};
+use std::time::Duration;
 
 fn group(id: u64, length: usize, width: usize) -> NewGroup {
     NewGroup {
@@ -27,15 +28,28 @@ struct Bench {
 
 impl Bench {
     fn new(max_num_seqs: usize, max_batch_tokens: usize, block_size: usize, blocks: usize) -> Self {
+        Self::preempting(
+            max_num_seqs,
+            max_batch_tokens,
+            cache_config(block_size, blocks),
+            Preemption::Recompute,
+        )
+    }
+
+    fn preempting(
+        max_num_seqs: usize,
+        max_batch_tokens: usize,
+        cache: CacheConfig,
+        preemption: Preemption,
+    ) -> Self {
         let config = SchedulerConfig {
             max_num_seqs,
             max_batch_tokens,
             max_model_len: 1000,
             max_prompt_logit_rows: 3,
-            preemption: Preemption::Recompute,
+            preemption,
         };
-        let config_of_cache = CacheConfig { prefix_cache: false, ..cache_config(block_size, blocks) };
-        let cache = KvCacheManager::new(config_of_cache).unwrap();
+        let cache = KvCacheManager::new(CacheConfig { prefix_cache: false, ..cache }).unwrap();
         Self { scheduler: Scheduler::new(config), cache, next_token: 0, branching: vec![] }
     }
 
@@ -131,6 +145,64 @@ fn the_latest_goes_first_comes_back_first_and_nobody_new_before_it() {
     // Its tokens so far, 3 + 2, are its prompt now; two blocks are free, so 3 has to wait on.
     assert_eq!(bench.chunks().last(), Some(&(2, 5)));
     assert_eq!(bench.scheduler.stats().waiting, 2);
+}
+
+#[test]
+fn a_deadline_does_not_overtake_the_preempted() {
+    let mut bench = Bench::new(8, 100, 4, 4);
+    for id in 0..3 {
+        bench.add(id, 3, 1);
+    }
+    for chunks in [[(0, 3), (1, 3), (2, 3)], [(0, 1), (1, 1), (2, 1)]] {
+        assert_eq!(bench.chunks(), chunks);
+    }
+    assert_eq!(bench.chunks(), [(0, 1), (1, 1)], "2 had to go");
+    let urgency = Urgency { deadline: Some(Duration::from_secs(1)), ..Urgency::default() };
+    bench.scheduler.add(NewGroup { urgency, ..group(3, 1, 1) }, &bench.cache).unwrap();
+    bench.finish(0);
+    assert_eq!(bench.chunks(), [(1, 1), (2, 5)]);
+    let urgency = Urgency { priority: -1, ..Urgency::default() };
+    bench.scheduler.add(NewGroup { urgency, ..group(4, 1, 1) }, &bench.cache).unwrap();
+    bench.finish(1);
+    assert_eq!(bench.chunks(), [(2, 1), (4, 1), (3, 1)], "the more urgent, then the earlier deadline");
+}
+
+/// The same shortage as above, by swapping: blocks come free a step later, and each is promised once.
+#[test]
+fn swapped_groups_make_room_for_the_next_step_and_go_on_where_they_were() {
+    let cache = CacheConfig { host_blocks: 4, ..cache_config(4, 4) };
+    let mut bench = Bench::preempting(8, 100, cache, Preemption::Swap);
+    for id in 0..3 {
+        bench.add(id, 3, 1);
+    }
+    assert_eq!(bench.chunks(), [(0, 3), (1, 3), (2, 3)]);
+    bench.add(3, 1, 1);
+    assert_eq!(bench.chunks(), [(0, 1), (1, 1), (2, 1), (3, 1)]);
+    // 3's block is for 0 and 2's for 1; both wait for the copies.
+    let (chunks, schedule) = bench.step();
+    assert_eq!((chunks.len(), schedule.plan.block_ops.swap_out.len()), (0, 2));
+    assert_eq!(schedule.preempted, [RequestId(3), RequestId(2)]);
+    assert_eq!(bench.scheduler.stats().swaps, 2);
+    assert_eq!(bench.chunks(), [(0, 1), (1, 1)]);
+    bench.finish(0);
+    let (chunks, schedule) = bench.step();
+    assert_eq!(chunks, [(1, 1), (2, 1)], "nothing of 2 is computed again");
+    assert_eq!(schedule.plan.block_ops.swap_in.len(), 1);
+    assert_eq!(bench.cache.host_usage().used, 1, "3 waits for its turn");
+}
+
+#[test]
+fn where_the_host_is_full_a_group_is_recomputed() {
+    let cache = CacheConfig { host_blocks: 1, ..cache_config(4, 4) };
+    let mut bench = Bench::preempting(8, 100, cache, Preemption::Swap);
+    for id in 0..2 {
+        bench.add(id, 7, 1);
+    }
+    assert_eq!(bench.chunks(), [(0, 7), (1, 7)]);
+    assert_eq!(bench.chunks(), [(0, 1), (1, 1)]);
+    assert_eq!(bench.chunks(), [(0, 1)], "1's two blocks are free at once");
+    let stats = bench.scheduler.stats();
+    assert_eq!((stats.preemptions, stats.swaps), (1, 0));
 }
 
 #[test]
