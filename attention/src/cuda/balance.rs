@@ -79,6 +79,15 @@ pub(super) struct Choice {
     pub(super) cut: Cut,
     /// What it takes, in bytes that a multiprocessor reads in that time at its share of the bandwidth.
     pub(super) cost: f64,
+    /// What it would take at least, likewise.
+    pub(super) floor: f64,
+}
+
+impl Choice {
+    /// Whether another kernel could not be much better, so that asking costs more than it can save.
+    pub(super) fn is_good(&self) -> bool {
+        self.cost <= 1.04 * self.floor
+    }
 }
 
 /// KV heads of a thread block, and how rows are cut.
@@ -105,6 +114,7 @@ pub(super) fn choose(rows: &[Keys], step: &Step, block_heads: Option<u32>, shrin
         block_heads: cut_heads,
         cut: Cut::shrinking(shrink.unwrap_or_default(), lengths.total as u64, step, cut_heads),
         cost: scattered(cut_heads) + merge + 2.0 * next,
+        floor: share,
     };
     if shrink.is_some() {
         return shrinking;
@@ -123,7 +133,7 @@ pub(super) fn choose(rows: &[Keys], step: &Step, block_heads: Option<u32>, shrin
             false => 0.0,
         };
         let cost = (scattered(heads) + tail).max(key * lengths.longest / most);
-        Choice { block_heads: heads, cut: Cut::Equal(u32::MAX), cost }
+        Choice { block_heads: heads, cut: Cut::Equal(u32::MAX), cost, floor: share }
     };
     let whole = step.head_choices(block_heads).map(whole).reduce(cheaper).unwrap_or(shrinking);
     if whole.cost <= scattered(cut_heads) + merge {
@@ -135,6 +145,7 @@ pub(super) fn choose(rows: &[Keys], step: &Step, block_heads: Option<u32>, shrin
         block_heads: cut_heads,
         cut: Cut::Equal(keys),
         cost: scattered(cut_heads).max(f64::from(keys) * key / most) + merge,
+        floor: share,
     });
     [Some(whole), equal].into_iter().flatten().fold(shrinking, cheaper)
 }
@@ -144,7 +155,7 @@ fn cheaper(a: Choice, b: Choice) -> Choice {
     if a.cost < b.cost { a } else { b }
 }
 
-/// The smallest pieces, in whole rounds, that are no more than there are slots for.
+/// About the smallest pieces, in whole rounds, that are no more than there are slots for.
 fn one_wave(rows: &[Keys], step: &Step, block_heads: u32) -> Option<u32> {
     let most = step.slots() / step.blocks_per_item(block_heads).max(1);
     let round = step.round(block_heads);
@@ -159,16 +170,12 @@ fn one_wave(rows: &[Keys], step: &Step, block_heads: u32) -> Option<u32> {
     }
     // No fewer than would be enough if all rows were as long as they are together.
     let total: u64 = rows.iter().map(|keys| u64::from(keys.span())).sum();
-    let (mut low, mut high) = (total.div_ceil(most).div_ceil(u64::from(round)).max(1) as u32, longest);
-    low = low.min(high);
-    while low < high {
-        let middle = low + (high - low) / 2;
-        match pieces(middle) <= most {
-            true => high = middle,
-            false => low = middle + 1,
-        }
+    let mut rounds = total.div_ceil(most).div_ceil(u64::from(round)).clamp(1, u64::from(longest)) as u32;
+    // An eighth more each time: a few tries, where a search for the very least would take as long as all the rest.
+    while pieces(rounds) > most {
+        rounds = (rounds + rounds.div_ceil(8)).min(longest);
     }
-    Some(high * round)
+    Some(rounds * round)
 }
 
 #[cfg(test)]

@@ -113,16 +113,22 @@ impl DecodePlan {
         let choices = Kind::choices(config, device, options)?;
         // The heads of a thread block are part of a launch, which a captured graph repeats.
         let heads = options.block_heads.or(options.grid_items.map(|_| 1));
-        let choose = |kind: Kind| match options.item_keys {
+        let choose = |kind: &Kind| match options.item_keys {
             Some(keys) => {
-                (kind, Choice { block_heads: heads.unwrap_or(1), cut: Cut::Equal(keys), cost: 0.0 })
+                Choice { block_heads: heads.unwrap_or(1), cut: Cut::Equal(keys), cost: 0.0, floor: 0.0 }
             }
-            None => {
-                let choice = choose(&rows, &kind.step, heads, options.shrink);
-                (kind, choice)
-            }
+            None => choose(&rows, &kind.step, heads, options.shrink),
         };
-        let best = choices.into_iter().map(choose).reduce(|a, b| if b.1.cost < a.1.cost { b } else { a });
+        let mut best: Option<(&Kind, Choice)> = None;
+        for kind in &choices {
+            let choice = choose(kind);
+            if best.as_ref().is_none_or(|(_, so_far)| choice.cost < so_far.cost) {
+                best = Some((kind, choice));
+            }
+            if choice.is_good() {
+                break;
+            }
+        }
         let Some((kind, Choice { block_heads, cut, .. })) = best else {
             return Err(unsupported("this tuning", "see DecodeTuning for its bounds"));
         };
