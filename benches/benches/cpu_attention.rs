@@ -6,7 +6,7 @@
 //! given in multiply-adds. Runs and summing take turns, so that what else the machine does slows both, and the
 //! fraction is the median over the turns.
 
-use pagewise_attention::conformance::{Agreement, AttentionData, Case, Reference};
+use pagewise_attention::conformance::{Agreement, AttentionData, Case, ProbabilityRounding, Reference};
 use pagewise_attention::cpu::{Inputs, Level, Outputs, Plan};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -101,7 +101,7 @@ fn bench(line: &str, yardstick: &Yardstick) -> Result<String, String> {
     run(Some(&mut lse))?;
     let turns = take_turns(|| run(None), yardstick)?;
     let reference = Reference::attention(&data);
-    Agreement::of_attention(&data, &reference, 0.0, &before, &out, Some(&lse))?;
+    Agreement::of_attention(&data, &reference, ProbabilityRounding::default(), &before, &out, Some(&lse))?;
 
     let config = &data.config;
     let keys: usize = case.sequences.iter().map(|shape| shape.keys).sum();

@@ -12,13 +12,15 @@
 mod decode;
 #[path = "cuda/gpu.rs"]
 mod gpu;
+#[path = "cuda/host.rs"]
+mod host;
 #[path = "cuda/sweep.rs"]
 mod sweep;
 #[path = "cuda/yardsticks.rs"]
 mod yardsticks;
 
 use gpu::Gpu;
-use pagewise_attention::cuda::{Context, devices};
+use pagewise_attention::cuda::{Context, devices, driver_release};
 
 fn main() {
     let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
@@ -40,15 +42,18 @@ fn main() {
     }
     let yardsticks = yardsticks::measure(&gpu);
     let write = if wanted("write_kv") { Some(decode::write_kv(&gpu, &yardsticks)) } else { None };
+    let host = if wanted("host") { Some(host::measure(&gpu)) } else { None };
     let shapes = decode::all_shapes(&gpu, &yardsticks, wanted);
 
     if let Some(path) = std::env::var_os("PAGEWISE_BENCH_JSON") {
         let json = serde_json::json!({
             "gpu": context.device().name,
             "driver": context.device().driver.to_string(),
+            "driver_release": driver_release(),
             "read_ceiling_gb_s": yardsticks.ceiling,
             "floor": yardsticks.floor.iter().map(|(bytes, us)| serde_json::json!({ "bytes": bytes, "us": us })).collect::<Vec<_>>(),
             "write_kv": write,
+            "host": host,
             "decode": shapes,
         });
         std::fs::write(path, serde_json::to_string_pretty(&json).unwrap() + "\n").unwrap();

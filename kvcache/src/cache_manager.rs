@@ -2,8 +2,8 @@
 //! reservation, say) can stand in the place of [`KvCacheManager`](crate::KvCacheManager).
 
 use crate::{
-    Admission, Allocation, BlockId, BlockOps, CacheConfig, CacheError, CacheStats, PoolUsage, Prompt,
-    SequenceId,
+    Admission, Allocation, BlockId, BlockOps, CacheConfig, CacheError, CacheStats, PinId, PinnedPrefix,
+    PoolUsage, Prompt, SequenceId,
 };
 
 /// Says which block every token of every sequence lives in, and what must be copied so that it is true.
@@ -22,6 +22,13 @@ pub trait CacheManager {
     /// Whether these sequences can be taken in together (gang admission: all or none). `prompts` are the
     /// distinct prompts; each will need room for at least its tokens plus one generated token.
     fn can_allocate(&self, prompts: &[Prompt<'_>]) -> Admission;
+
+    /// Leading tokens of the prompt that [`allocate`](Self::allocate) would find cached now. None where the manager
+    /// keeps no prefixes.
+    fn cached_tokens(&self, prompt: &Prompt<'_>) -> usize {
+        let _ = prompt;
+        0
+    }
 
     /// Takes blocks for the whole prompt of a new sequence, sharing the cached prefix.
     ///
@@ -86,6 +93,23 @@ pub trait CacheManager {
     /// [`CacheError::UnknownSequence`], [`CacheError::OutOfBlocks`], [`CacheError::NotOnHost`],
     /// [`CacheError::NamedTwice`]; [`CacheError::Pending`] until its swap-out is confirmed.
     fn swap_in(&mut self, group: &[SequenceId]) -> Result<(), CacheError>;
+
+    /// Keeps the cached blocks of a prefix (a system prompt, say) from being evicted, as if a sequence held them.
+    ///
+    /// # Errors
+    /// [`CacheError::NotCached`] if not even its first block is cached, or the manager keeps no prefixes.
+    fn pin_prefix(&mut self, prefix: Prompt<'_>) -> Result<PinnedPrefix, CacheError> {
+        let _ = prefix;
+        Err(CacheError::NotCached)
+    }
+
+    /// Removes a pin. The blocks stay cached and become the most recently used ones.
+    ///
+    /// # Errors
+    /// [`CacheError::UnknownPin`].
+    fn unpin_prefix(&mut self, id: PinId) -> Result<(), CacheError> {
+        Err(CacheError::UnknownPin(id.number()))
+    }
 
     /// The step's copies so far, in their fixed order; the manager starts a new list. Blocks that they touch
     /// are pending until [`confirm_block_ops`](Self::confirm_block_ops): one confirmation for each list taken,

@@ -42,7 +42,7 @@ use crate::{
 /// (Kwon et al., *Efficient Memory Management for Large Language Model Serving with PagedAttention*, 2023,
 /// sections 4.2 to 4.5).
 ///
-/// Most of it is driven through [`CacheManager`]; what only a paged cache can do (pins, recompute plans,
+/// Most of it is driven through [`CacheManager`]; what goes beyond the trait (recompute plans,
 /// prefix-cache reset, audits) are methods of its own. `Clone` gives an independent cache in the same state
 /// and `==` compares whole states, which is what "a failed call changes nothing" means in the tests.
 #[derive(Clone, Debug, PartialEq)]
@@ -164,6 +164,10 @@ impl CacheManager for KvCacheManager {
         self.admit(prompts)
     }
 
+    fn cached_tokens(&self, prompt: &Prompt<'_>) -> usize {
+        self.geometry.tokens_in(self.find_prefix(prompt).blocks())
+    }
+
     fn allocate(&mut self, sequence: SequenceId, prompt: Prompt<'_>) -> Result<Allocation, CacheError> {
         self.allocate_sequence(sequence, prompt)
     }
@@ -202,6 +206,14 @@ impl CacheManager for KvCacheManager {
 
     fn swap_in(&mut self, group: &[SequenceId]) -> Result<(), CacheError> {
         self.swap_group_in(group)
+    }
+
+    fn pin_prefix(&mut self, prefix: Prompt<'_>) -> Result<PinnedPrefix, CacheError> {
+        self.pin_cached_prefix(prefix)
+    }
+
+    fn unpin_prefix(&mut self, id: PinId) -> Result<(), CacheError> {
+        self.remove_pin(id)
     }
 
     fn take_block_ops(&mut self) -> BlockOps {

@@ -16,15 +16,29 @@ pub enum Error {
         /// Element type that is written.
         cache: DType,
     },
-    /// The decode kernel has no variant for this type or head dimension.
+    /// The decode kernel has no variant for these types or this head dimension, or the tuning is out of bounds.
     #[error(
-        "decode has no variant for {dtype} with head_dim {head_dim}: it takes bf16 and f16 with 64 or 128"
+        "decode has no variant for {q_dtype} queries over a {kv_dtype} cache with room for {head_dim} elements: it takes f32, f16 and bf16 over a cache of the same type, f16 and bf16 over fp8, with 64, 128 or 256"
     )]
     UnsupportedDecode {
-        /// Element type.
-        dtype: DType,
-        /// Elements of a head.
+        /// Element type of the queries.
+        q_dtype: DType,
+        /// Element type of the cache.
+        kv_dtype: DType,
+        /// Elements of a head that there is to be room for.
         head_dim: u32,
+    },
+    /// A thread block cannot work for so many KV heads.
+    #[error(
+        "decode cannot give {block_heads} of {kv_heads} KV heads to a thread block of {most} warps: take a power of two that divides them, at most one a warp"
+    )]
+    BlockHeads {
+        /// KV heads of a thread block.
+        block_heads: u32,
+        /// KV heads in all.
+        kv_heads: u32,
+        /// Warps of a thread block.
+        most: u32,
     },
     /// A thread can move only one element or one 16-byte load of them.
     #[error("{kernel} cannot move {vector} {source_dtype} elements at once: use 1 or {widest}")]
@@ -59,6 +73,28 @@ pub enum Error {
         kernel: &'static str,
         /// The field in question.
         field: &'static str,
+    },
+    /// A tuning that no kernel can be made of.
+    #[error("{kernel} cannot be tuned so: {what} must be {bounds}")]
+    UnsupportedTuning {
+        /// Kernel family.
+        kernel: &'static str,
+        /// What is out of bounds.
+        what: &'static str,
+        /// Its bounds.
+        bounds: &'static str,
+    },
+    /// A size beyond what the kernel's 32-bit indices hold.
+    #[error("{kernel}: {field} = {value} is more than {limit}: split the call")]
+    TooLarge {
+        /// Kernel family.
+        kernel: &'static str,
+        /// The field in question.
+        field: &'static str,
+        /// Its value.
+        value: u32,
+        /// The most that is allowed.
+        limit: u32,
     },
     /// A launch would need a larger grid than CUDA allows.
     #[error(

@@ -130,6 +130,7 @@ pub struct Kernel {
     pub(crate) params: Vec<Param>,
     pub(crate) max_threads: u32,
     pub(crate) static_shared: u32,
+    pub(crate) dynamic_shared: u32,
 }
 
 impl Kernel {
@@ -168,6 +169,12 @@ impl Kernel {
         self.static_shared
     }
 
+    /// Bytes of shared memory that a launch adds to that, at most. Beyond 48 KiB together a host must allow it
+    /// when it loads the kernel (`CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`).
+    pub fn dynamic_shared(&self) -> u32 {
+        self.dynamic_shared
+    }
+
     /// The text as the assembler sees it: without comments, blank lines and indentation. Two
     /// kernels with the same code have the same machine code.
     pub fn code(&self) -> String {
@@ -188,11 +195,12 @@ impl Kernel {
         let params: Vec<String> =
             self.params.iter().map(|param| format!("{} {}", param.ty.ptx(), param.name)).collect();
         format!(
-            "{} on {}, at most {} threads, {} bytes of shared memory, ({})",
+            "{} on {}, at most {} threads, {} + {} bytes of shared memory, ({})",
             self.entry,
             self.target,
             self.max_threads,
             self.static_shared,
+            self.dynamic_shared,
             params.join(", ")
         )
     }

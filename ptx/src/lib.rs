@@ -12,22 +12,27 @@
 //! assert_eq!(write_kv.kernel().entry(), "write_kv_bf16_bf16_v8");
 //! assert!(write_kv.kernel().text().contains(".target sm_80"));
 //!
-//! // 512 tokens with 8 KV heads of 128 elements: two tokens to a thread block.
-//! let launch = write_kv.launch(WriteKvShape { tokens: 512, kv_heads: 8, head_dim_k: 128, head_dim_v: 128 })?;
-//! assert_eq!((launch.grid, launch.block), ([256, 1, 1], [16, 8, 2]));
+//! // 512 tokens with 8 KV heads of 128 elements: eight tokens to a thread block.
+//! let shape = WriteKvShape { tokens: 512, kv_heads: 8, head_dim_k: 128, head_dim_v: 128, q_heads: 0 };
+//! let launch = write_kv.launch(shape)?;
+//! assert_eq!((launch.grid, launch.block), ([64, 1, 1], [8, 8, 4]));
 //! # Ok::<(), pagewise_ptx::Error>(())
 //! ```
 //!
 //! | module | kernel |
 //! |---|---|
+//! | [`mod@counter`] | fills memory with numbers that a host can recompute: for tests |
 //! | [`mod@decode`] | one query row a sequence over a paged cache, keys split over thread blocks |
+//! | [`mod@merge_states`] | puts attention over parts of the keys together, by their log-sum-exp |
 //! | [`mod@page_read`] | reads pages through a table: the yardstick of benches |
-//! | [`mod@write_kv`] | stores new K and V rows into cache blocks, given by a slot mapping |
+//! | [`mod@write_kv`] | stores new K and V rows into cache blocks, given by a slot mapping; turns K and queries on the way |
 
+pub mod counter;
 pub mod decode;
 mod dtype;
 mod error;
 mod kernel;
+pub mod merge_states;
 pub mod page_read;
 pub mod receipt;
 mod template;
@@ -43,8 +48,12 @@ pub use kernel::{Arg, Kernel, Launch, Param, ParamType, Target};
 /// [`Error::Template`] when a template does not render, which is a defect of this crate.
 pub fn all_kernels() -> Result<Vec<Kernel>, Error> {
     let write_kv = write_kv::WriteKvSpec::all().map(|spec| Ok(write_kv::WriteKv::new(spec)?.into_kernel()));
+    let merge_states = merge_states::MergeStatesSpec::all()
+        .map(|spec| Ok(merge_states::MergeStates::new(spec)?.into_kernel()));
+    let counter =
+        counter::Counter::TYPES.into_iter().map(|dtype| Ok(counter::Counter::new(dtype)?.into_kernel()));
     let decode = decode::DecodeSpec::all().map(|spec| Ok(decode::Decode::new(spec)?.into_kernel()));
     let page_read =
         [false, true].into_iter().map(|merges| Ok(page_read::PageRead::new(merges)?.into_kernel()));
-    write_kv.chain(decode).chain(page_read).collect()
+    write_kv.chain(merge_states).chain(counter).chain(decode).chain(page_read).collect()
 }

@@ -106,6 +106,7 @@ impl PageRead {
                 params: PARAMS.to_vec(),
                 max_threads: THREADS,
                 static_shared: if merges { 4 + THREADS / 8 } else { 0 },
+                dynamic_shared: 0,
             },
         })
     }

@@ -9,8 +9,14 @@ use minijinja::{Environment, UndefinedBehavior, Value};
 
 use crate::Error;
 
-/// The shared idioms, which kernels import by these names.
-const LIB: &[(&str, &str)] = &[("lib/elements.ptx", include_str!("../kernels/lib/elements.ptx"))];
+/// The shared idioms and the parts of long kernels, which kernels import or include by these names.
+const LIB: &[(&str, &str)] = &[
+    ("lib/elements.ptx", include_str!("../kernels/lib/elements.ptx")),
+    ("decode/queries.ptx", include_str!("../kernels/decode/queries.ptx")),
+    ("decode/scores.ptx", include_str!("../kernels/decode/scores.ptx")),
+    ("decode/values.ptx", include_str!("../kernels/decode/values.ptx")),
+    ("decode/merge.ptx", include_str!("../kernels/decode/merge.ptx")),
+];
 
 /// Renders `source` (the template named `name`) with the map `variables`.
 pub(crate) fn render(name: &'static str, source: &str, variables: Value) -> Result<String, Error> {

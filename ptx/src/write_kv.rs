@@ -17,6 +17,75 @@ const MAX_THREADS: u32 = 256;
 /// The most blocks along y and z that CUDA allows (along x it allows more than there are tokens).
 const MAX_GRID_YZ: u32 = 65_535;
 
+/// Which elements of a head turn together, as a pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RotaryStyle {
+    /// Element `i` and element `i + rotary_dim / 2`: GPT-NeoX, LLaMA and most others.
+    NeoX,
+    /// Elements `2 i` and `2 i + 1`: GPT-J, and RoFormer as it was published.
+    GptJ,
+}
+
+impl RotaryStyle {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::NeoX, Self::GptJ];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::NeoX => "neox",
+            Self::GptJ => "gptj",
+        }
+    }
+}
+
+/// What a load of the new rows asks of the caches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LoadHint {
+    /// Nothing.
+    Plain,
+    /// No place in the L1: every byte is used once.
+    Stream,
+    /// The same, and the first to leave the L2.
+    Once,
+}
+
+/// What a store into the cache asks of the caches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum StoreHint {
+    /// Nothing: attention reads the new rows soon.
+    Plain,
+    /// Likely not read again soon (`st.cs`).
+    Stream,
+    /// The first to leave the L2.
+    Once,
+}
+
+/// What moves the clock but not the result, fixed when the text is rendered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct WriteKvTuning {
+    /// Tokens of a thread, all under way together: 1 to 8.
+    pub tokens: u32,
+    /// How the new rows are loaded.
+    pub load: LoadHint,
+    /// How they are stored.
+    pub store: StoreHint,
+}
+
+impl WriteKvTuning {
+    const fn default_of(vector: u32, rotary: Option<RotaryStyle>) -> Self {
+        match (vector, rotary) {
+            (1, _) => Self { tokens: 1, load: LoadHint::Plain, store: StoreHint::Plain },
+            (_, None) => Self { tokens: 2, load: LoadHint::Stream, store: StoreHint::Plain },
+            (_, Some(_)) => Self { tokens: 1, load: LoadHint::Plain, store: StoreHint::Plain },
+        }
+    }
+
+    /// Whether a kernel can be made of it.
+    pub const fn is_valid(self) -> bool {
+        1 <= self.tokens && self.tokens <= 8
+    }
+}
+
 /// Which variant: fixed when the text is rendered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct WriteKvSpec {
@@ -24,30 +93,49 @@ pub struct WriteKvSpec {
     pub source: DType,
     /// Element type of the cache. An fp8 cache needs sm_89.
     pub cache: DType,
-    /// Elements that a thread moves: 1, or as many as fit 16 bytes of the source, see
+    /// Elements that a thread moves at once: 1, or as many as fit 16 bytes of the source, see
     /// [`WriteKvSpec::vectorised`].
     pub vector: u32,
+    /// Rotary embedding of K, and of the queries if there are any.
+    pub rotary: Option<RotaryStyle>,
+    /// What it is tuned for.
+    pub tuning: WriteKvTuning,
 }
 
 impl WriteKvSpec {
-    /// The fast variant, 16 bytes of the source a thread. Needs every address and stride to be a
+    /// The fast variant, 16 bytes of the source at once. Needs every address and stride to be a
     /// multiple of [`WriteKvSpec::source_alignment`] or [`WriteKvSpec::cache_alignment`] bytes, and
     /// head dimensions that are multiples of [`WriteKvSpec::vector`].
     pub const fn vectorised(source: DType, cache: DType) -> Self {
-        Self { source, cache, vector: 16 / source.size() }
+        Self::of_vector(source, cache, 16 / source.size(), None)
     }
 
-    /// The variant for everything else: one element a thread, aligned to itself.
+    /// The variant for everything else: one element at once, aligned to itself.
     pub const fn scalar(source: DType, cache: DType) -> Self {
-        Self { source, cache, vector: 1 }
+        Self::of_vector(source, cache, 1, None)
     }
 
-    /// Every variant that exists.
+    /// The same with rotary embedding. The fast variant then also needs half of the rotary dimension to be a
+    /// multiple of [`WriteKvSpec::vector`], and tables whose address and stride are multiples of 16 bytes.
+    #[must_use]
+    pub const fn with_rotary(self, style: RotaryStyle) -> Self {
+        Self::of_vector(self.source, self.cache, self.vector, Some(style))
+    }
+
+    const fn of_vector(source: DType, cache: DType, vector: u32, rotary: Option<RotaryStyle>) -> Self {
+        Self { source, cache, vector, rotary, tuning: WriteKvTuning::default_of(vector, rotary) }
+    }
+
+    /// Every variant, tuned as it is when nothing else is asked for.
     pub fn all() -> impl Iterator<Item = Self> {
-        [DType::F32, DType::F16, DType::Bf16].into_iter().flat_map(|source| {
-            DType::ALL
-                .into_iter()
-                .flat_map(move |cache| [Self::vectorised(source, cache), Self::scalar(source, cache)])
+        let rotary = [None, Some(RotaryStyle::NeoX), Some(RotaryStyle::GptJ)];
+        let types = [DType::F32, DType::F16, DType::Bf16]
+            .into_iter()
+            .flat_map(|source| DType::ALL.into_iter().map(move |cache| (source, cache)));
+        rotary.into_iter().flat_map(move |rotary| {
+            types.clone().flat_map(move |(source, cache)| {
+                [16 / source.size(), 1].map(|vector| Self::of_vector(source, cache, vector, rotary))
+            })
         })
     }
 
@@ -63,9 +151,31 @@ impl WriteKvSpec {
         if bytes < 16 { bytes } else { 16 }
     }
 
-    /// The entry point: `write_kv_bf16_e4m3_v8`.
+    /// Bytes to which rows of the tables of cosines and sines must be aligned.
+    pub const fn table_alignment(self) -> u32 {
+        if self.vector == 1 { 4 } else { 16 }
+    }
+
+    /// The entry point: `write_kv_bf16_e4m3_v8`, `write_kv_f16_f16_v8_neox`, and what is tuned otherwise than by
+    /// default.
     pub fn entry(self) -> String {
-        format!("{FAMILY}_{}_{}_v{}", self.source, self.cache, self.vector)
+        let Self { source, cache, vector, rotary, tuning } = self;
+        let rotary_name = rotary.map(|style| format!("_{}", style.name())).unwrap_or_default();
+        let plain = format!("{FAMILY}_{source}_{cache}_v{vector}{rotary_name}");
+        if tuning == WriteKvTuning::default_of(vector, rotary) {
+            return plain;
+        }
+        let load = match tuning.load {
+            LoadHint::Plain => "plain",
+            LoadHint::Stream => "stream",
+            LoadHint::Once => "once",
+        };
+        let store = match tuning.store {
+            StoreHint::Plain => "plain",
+            StoreHint::Stream => "stream",
+            StoreHint::Once => "once",
+        };
+        format!("{plain}_t{}_{load}_{store}", tuning.tokens)
     }
 }
 
@@ -80,10 +190,12 @@ pub struct WriteKvShape {
     pub head_dim_k: u32,
     /// Elements of a V row.
     pub head_dim_v: u32,
+    /// Query heads that turn along: 0 without queries, and without rotary embedding.
+    pub q_heads: u32,
 }
 
 /// Where one of K and V comes from: `[tokens, kv_heads, head_dim]`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct SourceRows {
     /// Device address of the first element.
     pub address: u64,
@@ -132,19 +244,45 @@ pub struct WriteKvArgs {
     pub key_cache: CacheRows,
     /// V cache.
     pub value_cache: CacheRows,
-    /// Tokens of a block.
-    pub block_size: u32,
+    /// Tokens of a block, a power of two, as its logarithm in base 2.
+    pub block_shift: u32,
     /// Slots of the cache: blocks × block size. Slots outside are skipped.
     pub num_slots: u32,
     /// Scales, read by the fp8 variants only.
     pub scales: Option<Scales>,
+    /// Rotary embedding, for its variants only.
+    pub rotary: Option<RotaryArgs>,
 }
 
-/// The parameter list, the same for all variants.
+/// Rotary embedding: by which angles K and queries turn.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct RotaryArgs {
+    /// Device address of the queries, `[tokens, q_heads, head_dim_k]`; of the type of K.
+    pub query: SourceRows,
+    /// Where the turned queries go; may be where they come from.
+    pub query_out: SourceRows,
+    /// Device address of the positions, i32 or i64 `[tokens]`.
+    pub positions: u64,
+    /// Bytes of a position: 4 or 8.
+    pub position_bytes: u32,
+    /// Device address of the cosines, f32 `[num_positions, half]`.
+    pub cos: u64,
+    /// Device address of the sines.
+    pub sin: u64,
+    /// Elements from a position's cosines, or sines, to the next's.
+    pub table_stride: u64,
+    /// Rows of the tables. Positions outside give NaN.
+    pub num_positions: u32,
+    /// Pairs that turn: half of the rotary dimension.
+    pub half: u32,
+}
+
+const fn param(name: &'static str, ty: ParamType) -> Param {
+    Param { name, ty }
+}
+
+/// The parameters of all variants.
 const PARAMS: [Param; 24] = {
-    const fn param(name: &'static str, ty: ParamType) -> Param {
-        Param { name, ty }
-    }
     use ParamType::{Pointer, U32, U64};
     [
         param("key", Pointer),
@@ -168,17 +306,38 @@ const PARAMS: [Param; 24] = {
         param("kv_heads", U32),
         param("head_dim_k", U32),
         param("head_dim_v", U32),
-        param("block_size", U32),
+        param("block_shift", U32),
         param("num_slots", U32),
         param("scale_head_stride", U32),
     ]
 };
 
+/// What the variants with rotary embedding have beside.
+const ROTARY_PARAMS: [Param; 14] = {
+    use ParamType::{Pointer, U32, U64};
+    [
+        param("query", Pointer),
+        param("query_out", Pointer),
+        param("positions", Pointer),
+        param("cos", Pointer),
+        param("sin", Pointer),
+        param("query_token_stride", U64),
+        param("query_head_stride", U64),
+        param("query_out_token_stride", U64),
+        param("query_out_head_stride", U64),
+        param("table_stride", U64),
+        param("q_heads", U32),
+        param("rotary_half", U32),
+        param("num_positions", U32),
+        param("position_bytes", U32),
+    ]
+};
+
 impl WriteKvArgs {
     /// The values of the parameters, in launch order.
-    pub fn values(&self) -> [Arg; PARAMS.len()] {
+    pub fn values(&self) -> Vec<Arg> {
         let scales = self.scales.unwrap_or(Scales { key: 0, value: 0, per_head: false });
-        [
+        let mut values = vec![
             Arg::pointer(self.key.address),
             Arg::pointer(self.value.address),
             Arg::pointer(self.slots),
@@ -200,10 +359,29 @@ impl WriteKvArgs {
             Arg::u32(self.shape.kv_heads),
             Arg::u32(self.shape.head_dim_k),
             Arg::u32(self.shape.head_dim_v),
-            Arg::u32(self.block_size),
+            Arg::u32(self.block_shift),
             Arg::u32(self.num_slots),
             Arg::u32(u32::from(scales.per_head)),
-        ]
+        ];
+        if let Some(rotary) = self.rotary {
+            values.extend([
+                Arg::pointer(rotary.query.address),
+                Arg::pointer(rotary.query_out.address),
+                Arg::pointer(rotary.positions),
+                Arg::pointer(rotary.cos),
+                Arg::pointer(rotary.sin),
+                Arg::u64(rotary.query.token_stride),
+                Arg::u64(rotary.query.head_stride),
+                Arg::u64(rotary.query_out.token_stride),
+                Arg::u64(rotary.query_out.head_stride),
+                Arg::u64(rotary.table_stride),
+                Arg::u32(self.shape.q_heads),
+                Arg::u32(rotary.half),
+                Arg::u32(rotary.num_positions),
+                Arg::u32(rotary.position_bytes),
+            ]);
+        }
+        values
     }
 }
 
@@ -221,17 +399,34 @@ impl WriteKv {
     /// [`Error::UnsupportedTypes`] for an fp8 source, [`Error::UnsupportedVector`] for a vector that
     /// is neither 1 nor 16 bytes of the source.
     pub fn new(spec: WriteKvSpec) -> Result<Self, Error> {
-        let WriteKvSpec { source, cache, vector } = spec;
+        let WriteKvSpec { source, cache, vector, rotary, tuning } = spec;
         if source.is_fp8() {
             return Err(Error::UnsupportedTypes { kernel: FAMILY, source_dtype: source, cache });
         }
-        let widest = WriteKvSpec::vectorised(source, cache).vector;
+        let widest = 16 / source.size();
         if vector != 1 && vector != widest {
             return Err(Error::UnsupportedVector { kernel: FAMILY, vector, source_dtype: source, widest });
         }
-        // Ada brought the fp8 conversions, PTX 8.1 their names.
+        if !tuning.is_valid() {
+            return Err(Error::UnsupportedTuning {
+                kernel: FAMILY,
+                what: "tokens of a thread",
+                bounds: "1 to 8",
+            });
+        }
+        // Ada brought the fp8 conversions, PTX 8.1 their names; PTX 7.4 brought cache hints.
         let target =
-            if cache.is_fp8() { Target { sm: 89, ptx: (8, 1) } } else { Target { sm: 80, ptx: (7, 0) } };
+            if cache.is_fp8() { Target { sm: 89, ptx: (8, 1) } } else { Target { sm: 80, ptx: (7, 4) } };
+        let (load_how, load_policy) = match tuning.load {
+            LoadHint::Plain => ("ld.global.nc", ""),
+            LoadHint::Stream => ("ld.global.nc.L1::no_allocate", ""),
+            LoadHint::Once => ("ld.global.nc.L1::no_allocate.L2::cache_hint", ", %rd_once"),
+        };
+        let (store_how, store_policy) = match tuning.store {
+            StoreHint::Plain => ("st.global", ""),
+            StoreHint::Stream => ("st.global.cs", ""),
+            StoreHint::Once => ("st.global.L2::cache_hint", ", %rd_once"),
+        };
         let entry = spec.entry();
         let variables = context! {
             entry => &entry,
@@ -243,9 +438,20 @@ impl WriteKv {
             cache_dtype => cache.name(),
             cache_size => cache.size(),
             vector,
+            tokens => tuning.tokens,
             fp8 => cache.is_fp8(),
+            rotary => rotary.map_or("", RotaryStyle::name),
+            load_how,
+            load_policy,
+            store_how,
+            store_policy,
+            policies => tuning.load == LoadHint::Once || tuning.store == StoreHint::Once,
         };
         let text = template::render(FAMILY, include_str!("../kernels/write_kv.ptx"), variables)?;
+        let mut params = PARAMS.to_vec();
+        if rotary.is_some() {
+            params.extend(ROTARY_PARAMS);
+        }
         Ok(Self {
             spec,
             kernel: Kernel {
@@ -253,9 +459,10 @@ impl WriteKv {
                 entry,
                 text,
                 target,
-                params: PARAMS.to_vec(),
+                params,
                 max_threads: MAX_THREADS,
                 static_shared: 0,
+                dynamic_shared: 0,
             },
         })
     }
@@ -280,9 +487,9 @@ impl WriteKv {
     /// # Errors
     /// [`Error::Zero`] for an empty dimension (a call without tokens needs no launch),
     /// [`Error::NotDivisible`] when the vector does not divide a head dimension,
-    /// [`Error::GridTooLarge`] beyond CUDA's limits.
+    /// [`Error::GridTooLarge`] beyond CUDA's limits, [`Error::TooLarge`] beyond 2³¹ tokens.
     pub fn launch(&self, shape: WriteKvShape) -> Result<Launch, Error> {
-        let vector = self.spec.vector;
+        let WriteKvSpec { vector, tuning, .. } = self.spec;
         for (field, value) in [
             ("tokens", shape.tokens),
             ("kv_heads", shape.kv_heads),
@@ -298,27 +505,27 @@ impl WriteKv {
                 return Err(Error::NotDivisible { kernel: FAMILY, vector, field, value });
             }
         }
-        let head_dim = shape.head_dim_k.max(shape.head_dim_v);
-        let pieces = head_dim / vector;
-        let x = pieces.min(MAX_THREADS);
-        let y = shape.kv_heads.min(MAX_THREADS / x);
-        // A block has at most 64 threads along z.
-        let z = shape.tokens.min(MAX_THREADS / (x * y)).min(64);
-        let grid = [shape.tokens.div_ceil(z), shape.kv_heads.div_ceil(y), pieces.div_ceil(x)];
-        for (field, value, needed) in [("kv_heads", shape.kv_heads, grid[1]), ("head_dim", head_dim, grid[2])]
+        // The kernel numbers tokens, those past the last one included, with 32 bits.
+        let limit = i32::MAX as u32;
+        for (field, value) in
+            [("tokens", shape.tokens), ("kv_heads", shape.kv_heads), ("q_heads", shape.q_heads)]
         {
+            if value > limit {
+                return Err(Error::TooLarge { kernel: FAMILY, field, value, limit });
+            }
+        }
+        let head_dim = shape.head_dim_k.max(shape.head_dim_v);
+        let units = (head_dim / vector).div_ceil(2);
+        let heads = shape.kv_heads + shape.q_heads;
+        let x = units.min(MAX_THREADS);
+        let y = heads.min(MAX_THREADS / x);
+        // A block has at most 64 threads along z.
+        let z = shape.tokens.div_ceil(tuning.tokens).min(MAX_THREADS / (x * y)).min(64);
+        let grid = [shape.tokens.div_ceil(z * tuning.tokens), heads.div_ceil(y), units.div_ceil(x)];
+        for (field, value, needed) in [("heads", heads, grid[1]), ("head_dim", head_dim, grid[2])] {
             if needed > MAX_GRID_YZ {
                 return Err(Error::GridTooLarge { kernel: FAMILY, field, value, needed, limit: MAX_GRID_YZ });
             }
-        }
-        if grid[0] > i32::MAX as u32 {
-            return Err(Error::GridTooLarge {
-                kernel: FAMILY,
-                field: "tokens",
-                value: shape.tokens,
-                needed: grid[0],
-                limit: i32::MAX as u32,
-            });
         }
         Ok(Launch { grid, block: [x, y, z], dynamic_shared: 0 })
     }

@@ -1,118 +1,117 @@
-//! Every variant assembles for every GPU generation, without spills, in the registers and shared
-//! memory that `resources.tsv` says. After a deliberate change:
+//! A pairwise selection of variants and GPU generations assembles, without spills, in the registers and shared memory
+//! that `resources.tsv` says. After a deliberate change:
 //! `PAGEWISE_UPDATE_RESOURCES=1 cargo test -p pagewise-ptx --test assemble`.
+//!
+//! The whole grid: `cargo run -p pagewise-ptx --example assemble_all`.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod common;
 
-use std::fmt::Write as _;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::collections::BTreeSet;
 
-use common::{Ptxas, Resources};
-use pagewise_ptx::decode::{Decode, DecodeSpec, DecodeTuning, LoadHint};
-use pagewise_ptx::{DType, Kernel, all_kernels};
+use common::{ARCHS, Job, Ptxas, all_jobs, assemble_jobs, faults, table};
+use pagewise_ptx::{Kernel, all_kernels};
 
-/// Ampere (A100, consumer), Ada, Hopper with its own instructions, consumer Blackwell.
-const ARCHS: [(&str, u32); 5] =
-    [("sm_80", 80), ("sm_86", 86), ("sm_89", 89), ("sm_90a", 90), ("sm_120", 120)];
+/// One value of one dimension: which family, which part of the entry point, and what stands there. The GPU is a
+/// dimension too.
+type Value<'a> = (&'a str, usize, &'a str);
 
-const HEADER: &str = "kernel\tGPU\tregisters\tshared bytes\n";
+/// The values of an assembly: those of the variant are the parts of its name.
+fn values<'a>((kernel, arch): Job<'a>) -> Vec<Value<'a>> {
+    let family = kernel.family();
+    let parts = kernel.entry().strip_prefix(family).unwrap().split('_').enumerate();
+    std::iter::once((family, usize::MAX, arch.name))
+        .chain(parts.map(|(place, part)| (family, place, part)))
+        .collect()
+}
 
-/// Assembles everything on all cores; the results come back in order.
-fn assemble_all(ptxas: &Ptxas, jobs: &[(&Kernel, &str)]) -> Vec<Result<Resources, String>> {
-    let results = Mutex::new(vec![None; jobs.len()]);
-    let next = AtomicUsize::new(0);
-    let workers = std::thread::available_parallelism().map_or(1, usize::from);
-    std::thread::scope(|scope| {
-        for _ in 0..workers {
-            scope.spawn(|| {
-                loop {
-                    let index = next.fetch_add(1, Ordering::Relaxed);
-                    let Some((kernel, arch)) = jobs.get(index) else { break };
-                    let result = ptxas.assemble(kernel, arch);
-                    results.lock().unwrap()[index] = Some(result);
-                }
-            });
-        }
-    });
-    results.into_inner().unwrap().into_iter().map(Option::unwrap).collect()
+fn pairs<'a>(job: Job<'a>) -> Vec<(Value<'a>, Value<'a>)> {
+    let values = values(job);
+    let first = values.iter().enumerate();
+    first.flat_map(|(i, &a)| values[i + 1..].iter().map(move |&b| (a, b))).collect()
+}
+
+/// A set of assemblies in which any two values of two dimensions meet, wherever there is such a variant. Chosen
+/// greedily and always the same: the assembly that adds most pairs, the first of equals.
+fn pairwise(kernels: &[Kernel]) -> Vec<Job<'_>> {
+    let all: Vec<_> = all_jobs(kernels).into_iter().map(|job| (job, pairs(job))).collect();
+    let mut missing: BTreeSet<_> = all.iter().flat_map(|(_, pairs)| pairs.iter().copied()).collect();
+    let mut chosen = BTreeSet::new();
+    while !missing.is_empty() {
+        let adds = |pairs: &[_]| pairs.iter().filter(|pair| missing.contains(pair)).count();
+        let best = (0..all.len()).max_by_key(|&at| (adds(&all[at].1), usize::MAX - at)).unwrap();
+        all[best].1.iter().for_each(|pair| {
+            missing.remove(pair);
+        });
+        chosen.insert(best);
+    }
+    chosen.into_iter().map(|at| all[at].0).collect()
 }
 
 #[test]
-fn every_variant_assembles_in_the_committed_resources() {
+fn a_pairwise_selection_assembles_in_the_committed_resources() {
     let Some(ptxas) = Ptxas::find() else { return };
     let kernels = all_kernels().unwrap();
-    let jobs: Vec<(&Kernel, &str)> = kernels
-        .iter()
-        .flat_map(|kernel| {
-            ARCHS.iter().filter(|(_, sm)| *sm >= kernel.target().sm).map(move |(arch, _)| (kernel, *arch))
-        })
-        .collect();
-    let mut table = HEADER.to_string();
-    let mut faults = Vec::new();
-    for ((kernel, arch), result) in jobs.iter().zip(assemble_all(&ptxas, &jobs)) {
+    let jobs = pairwise(&kernels);
+    let mut found = Vec::new();
+    let mut wrong = Vec::new();
+    for (job, result) in jobs.iter().zip(assemble_jobs(&ptxas, &jobs)) {
         match result {
-            Err(message) => faults.push(message),
-            Ok(Resources { registers, shared, spills }) => {
-                if spills > 0 {
-                    faults.push(format!("{} spills {spills} bytes on {arch}", kernel.entry()));
-                }
-                if shared != kernel.static_shared() {
-                    let declared = kernel.static_shared();
-                    faults.push(format!(
-                        "{} uses {shared} bytes of shared memory on {arch}, its descriptor says {declared}",
-                        kernel.entry()
-                    ));
-                }
-                writeln!(table, "{}\t{arch}\t{registers}\t{shared}", kernel.entry()).unwrap();
+            Err(message) => wrong.push(message),
+            Ok(resources) => {
+                wrong.extend(faults(*job, resources));
+                found.push(resources);
             }
         }
     }
-    assert!(faults.is_empty(), "{}", faults.join("\n"));
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    let table = table(&jobs, &found);
 
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/resources.tsv");
     if std::env::var_os("PAGEWISE_UPDATE_RESOURCES").is_some() {
         std::fs::write(path, &table).unwrap();
     }
     let committed = std::fs::read_to_string(path).unwrap_or_default();
-    let changed: Vec<String> = committed
-        .lines()
-        .filter(|line| !table.lines().any(|new| new == *line))
-        .map(|line| format!("- {line}"))
-        .chain(
-            table
-                .lines()
-                .filter(|line| !committed.lines().any(|old| old == *line))
-                .map(|line| format!("+ {line}")),
-        )
-        .collect();
+    let lines = |text: &str, other: &str, sign: char| -> Vec<String> {
+        let known: BTreeSet<&str> = other.lines().collect();
+        text.lines().filter(|line| !known.contains(line)).map(|line| format!("{sign} {line}")).collect()
+    };
+    let changed = [lines(&committed, &table, '-'), lines(&table, &committed, '+')].concat();
     assert!(
         changed.is_empty(),
         "ptx/tests/resources.tsv is out of date; run this test with PAGEWISE_UPDATE_RESOURCES=1 if the change is meant:\n{}",
         changed.join("\n")
     );
-    eprintln!("{} assemblies, no spills", jobs.len());
+    eprintln!("{} of {} assemblies, no spills", jobs.len(), all_jobs(&kernels).len());
 }
 
-/// What the bench's sweep may try.
 #[test]
-fn other_tunings_of_decode_assemble_without_spills() {
-    let Some(ptxas) = Ptxas::find() else { return };
-    let tuned =
-        |tuning| Decode::new(DecodeSpec { dtype: DType::Bf16, head_dim: 128, tuning }).unwrap().into_kernel();
-    let warps = [(4, 3), (2, 6), (6, 2), (8, 1), (1, 12)];
-    let shapes = warps.map(|(warps, blocks_per_multiprocessor)| DecodeTuning {
-        warps,
-        blocks_per_multiprocessor,
-        ..DecodeTuning::default()
-    });
-    let loads = LoadHint::ALL.map(|load| DecodeTuning { load, ..DecodeTuning::default() });
-    let merges = [2, 1 << 20].map(|merge_group| DecodeTuning { merge_group, ..DecodeTuning::default() });
-    let kernels: Vec<Kernel> = shapes.into_iter().chain(loads).chain(merges).map(tuned).collect();
-    let jobs: Vec<(&Kernel, &str)> = kernels.iter().map(|kernel| (kernel, "sm_90a")).collect();
-    for (kernel, result) in kernels.iter().zip(assemble_all(&ptxas, &jobs)) {
-        let Resources { shared, spills, .. } = result.unwrap();
-        assert_eq!((spills, shared), (0, kernel.static_shared()), "{}", kernel.entry());
+fn the_selection_holds_every_pair_and_stays_small() {
+    let kernels = all_kernels().unwrap();
+    let jobs = pairwise(&kernels);
+    let held: BTreeSet<_> = jobs.iter().flat_map(|job| pairs(*job)).collect();
+    for job in all_jobs(&kernels) {
+        for pair in pairs(job) {
+            assert!(held.contains(&pair), "{pair:?} of {} is missing", job.0.entry());
+        }
+    }
+    for arch in ARCHS {
+        assert!(jobs.iter().any(|(_, chosen)| *chosen == arch), "nothing is assembled for {}", arch.name);
+    }
+    assert!(jobs.len() <= 250, "{} assemblies take too long for every test run", jobs.len());
+}
+
+#[test]
+fn a_variant_for_every_gpu() {
+    let kernels = all_kernels().unwrap();
+    for kernel in &kernels {
+        let small = format!("{}_small", kernel.entry());
+        let variants: Vec<Kernel> =
+            kernels.iter().filter(|k| k.entry() == kernel.entry() || k.entry() == small).cloned().collect();
+        let jobs = all_jobs(&variants);
+        for arch in ARCHS.iter().filter(|arch| arch.runs(kernel)) {
+            let found = jobs.iter().any(|(_, on)| on.name == arch.name);
+            assert!(found, "neither {} nor {small} fits {}", kernel.entry(), arch.name);
+        }
     }
 }

@@ -59,7 +59,7 @@ fn drivers_are_named_by_the_ptx_version_they_understand() {
         let spec = WriteKvSpec::vectorised(DType::Bf16, cache);
         WriteKv::new(spec).unwrap().kernel().target()
     };
-    assert_eq!((needs(DType::Bf16).sm, needs(DType::Bf16).cuda_version()), (80, 11_000));
+    assert_eq!((needs(DType::Bf16).sm, needs(DType::Bf16).cuda_version()), (80, 11_040));
     assert_eq!((needs(DType::Fp8E4m3).sm, needs(DType::Fp8E4m3).cuda_version()), (89, 12_010));
 }
 
@@ -84,36 +84,53 @@ fn a_launch_covers_every_element_exactly_once() {
     ] {
         let write_kv = WriteKv::new(spec).unwrap();
         for (tokens, kv_heads, head_dim_k, head_dim_v) in shapes {
-            let shape = WriteKvShape { tokens, kv_heads, head_dim_k, head_dim_v };
+            let shape = WriteKvShape { tokens, kv_heads, head_dim_k, head_dim_v, q_heads: 0 };
             let launch = write_kv.launch(shape).unwrap();
             let [x, y, z] = launch.block;
             assert!(x * y * z <= write_kv.kernel().max_threads() && z <= 64, "{shape:?} {launch:?}");
-            let covered = |blocks: u32, threads: u32, count: u32, step: u32| {
-                (0..blocks * threads).map(|index| index * step).filter(|first| *first < count).count() as u32
-                    * step
+            // How often each of `count` numbers is taken by the threads along one axis.
+            let once = |count: u32, taken: &[u32]| {
+                let mut times = vec![0; count as usize];
+                taken
+                    .iter()
+                    .filter(|&&number| number < count)
+                    .for_each(|&number| times[number as usize] += 1);
+                assert!(times.iter().all(|&times| times == 1), "{shape:?} {launch:?}: {times:?}");
             };
-            assert_eq!(covered(launch.grid[0], z, tokens, 1), tokens);
-            assert_eq!(covered(launch.grid[1], y, kv_heads, 1), kv_heads);
-            assert_eq!(covered(launch.grid[2], x, head_dim_k, spec.vector), head_dim_k);
-            assert_eq!(covered(launch.grid[2], x, head_dim_v, spec.vector), head_dim_v);
+            let per_thread = spec.tuning.tokens;
+            let tokens_taken: Vec<u32> = (0..launch.grid[0])
+                .flat_map(|tile| (0..z).map(move |lane| (tile, lane)))
+                .flat_map(|(tile, lane)| (0..per_thread).map(move |i| (tile * per_thread + i) * z + lane))
+                .collect();
+            once(tokens, &tokens_taken);
+            once(kv_heads, &(0..launch.grid[1] * y).collect::<Vec<_>>());
+            for head_dim in [head_dim_k, head_dim_v] {
+                let vectors = head_dim / spec.vector;
+                let units = vectors.div_ceil(2);
+                let taken: Vec<u32> = (0..launch.grid[2] * x)
+                    .flat_map(|unit| [Some(unit).filter(|&unit| unit < units), Some(unit + units)])
+                    .flatten()
+                    .collect();
+                once(vectors, &taken);
+            }
         }
     }
 }
 
 #[test]
 fn what_cannot_be_had_is_a_typed_error() {
-    let fp8_source = WriteKvSpec { source: DType::Fp8E4m3, cache: DType::F16, vector: 1 };
+    let fp8_source = WriteKvSpec { source: DType::Fp8E4m3, ..WriteKvSpec::scalar(DType::F16, DType::F16) };
     assert!(matches!(WriteKv::new(fp8_source), Err(Error::UnsupportedTypes { .. })));
-    let odd_vector = WriteKvSpec { source: DType::F32, cache: DType::F32, vector: 8 };
+    let odd_vector = WriteKvSpec { vector: 8, ..WriteKvSpec::vectorised(DType::F32, DType::F32) };
     let message = WriteKv::new(odd_vector).unwrap_err().to_string();
     assert_eq!(message, "write_kv cannot move 8 f32 elements at once: use 1 or 4");
 
     let write_kv = WriteKv::new(WriteKvSpec::vectorised(DType::Bf16, DType::Bf16)).unwrap();
-    let shape = WriteKvShape { tokens: 1, kv_heads: 1, head_dim_k: 128, head_dim_v: 128 };
+    let shape = WriteKvShape { tokens: 1, kv_heads: 1, head_dim_k: 128, head_dim_v: 128, q_heads: 0 };
     let odd = write_kv.launch(WriteKvShape { head_dim_v: 100, ..shape }).unwrap_err();
     assert!(matches!(odd, Error::NotDivisible { field: "head_dim_v", value: 100, .. }), "{odd}");
     let none = write_kv.launch(WriteKvShape { tokens: 0, ..shape }).unwrap_err();
     assert!(matches!(none, Error::Zero { field: "tokens", .. }), "{none}");
-    let huge = write_kv.launch(WriteKvShape { kv_heads: 2_000_000, ..shape }).unwrap_err();
-    assert!(matches!(huge, Error::GridTooLarge { field: "kv_heads", .. }), "{huge}");
+    let huge = write_kv.launch(WriteKvShape { kv_heads: 3_000_000, ..shape }).unwrap_err();
+    assert!(matches!(huge, Error::GridTooLarge { field: "heads", .. }), "{huge}");
 }

@@ -2,7 +2,8 @@
 
 use crate::backend::{AttentionSpec, Backend, BackendError, BatchLimits, StepBatch};
 use crate::models::Model;
-use crate::plan::StepPlan;
+use crate::plan::{BlockCopy, BlockOps, StepPlan};
+use std::time::Instant;
 
 /// Computes steps. One executor owns one model's weights and its cache memory.
 pub trait Executor: Send {
@@ -12,7 +13,25 @@ pub trait Executor: Send {
     /// [`ExecutorError`] if the plan contradicts itself or the device fails; the cache's content is then
     /// undefined and every running request must be failed.
     fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput, ExecutorError>;
+
+    /// Measures how fast blocks move between device and host, before anything is in the cache. `None` where that is
+    /// not known.
+    fn measure_link(&mut self) -> Option<Link> {
+        None
+    }
 }
+
+/// The way between device and host.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Link {
+    /// Bytes of a block in all layers.
+    pub block_bytes: f64,
+    /// Bytes a second, one way.
+    pub bytes_per_second: f64,
+}
+
+/// Blocks that are moved to measure the link: enough to fill its caches, few enough to take no time.
+const LINK_BLOCKS: usize = 64;
 
 /// The logits that a step asked for.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -89,5 +108,21 @@ impl<B: Backend> Executor for ModelExecutor<B> {
             Ok::<_, BackendError>(backend.download(logits))
         })?;
         Ok(StepOutput { logits, vocab_size })
+    }
+
+    fn measure_link(&mut self) -> Option<Link> {
+        let blocks = LINK_BLOCKS.min(self.spec.num_blocks).min(self.spec.host_blocks) as u32;
+        let copies: Vec<BlockCopy> = (0..blocks).map(|id| BlockCopy { group: 0, src: id, dst: id }).collect();
+        let ops = BlockOps { swap_out: copies, ..BlockOps::default() };
+        // The first time touches the pages.
+        let mut seconds = 0.0;
+        for _ in 0..2 {
+            let started = Instant::now();
+            self.backend.block_ops(&mut self.cache, &ops).ok()?;
+            seconds = started.elapsed().as_secs_f64();
+        }
+        let block_bytes = self.spec.block_bytes() as f64;
+        let bytes_per_second = f64::from(blocks) * block_bytes / seconds.max(1e-9);
+        (blocks > 0).then_some(Link { block_bytes, bytes_per_second })
     }
 }

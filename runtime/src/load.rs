@@ -6,6 +6,7 @@ use crate::engine::{Engine, EngineConfig};
 use crate::executor::ModelExecutor;
 use crate::model_dir::{GenerationConfig, ModelConfig, ModelDir, ModelError, Weights, resolve_model};
 use crate::models::{LoadModelError, WeightSource, load_model};
+use crate::scheduler::Preemption;
 use crate::text::{ChatTemplate, Tokenizer};
 use pagewise_attention::{DType, MAX_BLOCK_SIZE};
 use pagewise_kvcache::{CacheConfig, CacheError, KvCacheManager};
@@ -61,6 +62,10 @@ pub struct LoadOptions {
     pub block_size: usize,
     /// Size of the cache.
     pub cache_size: CacheSize,
+    /// Bytes of host memory to swap blocks to.
+    pub swap_space: u64,
+    /// How requests make room for others when the cache is full.
+    pub preemption: Preemption,
     /// Most sequences in one step.
     pub max_num_seqs: usize,
     /// Most tokens in one step.
@@ -85,6 +90,8 @@ impl LoadOptions {
             kv_dtype: None,
             block_size: 16,
             cache_size: CacheSize::Auto,
+            swap_space: 0,
+            preemption: Preemption::Auto,
             max_num_seqs: 256,
             max_batch_tokens: 512,
             max_model_len: None,
@@ -206,7 +213,7 @@ pub fn load(
     let manager = KvCacheManager::new(CacheConfig {
         block_size: spec.block_size,
         device_blocks: spec.num_blocks,
-        host_blocks: 0,
+        host_blocks: spec.host_blocks,
         groups: kv_groups,
         watermark: 0.01,
         prefix_cache: options.prefix_cache,
@@ -224,6 +231,7 @@ pub fn load(
         max_model_len,
         vocab_size: config.vocab_size,
         eos_token_ids: generation.eos_token_ids.clone(),
+        preemption: options.preemption,
     };
     let engine = Engine::new(engine_config, Box::new(manager), Box::new(executor), tokenizer.clone());
     Ok(LoadedModel {
@@ -303,7 +311,33 @@ fn attention_spec(
     }
     let mut spec = AttentionSpec::new(config, kv_dtype, block_size, 0);
     spec.num_blocks = num_blocks(options, &spec, max_model_len)?;
+    spec.host_blocks = host_blocks(options, &spec)?;
     Ok(spec)
+}
+
+fn host_blocks(options: &LoadOptions, spec: &AttentionSpec) -> Result<usize, LoadError> {
+    let refuse = |option, problem| Err(LoadError::Option { option, problem });
+    if options.swap_space == 0 {
+        return match options.preemption {
+            Preemption::Swap => refuse("--preemption swap", "there is no --swap-space to swap to".into()),
+            Preemption::Auto | Preemption::Recompute => Ok(0),
+        };
+    }
+    let block_bytes = (spec.block_bytes() + BOOKKEEPING_BYTES) as u64;
+    let blocks = options.swap_space / block_bytes;
+    match machine_memory() {
+        _ if blocks == 0 => {
+            refuse("--swap-space", format!("it holds no block; one block takes {block_bytes} bytes"))
+        }
+        Some(memory) if options.swap_space > memory => {
+            let asked = options.swap_space;
+            refuse("--swap-space", format!("{asked} bytes are asked for; the machine has {memory}"))
+        }
+        _ if blocks > u64::from(u32::MAX / 2) => {
+            refuse("--swap-space", format!("{blocks} blocks are more than can be numbered"))
+        }
+        _ => Ok(blocks as usize),
+    }
 }
 
 /// Bytes that the cache manager keeps for a block, at most: reference counts, links, and its place in the

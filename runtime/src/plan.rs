@@ -7,14 +7,17 @@ pub use pagewise_kvcache::{BlockCopy, BlockId, BlockOps, SequenceId};
 pub enum TokenInput {
     /// Its id.
     Known(u32),
-    /// The token that an earlier step, still under way, samples from logit row `row` of step `step`: lets
-    /// step n + 1 be scheduled while n runs.
-    Placeholder {
-        /// [`StepPlan::id`] of that step.
-        step: u64,
-        /// Logit row of that step.
-        row: usize,
-    },
+    /// A token that an earlier step, still under way, samples: lets step n + 1 be scheduled while n runs.
+    Placeholder(TokenPlace),
+}
+
+/// Where a token is sampled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct TokenPlace {
+    /// [`StepPlan::id`] of the step.
+    pub step: u64,
+    /// Its logit row.
+    pub row: usize,
 }
 
 /// For which tokens of a chunk logits are wanted.
@@ -69,5 +72,17 @@ impl StepPlan {
     /// Tokens that the step computes.
     pub fn num_tokens(&self) -> usize {
         self.chunks.iter().map(|chunk| chunk.tokens.len()).sum()
+    }
+
+    /// Puts the tokens that step `step` has sampled in the place of their placeholders: `token` gives that of a row.
+    pub fn resolve(&mut self, step: u64, token: impl Fn(usize) -> Option<u32>) {
+        for input in self.chunks.iter_mut().flat_map(|chunk| &mut chunk.tokens) {
+            if let TokenInput::Placeholder(place) = *input
+                && place.step == step
+                && let Some(token) = token(place.row)
+            {
+                *input = TokenInput::Known(token);
+            }
+        }
     }
 }

@@ -1,16 +1,40 @@
 //! What a caller asks for and what comes back. Plain data; the fields are those of the command line's JSON.
 
+use std::time::Duration;
+
 /// Identifies a request from [`Engine::add`](crate::engine::Engine::add) until it is finished.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RequestId(pub u64);
 
 /// A prompt and how to continue it.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Request {
     /// Token ids, at least one.
     pub prompt: Vec<u32>,
     /// How to continue.
     pub params: SamplingParams,
+    /// How it stands to others.
+    pub urgency: Urgency,
+    /// Name of a prefix registered with [`Engine::register_prefix`](crate::engine::Engine::register_prefix), which
+    /// stands before the prompt.
+    pub prefix: Option<String>,
+}
+
+impl Request {
+    /// A request that waits its turn.
+    pub fn new(prompt: Vec<u32>, params: SamplingParams) -> Self {
+        Self { prompt, params, ..Self::default() }
+    }
+}
+
+/// How a request stands to others. The default is first come, first served.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Urgency {
+    /// A lower number goes first.
+    pub priority: i32,
+    /// Time on the engine's clock by which it must have finished, or it fails. Among requests of one priority those
+    /// with the earlier deadline go first, those without one last.
+    pub deadline: Option<Duration>,
 }
 
 /// How a prompt is continued.
@@ -28,7 +52,7 @@ pub struct SamplingParams {
     pub min_p: f32,
     /// Seed of the request's random numbers; `None` draws one.
     pub seed: Option<u64>,
-    /// Completions to return.
+    /// Completions to return: with `beam_width` the best hypotheses, at most so many.
     pub n: usize,
     /// Completions to sample, of which the `n` likeliest return; `None` is `n`.
     pub best_of: Option<usize>,
@@ -52,7 +76,8 @@ pub struct SamplingParams {
     pub frequency_penalty: f32,
     /// Added to the logits of these tokens.
     pub logit_bias: Vec<(u32, f32)>,
-    /// Beams to search with instead of sampling.
+    /// Beams to search with instead of sampling: the rules are those of [`beam`](crate::sampling::beam). Everything
+    /// that only shapes sampling is then of no effect.
     pub beam_width: Option<usize>,
     /// Exponent of the length by which a beam's score is divided.
     pub length_penalty: f32,
@@ -148,7 +173,7 @@ pub struct Completion {
     pub finish_reason: FinishReason,
     /// One entry a generated token, where asked for.
     pub logprobs: Option<Vec<PositionLogprobs>>,
-    /// Score of a beam.
+    /// Score of a beam: the sum of its log-probabilities over its length to the power of `length_penalty`.
     pub score: Option<f32>,
 }
 
@@ -177,7 +202,7 @@ pub struct RequestOutput {
 /// What happens while requests run.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
-    /// A token was generated. Texts of one completion joined give its [`Completion::text`].
+    /// A token was generated: not with `best_of` and beams, where the best are known at the end. Texts of one completion joined give its [`Completion::text`].
     Token {
         /// Of which request.
         request: RequestId,

@@ -337,8 +337,11 @@ fn failures_are_one_message_an_exit_code_and_an_empty_stdout() {
         (&["generate", "hi", "--model", text, "--threads", "100000"], 1, "--threads"),
         (&["generate", "hi", "--model", text, "--backend", "cuda"], 1, "--backend"),
         (&["generate", "hi", "--model", text, "--backend", "wgpu"], 1, "--backend"),
-        (&["generate", "hi", "--model", text, "--swap-space", "1GiB"], 1, "--swap-space"),
-        (&["generate", "hi", "--model", text, "--preemption", "swap"], 1, "--preemption"),
+        (&["generate", "hi", "--model", text, "--swap-space", "1000TiB"], 1, "--swap-space"),
+        (&["generate", "hi", "--model", text, "--swap-space", "7"], 1, "--swap-space"),
+        (&["generate", "hi", "--model", text, "--preemption", "swap"], 1, "--swap-space"),
+        (&["generate", "hi", "--model", text, "--beam-width", "2", "--n", "3"], 2, "--n"),
+        (&["generate", "hi", "--model", text, "--beam-width", "9", "--max-num-seqs", "8"], 1, "beam_width"),
     ];
     for (args, code, part) in table {
         let run = pagewise(args, "");
@@ -350,6 +353,48 @@ fn failures_are_one_message_an_exit_code_and_an_empty_stdout() {
             assert_eq!(run.stderr.lines().count(), 1, "{args:?}: {}", run.stderr);
         }
     }
+}
+
+/// The searches of the golden file whose end token is the model's own, in one batch with a greedy line, in a cache so
+/// small that requests are swapped out.
+#[test]
+fn beams_through_the_command_line() {
+    let name = "llama_gqa";
+    let golden = golden(name);
+    let searches: Vec<(&Value, &Value)> = golden
+        .iter()
+        .flat_map(|item| item["beam"].as_array().unwrap().iter().map(move |beam| (item, beam)))
+        .filter(|(_, beam)| !beam["eos_token_id"].is_null())
+        .collect();
+    let line = |(item, beam): &(&Value, &Value)| {
+        json!({
+            "prompt_token_ids": item["prompt"], "max_tokens": beam["max_new_tokens"], "n": 3,
+            "beam_width": beam["num_beams"], "length_penalty": beam["length_penalty"],
+            "early_stopping": beam["early_stopping"],
+        })
+        .to_string()
+    };
+    let mut lines: Vec<String> = searches.iter().map(line).collect();
+    lines.push(json!({"prompt_token_ids": [5, 6], "max_tokens": 3, "temperature": 0}).to_string());
+    lines.push(json!({"prompt_token_ids": [5], "beam_width": 2, "stop": "x"}).to_string());
+    lines.push(json!({"prompt_token_ids": [5], "beam_width": 40}).to_string());
+    let options = ["--kv-blocks", "48", "--block-size", "4", "--swap-space", "1MiB", "--preemption", "swap"];
+    let options = [&options[..], &["--max-num-seqs", "32"]].concat();
+    let (run, out) = batch(&fixture(name), &lines, &options);
+    assert_eq!((run.code, out.len()), (Some(1), lines.len()), "{}", run.stderr);
+    for ((_, beam), found) in searches.iter().zip(&out) {
+        let outputs = found["outputs"].as_array().unwrap();
+        assert_eq!(outputs.len(), 3);
+        for (at, output) in outputs.iter().enumerate() {
+            assert_eq!(output["token_ids"], beam["sequences"][at]);
+            let [score, expected] =
+                [&output["score"], &beam["scores"][at]].map(|score| score.as_f64().unwrap());
+            assert!((score - expected).abs() < 1e-4, "{score}, golden {expected}");
+        }
+    }
+    let [greedy, stop, wide] = &out[searches.len()..] else { panic!("{out:?}") };
+    assert!(greedy["outputs"][0].get("score").is_none());
+    assert_eq!((&stop["error"]["param"], &wide["error"]["param"]), (&json!("stop"), &json!("beam_width")));
 }
 
 #[test]

@@ -19,50 +19,85 @@ mod random;
 
 use cuda::Receipts;
 use cuda_subject::{Cuda, bytes};
+use cudarc::driver::CudaSlice;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use pagewise_attention::conformance::{
-    AttentionData, Buffer, Case, CaseMask, Layout, Operation, Outcome, Refusal, Rows, SequenceShape, Subject,
-    quick, run_case,
+    AttentionData, Buffer, Case, CaseMask, Layout, Operation, Outcome, Refusal, Rows, ScaleKind,
+    SequenceShape, Subject, Tables, quick, run_case,
 };
 use pagewise_attention::cuda::ptx::all_kernels;
-use pagewise_attention::cuda::ptx::decode::{DecodeTuning, LoadHint};
-use pagewise_attention::cuda::{DecodeCall, DecodePlan, PlanOptions, Shrink, cudarc};
-use pagewise_attention::{BlockTables, DType, HostTensorMut};
+use pagewise_attention::cuda::ptx::decode::{DecodeTuning, Prefetch, Ring};
+use pagewise_attention::cuda::{
+    CudaError, DecodeCall, DecodePlan, DecodeSlices, DecodeWorkspace, PlanOptions, Shrink, StepLimits, cudarc,
+};
+use pagewise_attention::{BlockTables, DType, HostTensorMut, MAX_HEAD_DIM};
 use random::{Random, run_cases, run_seed};
 
-/// A random case of what the kernel takes.
-fn decode_case(random: &mut Random) -> Case {
-    let dtype = random.pick(&[DType::Bf16, DType::F16]);
-    let dim = random.pick(&[64, 128]);
-    let kv_heads = 1 + random.below(8);
-    let sequences = (0..1 + random.below(10))
+/// Types of queries and cache that the kernel takes.
+const TYPES: [(DType, DType); 7] = [
+    (DType::Bf16, DType::Bf16),
+    (DType::F16, DType::F16),
+    (DType::F32, DType::F32),
+    (DType::Bf16, DType::F8E4M3),
+    (DType::F16, DType::F8E4M3),
+    (DType::Bf16, DType::F8E5M2),
+    (DType::F16, DType::F8E5M2),
+];
+
+/// A random case of what the kernel takes: `turn` walks through types and rooms for heads.
+fn decode_case(random: &mut Random, turn: usize) -> Case {
+    let (q_dtype, kv_dtype) = TYPES[turn % TYPES.len()];
+    // 16 bytes, to which rows of the cache are aligned.
+    let multiple = 16 / kv_dtype.size();
+    let room = [64, 128, 256][turn / TYPES.len() % 3];
+    let dim = |random: &mut Random| match random.below(3) {
+        0 => (room / 2 + multiple + multiple * random.below(room / 2 / multiple)).min(room),
+        _ => room,
+    };
+    let head_dim_qk = dim(random);
+    let head_dim_v = match random.below(6) {
+        0 => multiple * (1 + random.below(head_dim_qk / multiple)),
+        _ => head_dim_qk,
+    };
+    let kv_heads = random.pick(&[1, 2, 2, 3, 4, 4, 5, 8]);
+    let sequences = (0..1 + random.below(8))
         .map(|_| SequenceShape {
-            queries: usize::from(!random.one_in(8)),
+            queries: random.pick(&[0, 1, 1, 1, 1, 1, 1, 2, 5]),
             keys: match random.below(8) {
                 0 => random.below(3),
                 1 => 16 * random.below(20),
-                2 => random.below(6000),
+                2 => random.below(4000),
                 _ => random.below(600),
             },
         })
         .collect();
+    let layouts = [Layout::Nhd, Layout::Nhd, Layout::Hnd, Layout::Gaps, Layout::Interleaved, Layout::Shared];
+    let scale = if kv_dtype.is_fp8() || random.one_in(6) { ScaleKind::Tensor } else { ScaleKind::One };
     Case {
         operation: Operation::Attention,
-        q_dtype: dtype,
-        kv_dtype: dtype,
-        q_heads: kv_heads * random.pick(&[1, 2, 3, 4, 5, 7, 8, 9, 16, 20]),
+        q_dtype,
+        kv_dtype,
+        q_heads: kv_heads * random.pick(&[1, 1, 2, 3, 4, 5, 7, 8, 9, 16, 20]),
         kv_heads,
-        head_dim_qk: dim,
-        head_dim_v: dim,
-        block_size: random.pick(&[16, 16, 32, 64, 128, 256]),
-        layout: random.pick(&[Layout::Nhd, Layout::Hnd, Layout::Interleaved]),
+        head_dim_qk,
+        head_dim_v,
+        block_size: random.pick(&[16, 16, 32, 64, 128, 256, 1, 2, 4, 8]),
+        layout: random.pick(&layouts),
         rows: random.pick(&[Rows::Packed, Rows::Fused]),
-        mask: match random.below(4) {
+        tables: random.pick(&[Tables::Padded, Tables::Csr]),
+        mask: match random.below(6) {
             0 => CaseMask::None,
             1 => CaseMask::Window(1 + random.below(300)),
+            2 => CaseMask::Bits,
             _ => CaseMask::Causal,
         },
+        positions: random.one_in(6),
         shared_prefix: random.one_in(4),
+        poison_unseen: random.one_in(2),
+        softcap: random.one_in(5).then(|| random.pick(&[2.0, 30.0, 50.0])),
+        alibi: random.one_in(5),
+        sinks: random.one_in(5),
+        scale: if scale == ScaleKind::Tensor && random.one_in(2) { ScaleKind::Head } else { scale },
         scores: random.pick(&[0.5, 8.0, 8.0, 60.0, 1e5]),
         sequences,
         seed: random.next() % 1_000_000_000,
@@ -70,21 +105,33 @@ fn decode_case(random: &mut Random) -> Case {
     }
 }
 
-fn random_options(random: &mut Random) -> PlanOptions {
+/// How a case is planned: mostly as by default, so that the receipts are about that.
+fn random_options(random: &mut Random, case: &Case) -> PlanOptions {
+    let room = [64, 128, 256].into_iter().find(|room| case.head_dim_qk.max(case.head_dim_v) <= *room);
+    let room = room.unwrap_or(MAX_HEAD_DIM);
+    let ring = random.pick(&Ring::ALL);
+    let usual = DecodeTuning::for_row_bytes((room * case.kv_dtype.size()) as u32, ring);
     let tuning = DecodeTuning {
-        warps: random.pick(&[1, 2, 4, 6]),
-        blocks_per_multiprocessor: 2,
+        warps: random.pick(&[1, 2, 4, 8]).min(usual.warps),
+        stages: random.pick(&[2, 3]).min(usual.stages),
+        blocks_per_multiprocessor: 1,
         merge_group: random.pick(&[2, 4, 16, 1 << 20]),
-        load: random.pick(&LoadHint::ALL),
+        prefetch: random.pick(&Prefetch::ALL),
     };
-    // Mostly as it is by default, so that the receipts are about that.
-    let tuning = if random.one_in(4) { tuning } else { DecodeTuning::default() };
-    let tiles = random.pick(&[1, 2, 8, 64, tuning.max_item_keys() / 16]);
+    let tuning = random.one_in(5).then_some(tuning);
+    let warps = tuning.unwrap_or(usual).warps;
+    let block_heads: Vec<u32> = [1, 2, 4, 8]
+        .into_iter()
+        .filter(|heads| *heads <= warps && case.kv_heads.is_multiple_of(*heads as usize))
+        .collect();
+    let block_heads = random.one_in(2).then(|| random.pick(&block_heads));
+    let tiles = random.pick(&[1, 2, 8, 64, 1024]);
     let item_keys = random.one_in(2).then(|| 16 * (1 + random.next() as u32 % tiles));
     let shares = 1 + random.below(4) as u32;
     let smallest = random.pick(&[1, 64, 256]);
     let shrink = random.one_in(2).then_some(Shrink { shares, smallest });
-    PlanOptions { item_keys, shrink, tuning: Some(tuning) }
+    let grid_items = random.one_in(3).then(|| 40_000 + random.below(1000) as u32);
+    PlanOptions { item_keys, shrink, tuning, ring: Some(ring), block_heads, grid_items }
 }
 
 #[test]
@@ -118,15 +165,16 @@ fn random_cases_agree_with_the_oracle() {
     }
     let mut random = Random::new(run_seed());
     let (mut ran, mut skipped) = (0, 0);
-    for _ in 0..run_cases(150) {
-        subject.options = random_options(&mut random);
-        match check(&mut subject, &decode_case(&mut random)) {
+    for turn in 0..run_cases(252) {
+        let case = decode_case(&mut random, turn);
+        subject.options = random_options(&mut random, &case);
+        match check(&mut subject, &case) {
             true => ran += 1,
             false => skipped += 1,
         }
     }
     subject.options = PlanOptions::default();
-    // What of the suite's own table this backend takes: part of decode, and write_kv.
+    // What of the suite's own table this backend takes.
     for case in quick(random.next()) {
         match check(&mut subject, &case) {
             true => ran += 1,
@@ -134,7 +182,7 @@ fn random_cases_agree_with_the_oracle() {
         }
     }
     eprintln!("{}: {ran} cases agree, {skipped} not taken", context.device());
-    assert!(run_cases(150) < 20 || ran > skipped, "most cases run");
+    assert!(run_cases(252) < 20 || ran > skipped, "most cases run");
     receipts.write("decode");
 }
 
@@ -228,7 +276,7 @@ fn replay(
     let stream = engine.new_stream().unwrap();
     let problem = data.problem().unwrap();
     let plan = DecodePlan::new(&problem, context.device(), PlanOptions::default()).unwrap();
-    let sizes = plan.workspace().unwrap();
+    let sizes = plan.workspace();
     let BlockTables::Padded { entries, .. } = problem.batch().block_tables else { unreachable!() };
     let upload = |bytes: &[u8]| stream.clone_htod(bytes).unwrap();
     let q = upload(&bytes(data.q.as_ref()));
@@ -248,11 +296,11 @@ fn replay(
         v_cache: subject.address(&v),
         tables: subject.address(&tables),
         out: subject.address(&out),
-        lse: 0,
         work: subject.address(&work),
         partial_out: subject.address(&partial_out),
         partial_max: subject.address(&partial_max),
         tickets: subject.address(&tickets),
+        ..DecodeCall::default()
     };
     context.prepare_decode(&plan).unwrap();
     stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
@@ -268,18 +316,151 @@ fn replay(
     assert!(stream.clone_dtoh(&tickets).unwrap().iter().all(|&byte| byte == 0));
 }
 
+/// A graph captured for the largest step, replayed for steps of other lengths and of fewer sequences: plan, lengths
+/// and tables change at fixed addresses.
+#[test]
+fn one_graph_serves_steps_of_changing_lengths() {
+    let Some(context) = cuda::context() else { return };
+    let engine = context.cudarc().unwrap();
+    engine.bind_to_thread().unwrap();
+    let stream = engine.new_stream().unwrap();
+    let subject = Cuda {
+        context: &context,
+        stream: stream.clone(),
+        options: PlanOptions::default(),
+        variants: Vec::new(),
+    };
+    let line = "attention q=bf16 kv=bf16 heads=16/4 dim=128 block=16 mask=causal";
+    let (rows, longest) = (6, 3000);
+    let case = |lens: &[usize], seed| -> Case {
+        let sequences = lens.iter().map(|&keys| SequenceShape { queries: 1, keys }).collect();
+        Case { sequences, seed, ..line.parse().unwrap() }
+    };
+    let largest = AttentionData::generate(&case(&[longest; 6], 1));
+    let limits = StepLimits { rows, keys: rows * longest };
+    let bound = DecodePlan::bound(&largest.config, context.device(), limits, PlanOptions::default()).unwrap();
+    let options = PlanOptions { grid_items: Some(bound.items), ..PlanOptions::default() };
+    let room = |bytes: usize| stream.clone_htod(&vec![0xffu8; bytes.max(16)]).unwrap();
+    let cache_bytes = bytes(largest.k_view()).len();
+    // Tables of a step may be padded with wild entries.
+    let table_bytes = 16 * rows * longest.div_ceil(16);
+    let row_bytes = bytes(largest.q.as_ref()).len();
+    let mut q = room(row_bytes);
+    let (mut k, mut v) = (room(cache_bytes), room(cache_bytes));
+    let mut tables = room(table_bytes);
+    let mut work = room(bound.work as usize);
+    let mut out = room(row_bytes);
+    let partial_out = room(bound.workspace.partial_out as usize);
+    let partial_max = room(bound.workspace.partial_max as usize);
+    let tickets = stream.clone_htod(&vec![0u8; bound.workspace.tickets as usize]).unwrap();
+    let call = DecodeCall {
+        q: subject.address(&q),
+        k_cache: subject.address(&k),
+        v_cache: subject.address(&v),
+        tables: subject.address(&tables),
+        out: subject.address(&out),
+        work: subject.address(&work),
+        partial_out: subject.address(&partial_out),
+        partial_max: subject.address(&partial_max),
+        tickets: subject.address(&tickets),
+        ..DecodeCall::default()
+    };
+    let plan = DecodePlan::new(&largest.problem().unwrap(), context.device(), options).unwrap();
+    context.prepare_decode(&plan).unwrap();
+    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+    // SAFETY: the slices live until the last replay has completed, and are as large as the largest step asks.
+    unsafe { context.decode_raw(&plan, &call, stream.cu_stream().into()) }.unwrap();
+    let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+    let graph = stream.end_capture(flags).unwrap().unwrap();
+
+    let mut random = Random::new(run_seed());
+    for turn in 0..run_cases(20).min(60) {
+        let lens: Vec<usize> = (0..1 + random.below(rows)).map(|_| random.below(longest + 1)).collect();
+        // The layout of every step is that of the largest: strides are the graph's.
+        let data = AttentionData::generate(&case(&lens, turn as u64));
+        let problem = data.problem().unwrap();
+        let plan = DecodePlan::new(&problem, context.device(), options).unwrap();
+        let BlockTables::Padded { entries, .. } = problem.batch().block_tables else { unreachable!() };
+        let entries: Vec<u8> = entries.iter().flat_map(|entry| entry.to_le_bytes()).collect();
+        let words: Vec<u8> = plan.work().iter().flat_map(|word| word.to_le_bytes()).collect();
+        let put = |target: &mut CudaSlice<u8>, bytes: &[u8]| {
+            stream.memcpy_htod(bytes, &mut target.slice_mut(..bytes.len())).unwrap();
+        };
+        put(&mut q, &bytes(data.q.as_ref()));
+        put(&mut k, &bytes(data.k_view()));
+        put(&mut v, &bytes(data.v_view()));
+        put(&mut tables, &entries);
+        put(&mut work, &words);
+        put(&mut out, &vec![0xff; row_bytes]);
+        graph.launch().unwrap();
+        let found = stream.clone_dtoh(&out).unwrap();
+        let mut expecting = Cuda::new(&context);
+        expecting.options = options;
+        let expected = bytes(run(&mut expecting, &data).unwrap().as_ref());
+        assert!(found.starts_with(&expected), "step {turn} with {lens:?} gave other bits");
+        assert!(found[expected.len()..].iter().all(|&byte| byte == 0xff), "step {turn} wrote past its rows");
+    }
+}
+
+/// The cudarc API gives the raw one's bits, and refuses buffers that are too short or of another type.
+#[test]
+fn slices_are_checked_and_give_the_same_bits() {
+    let Some(context) = cuda::context() else { return };
+    let stream = context.cudarc().unwrap().default_stream();
+    let line = "attention q=bf16 kv=bf16 heads=16/4 dim=128 block=16 mask=causal alibi sequences=1:3000,2:64";
+    let case = Case { seed: run_seed() % 1_000_000_000, ..line.parse().unwrap() };
+    let data = AttentionData::generate(&case);
+    let problem = data.problem().unwrap();
+    let plan = DecodePlan::new(&problem, context.device(), PlanOptions::default()).unwrap();
+    let limits = StepLimits { rows: 8, keys: 8 * 3000 };
+    let bound = DecodePlan::bound(&data.config, context.device(), limits, PlanOptions::default()).unwrap();
+    let mut workspace = DecodeWorkspace::new(&stream, &bound).unwrap();
+    workspace.upload(&stream, &plan).unwrap();
+    let BlockTables::Padded { entries, .. } = problem.batch().block_tables else { unreachable!() };
+    let numbers = |bytes: Vec<u8>| -> Vec<half::bf16> {
+        bytes.as_chunks().0.iter().map(|pair| half::bf16::from_le_bytes(*pair)).collect()
+    };
+    let q = stream.clone_htod(&numbers(bytes(data.q.as_ref()))).unwrap();
+    let k = stream.clone_htod(&numbers(bytes(data.k_view()))).unwrap();
+    let v = stream.clone_htod(&numbers(bytes(data.v_view()))).unwrap();
+    let tables = stream.clone_htod(entries).unwrap();
+    let slopes = stream.clone_htod(data.alibi_slopes.as_deref().unwrap()).unwrap();
+    let mut out = stream.clone_htod(&vec![half::bf16::NAN; q.len()]).unwrap();
+    let mut decode = |q, alibi_slopes| {
+        let args = DecodeSlices {
+            q,
+            k_cache: k.as_view(),
+            v_cache: v.as_view(),
+            tables: tables.as_view(),
+            out: &mut out.as_view_mut(),
+            lse: None,
+            scales: None,
+            alibi_slopes,
+            sinks: None,
+            mask_bits: None,
+        };
+        // SAFETY: tables and workspace are those of the plan, on one stream.
+        unsafe { context.decode(&stream, &plan, &mut workspace, args) }
+    };
+    let short = decode(q.slice(1..), Some(slopes.as_view())).unwrap_err().to_string();
+    assert!(short.contains('q'), "{short}");
+    assert!(matches!(decode(q.as_view(), None), Err(CudaError::Missing { .. })));
+    decode(q.as_view(), Some(slopes.as_view())).unwrap();
+    let found: Vec<u8> =
+        stream.clone_dtoh(&out).unwrap().iter().flat_map(|value| value.to_le_bytes()).collect();
+    assert!(found == bytes(run(&mut Cuda::new(&context), &data).unwrap().as_ref()));
+}
+
 #[test]
 fn what_the_kernel_does_not_do_is_a_typed_refusal() {
     let Some(context) = cuda::context() else { return };
     let mut subject = Cuda::new(&context);
     for line in [
-        "attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal softcap=30 sequences=1:90",
-        "attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal sequences=2:90",
-        "attention q=bf16 kv=bf16 heads=8/2 dim=96 block=16 mask=causal sequences=1:90",
-        "attention q=f32 kv=f32 heads=8/2 dim=128 block=16 mask=causal sequences=1:90",
-        "attention q=bf16 kv=bf16 heads=8/2 dim=128 block=8 mask=causal sequences=1:90",
-        "attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=bits sequences=1:90",
-        "attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal tables=csr sequences=1:90",
+        "attention q=bf16 kv=f16 heads=8/2 dim=128 block=16 mask=causal sequences=1:90",
+        "attention q=f32 kv=bf16 heads=8/2 dim=128 block=16 mask=causal sequences=1:90",
+        "attention q=bf16 kv=bf16 heads=8/2 dim=100 block=16 mask=causal sequences=1:90",
+        "attention q=f32 kv=f32 heads=8/2 dim=66 block=16 mask=causal sequences=1:90",
+        "attention q=bf16 kv=fp8_e4m3 heads=8/1 dim=72 block=16 mask=causal sequences=1:90",
     ] {
         let data = AttentionData::generate(&line.parse().unwrap());
         let mut out = data.poisoned_out();

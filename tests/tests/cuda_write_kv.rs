@@ -1,25 +1,43 @@
 //! `write_kv` on an NVIDIA GPU against plain code. Skipped, loudly, without one.
 //!
 //! One case again: `PAGEWISE_CASE="bf16 fp8_e4m3 8 1234" cargo test -p pagewise-tests --test cuda_write_kv`.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub, reason = "a test")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    unreachable_pub,
+    dead_code,
+    reason = "a test"
+)]
 
 #[path = "gpu/cuda.rs"]
 mod cuda;
+#[path = "gpu/cuda_machine.rs"]
+mod cuda_machine;
 #[path = "gpu/encode.rs"]
 mod encode;
+#[path = "gpu/machine.rs"]
+mod machine;
+#[path = "gpu/merge.rs"]
+mod merge;
 #[path = "gpu/random.rs"]
 mod random;
+#[path = "gpu/rotary.rs"]
+mod rotary;
 #[path = "gpu/write_kv.rs"]
 mod write_kv;
 
 use std::sync::Arc;
 
 use cuda::Receipts;
+use cuda_machine::Gpu;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr};
-use pagewise_attention::cuda::ptx::write_kv::{WriteKv, WriteKvSpec};
+use machine::check_rotary;
+use pagewise_attention::cuda::ptx::write_kv::{RotaryStyle, WriteKv, WriteKvSpec};
 use pagewise_attention::cuda::{
-    Context, CudaError, KvScales, WriteKvCall, WriteKvSlices, WriteKvVariant, cudarc,
+    Context, CudaError, KvScales, PositionType, Rotary, RotaryTables, WriteKvCall, WriteKvSlices,
+    WriteKvVariant, cudarc,
 };
 use pagewise_attention::{AttentionConfig, CacheLayout, DType, ProblemError, RowStrides};
 use random::{Random, run_cases, run_seed};
@@ -139,6 +157,80 @@ fn random_cases_store_the_same_bits_as_plain_code() {
         assert_eq!(checked, if has_fp8 { 30 } else { 18 }, "every variant was chosen for some case");
     }
     receipts.write("write_kv");
+}
+
+/// Every variant with rotary embedding; cases whose half does not divide into vectors take the scalar one.
+#[test]
+fn random_cases_turn_keys_and_queries_as_plain_code_does() {
+    let Some(context) = cuda::context() else { return };
+    let mut machine = Gpu::new(&context);
+    let mut receipts = Receipts::default();
+    let variants: Vec<WriteKv> = WriteKvSpec::all()
+        .filter(|spec| spec.rotary.is_some())
+        .map(|spec| WriteKv::new(spec).unwrap())
+        .collect();
+    let mut check = |case: Case| match check_rotary(&mut machine, &case) {
+        Ok((variant, error)) => {
+            let ran = variants.iter().find(|write_kv| write_kv.kernel().entry() == variant).unwrap();
+            receipts.passed(&context, ran.kernel(), error);
+        }
+        Err(error) => panic!("PAGEWISE_CASE=\"{case}\": {error}"),
+    };
+    if let Some(case) = wanted_case() {
+        return check(case);
+    }
+    let mut random = Random::new(run_seed());
+    let capability = context.device().compute_capability;
+    let has_fp8 = capability.major * 10 + capability.minor >= 89;
+    let sources = [DType::F32, DType::F16, DType::Bf16];
+    for (source, cache) in sources.into_iter().flat_map(|s| DType::ALL.into_iter().map(move |c| (s, c))) {
+        if cache.is_fp8() && !has_fp8 {
+            eprintln!("SKIPPED: {cache} caches need sm_89");
+            continue;
+        }
+        for unit in [8, 8, 1, 1] {
+            (0..run_cases(12)).for_each(|_| check(Case { source, cache, unit, seed: random.next() }));
+        }
+    }
+    let checked = receipts.variants().count();
+    eprintln!("{}: {checked} variants passed", context.device());
+    if run_cases(12) >= 12 {
+        assert_eq!(checked, if has_fp8 { 60 } else { 36 }, "every variant was chosen for some case");
+    }
+    receipts.write("write_kv_rotary");
+}
+
+#[test]
+fn rotary_refusals_are_typed() {
+    let tensors = Case { source: DType::Bf16, cache: DType::Bf16, unit: 8, seed: 1 }.build();
+    let Tensors { config, layout, source, k_strides, v_strides, .. } = &tensors;
+    let call = WriteKvCall {
+        config,
+        layout,
+        source: *source,
+        tokens: 1,
+        slots: 0,
+        k: 0,
+        k_strides: *k_strides,
+        v: 0,
+        v_strides: *v_strides,
+        k_cache: 0,
+        v_cache: 0,
+        scales: None,
+    };
+    let tables = RotaryTables { cos: 0, sin: 0, stride: 64, positions: 10 };
+    let position_type = PositionType::I64;
+    let style = RotaryStyle::NeoX;
+    let good = Rotary { style, dim: 8, tables, positions: 0, position_type, queries: None };
+    assert!(good.variant(&call).is_ok());
+    for dim in [0, 7, config.head_dim_qk + 2] {
+        let error = Rotary { dim, ..good }.variant(&call).unwrap_err();
+        assert!(matches!(error, CudaError::Problem(ProblemError::Input { .. })), "{error}");
+    }
+    let error = Rotary { tables: RotaryTables { stride: 3, ..tables }, ..good }.variant(&call).unwrap_err();
+    assert!(error.to_string().contains("stride of the tables is 3"), "{error}");
+    let error = Rotary { positions: 4, ..good }.variant(&call).unwrap_err();
+    assert!(matches!(error, CudaError::Misaligned { tensor: "the positions", size: 8, .. }), "{error}");
 }
 
 #[test]

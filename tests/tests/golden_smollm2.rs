@@ -37,7 +37,7 @@ fn model(change: impl FnOnce(&mut LoadOptions)) -> Option<LoadedModel> {
 fn greedy(item: &Item, max_tokens: usize) -> Request {
     let params =
         SamplingParams { max_tokens, temperature: 0.0, logprobs: Some(5), ..SamplingParams::default() };
-    Request { prompt: item.prompt.clone(), params }
+    Request::new(item.prompt.clone(), params)
 }
 
 #[test]

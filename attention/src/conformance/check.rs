@@ -8,14 +8,15 @@
 //! - Scores that are wrong by δ change each probability by a factor within `exp(±2δ)` (numerator and
 //!   denominator), so an output moves by at most `(exp(2δ) − 1) · Σ p·|v|`.
 //! - Exponentials, the sums over `n` keys and their rescaling add `(4·√n + 16) · u` to that factor.
-//! - Probabilities rounded to 16 bits for a matrix unit add that type's roundoff
-//!   ([`Subject::probability_roundoff`](super::Subject::probability_roundoff)).
+//! - Probabilities rounded to 16 bits for a matrix unit add that type's roundoff, and below its normal numbers an
+//!   absolute error each ([`Subject::probability_rounding`](super::Subject::probability_rounding)), which moves an
+//!   output by at most so much times `Σ |v|`.
 //! - The output is rounded to its own type: `u_out · |out|`, and an absolute error where numbers get tiny.
 //!
 //! `lse` has the error of the largest score, δ, and the relative error of its sum. A row that sees no key must
 //! be exactly 0 and −∞. NaN never passes.
 
-use super::{AttentionData, Buffer, MergeData, Reference, RowReference};
+use super::{AttentionData, Buffer, MergeData, ProbabilityRounding, Reference, RowReference};
 use crate::DType;
 
 /// What a row's errors may be.
@@ -23,6 +24,8 @@ use crate::DType;
 pub struct Tolerance {
     /// Relative error of every probability, times `Σ p·|v|`.
     probability: f64,
+    /// Absolute error of every probability, times `Σ |v|`.
+    small_probability: f64,
     /// Absolute error of `lse`.
     lse: f64,
     /// Relative and absolute error of rounding the output.
@@ -31,10 +34,10 @@ pub struct Tolerance {
 
 impl Tolerance {
     /// For a row of attention over heads of `dim` elements.
-    pub fn new(dim: usize, q_dtype: DType, probability_roundoff: f64, row: &RowReference) -> Self {
+    pub fn new(dim: usize, q_dtype: DType, rounding: ProbabilityRounding, row: &RowReference) -> Self {
         let u = DType::F32.unit_roundoff();
         let score = (4.0 * (dim as f64).sqrt() + 8.0) * u * row.magnitude;
-        let sum = (4.0 * (row.keys as f64).sqrt() + 16.0) * u + 2.0 * probability_roundoff;
+        let sum = (4.0 * (row.keys as f64).sqrt() + 16.0) * u + 2.0 * rounding.relative;
         // Where numbers get tiny: half the smallest subnormal of f16; the others are as small as the
         // probabilities that binary32 arithmetic may take for 0 (below 10⁻³⁷, for a few hundred keys).
         let tiny = match q_dtype {
@@ -43,14 +46,15 @@ impl Tolerance {
         };
         Self {
             probability: (2.0 * score).exp_m1() + sum,
+            small_probability: rounding.absolute,
             lse: score + sum + 2.0 * u * row.lse.abs(),
             rounding: (q_dtype.unit_roundoff(), tiny),
         }
     }
 
     /// Largest error that an element of the output may have.
-    pub fn of_output(&self, reference: f64, weight: f64) -> f64 {
-        let before = self.probability * weight;
+    pub fn of_output(&self, reference: f64, weight: f64, reach: f64) -> f64 {
+        let before = self.probability * weight + self.small_probability * reach;
         before + self.rounding.0 * (reference.abs() + before) + self.rounding.1
     }
 }
@@ -78,14 +82,15 @@ impl Agreement {
         out: impl Fn(usize) -> f64,
         lse: Option<f32>,
     ) -> Result<(), String> {
-        for (d, (&expected, &weight)) in row.out.iter().zip(&row.weight).enumerate() {
+        for (d, ((&expected, &weight), &reach)) in row.out.iter().zip(&row.weight).zip(&row.reach).enumerate()
+        {
             let found = out(d);
+            let allowed = tolerance.of_output(expected, weight, reach);
             let fine = match row.keys {
                 0 => found == 0.0,
-                _ => self.note((found - expected).abs(), tolerance.of_output(expected, weight)),
+                _ => self.note((found - expected).abs(), allowed),
             };
             if !fine {
-                let allowed = tolerance.of_output(expected, weight);
                 return Err(format!(
                     "{what}, element {d}: out is {found}, expected {expected} ± {allowed:.3e}, {} keys",
                     row.keys
@@ -115,7 +120,7 @@ impl Agreement {
     pub fn of_attention(
         data: &AttentionData,
         reference: &Reference,
-        probability_roundoff: f64,
+        rounding: ProbabilityRounding,
         before: &Buffer,
         out: &Buffer,
         lse: Option<&[f32]>,
@@ -127,7 +132,7 @@ impl Agreement {
             let (query, head) = (index / config.q_heads, index % config.q_heads);
             let at = query * strides.token as usize + head * strides.head as usize;
             written[at..at + config.head_dim_v].fill(true);
-            let tolerance = Tolerance::new(config.head_dim_qk, config.q_dtype, probability_roundoff, row);
+            let tolerance = Tolerance::new(config.head_dim_qk, config.q_dtype, rounding, row);
             let what = format!("query row {query}, head {head}");
             let lse = lse.map(|lse| lse[index]);
             agreement.row(&what, row, &tolerance, |d| out.get(at + d), lse)?;
@@ -150,7 +155,7 @@ impl Agreement {
         for (index, row) in reference.rows.iter().enumerate() {
             let at = index * data.head_dim;
             // A "score" here is one number, the part's LSE: no sum over a head's elements.
-            let tolerance = Tolerance::new(1, out.dtype(), 0.0, row);
+            let tolerance = Tolerance::new(1, out.dtype(), ProbabilityRounding::default(), row);
             let what = format!("row {}, head {}", index / data.heads, index % data.heads);
             agreement.row(&what, row, &tolerance, |d| out.get(at + d), Some(lse[index]))?;
         }

@@ -31,6 +31,7 @@ pub use oracle::{Reference, RowReference};
 pub use random::{Random, fresh_seed};
 pub use runner::{CaseResult, Outcome, Report, run, run_case};
 pub use subject::{
-    AttentionTask, CopyTask, MergePart, MergeTask, Refusal, Scale, Subject, SwapTask, WriteTask,
+    AttentionTask, CopyTask, MergePart, MergeTask, ProbabilityRounding, Refusal, Scale, Subject, SwapTask,
+    WriteTask,
 };
 pub use table::{full, quick, random_case};

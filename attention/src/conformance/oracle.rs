@@ -17,6 +17,8 @@ pub struct RowReference {
     pub lse: f64,
     /// `Σ p·|v|` of each element: how much an error of the probabilities can move it.
     pub weight: Vec<f64>,
+    /// `Σ |v|` over the keys seen: how much errors of probabilities of any size can move it.
+    pub reach: Vec<f64>,
     /// Largest sum of the magnitudes that a score was added up from: what its rounding errors scale with.
     pub magnitude: f64,
     /// Number of keys seen.
@@ -74,6 +76,7 @@ impl Reference {
             out: vec![0.0; config.head_dim_v],
             lse: f64::NEG_INFINITY,
             weight: vec![0.0; config.head_dim_v],
+            reach: vec![0.0; config.head_dim_v],
             magnitude: 0.0,
             keys: 0,
         };
@@ -123,7 +126,14 @@ impl Reference {
             let largest = lses.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let (mut out, mut weight) = (vec![0.0; dim], vec![0.0; dim]);
             if largest == f64::NEG_INFINITY {
-                return RowReference { out, lse: largest, weight, magnitude: 0.0, keys: 0 };
+                return RowReference {
+                    reach: weight.clone(),
+                    out,
+                    lse: largest,
+                    weight,
+                    magnitude: 0.0,
+                    keys: 0,
+                };
             }
             let total: f64 = lses.iter().map(|lse| (lse - largest).exp()).sum();
             for ((part, _), lse) in data.parts.iter().zip(&lses) {
@@ -136,7 +146,14 @@ impl Reference {
             }
             let magnitude =
                 lses.iter().filter(|lse| lse.is_finite()).map(|lse| lse.abs()).fold(0.0, f64::max);
-            RowReference { out, lse: largest + total.ln(), weight, magnitude, keys: data.parts.len() }
+            RowReference {
+                reach: vec![0.0; data.head_dim],
+                out,
+                lse: largest + total.ln(),
+                weight,
+                magnitude,
+                keys: data.parts.len(),
+            }
         });
         Self { rows: rows.collect() }
     }
@@ -187,8 +204,16 @@ fn attend(
     }
     let seen = scores.iter().filter(|score| **score > f64::NEG_INFINITY).count();
     let (mut out, mut weight) = (vec![0.0; config.head_dim_v], vec![0.0; config.head_dim_v]);
+    let mut reach = vec![0.0; config.head_dim_v];
     if seen == 0 {
-        return RowReference { out, lse: f64::NEG_INFINITY, weight, magnitude: 0.0, keys: 0 };
+        return RowReference {
+            reach: weight.clone(),
+            out,
+            lse: f64::NEG_INFINITY,
+            weight,
+            magnitude: 0.0,
+            keys: 0,
+        };
     }
     let sink = data.sinks.as_ref().map(|sinks| f64::from(sinks[q_head]));
     let largest = scores.iter().copied().chain(sink).fold(f64::NEG_INFINITY, f64::max);
@@ -198,8 +223,9 @@ fn attend(
         for d in 0..config.head_dim_v {
             out[d] += p * value[d];
             weight[d] += p * value[d].abs();
+            reach[d] += if *score > f64::NEG_INFINITY { value[d].abs() } else { 0.0 };
         }
     }
     let magnitude = magnitude.max(sink.map_or(0.0, f64::abs));
-    RowReference { out, lse: largest + denominator.ln(), weight, magnitude, keys: seen }
+    RowReference { out, lse: largest + denominator.ln(), weight, reach, magnitude, keys: seen }
 }

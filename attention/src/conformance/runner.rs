@@ -146,8 +146,8 @@ fn attention(subject: &mut dyn Subject, case: &Case) -> Result<Agreement, Refusa
     let (mut out, mut lse) = (before.clone(), data.poisoned_lse());
     subject.attention(&task, out.as_mut(), Some(&mut lse))?;
     let reference = Reference::attention(&data);
-    let roundoff = subject.probability_roundoff(&data.config);
-    let agreement = Agreement::of_attention(&data, &reference, roundoff, &before, &out, Some(&lse));
+    let rounding = subject.probability_rounding(&data.config);
+    let agreement = Agreement::of_attention(&data, &reference, rounding, &before, &out, Some(&lse));
     let agreement = agreement.map_err(failed)?;
     // Asked for no `lse`, it gives the same output.
     let mut again = before.clone();

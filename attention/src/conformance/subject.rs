@@ -88,17 +88,25 @@ pub struct MergeTask<'a> {
     pub parts: &'a [MergePart<'a>],
 }
 
+/// How a backend rounds probabilities for its matrix units.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct ProbabilityRounding {
+    /// Unit roundoff of their type.
+    pub relative: f64,
+    /// Largest error of those too small for that type's normal numbers, the largest probability of a row being 1.
+    pub absolute: f64,
+}
+
 /// A backend under test. Buffers to be written come with whatever lay in them; a subject that works on copies
 /// must bring back every element, so that writes outside of the result show.
 pub trait Subject {
     /// What the report calls it: backend, device, instruction set.
     fn name(&self) -> String;
 
-    /// Unit roundoff of the probabilities before they meet the values: above 0 for a backend that rounds them
-    /// to 16 bits for its matrix units.
-    fn probability_roundoff(&self, config: &AttentionConfig) -> f64 {
+    /// How the probabilities are rounded before they meet the values: not at all, unless a backend says otherwise.
+    fn probability_rounding(&self, config: &AttentionConfig) -> ProbabilityRounding {
         let _ = config;
-        0.0
+        ProbabilityRounding::default()
     }
 
     /// Computes attention.

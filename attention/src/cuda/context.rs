@@ -6,7 +6,9 @@ use std::ptr;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use cudarc::driver::{CudaContext, result, sys};
+use pagewise_ptx::Kernel;
 use pagewise_ptx::decode::{Decode, DecodeSpec};
+use pagewise_ptx::merge_states::{MergeStates, MergeStatesSpec};
 use pagewise_ptx::write_kv::{WriteKv, WriteKvSpec};
 
 use super::launch::LoadedKernel;
@@ -25,6 +27,24 @@ pub struct Context {
     cudarc: Option<Arc<CudaContext>>,
     pub(super) write_kv: Cache<WriteKvSpec, WriteKv>,
     pub(super) decode: Cache<DecodeSpec, Decode>,
+    pub(super) merge_states: Cache<MergeStatesSpec, MergeStates>,
+    #[cfg(feature = "conformance")]
+    alteration: Option<Alteration>,
+}
+
+/// Changes a kernel's text before it is loaded: gets the entry point and the text, gives the text to load.
+#[cfg(feature = "conformance")]
+struct Alteration(Box<AlterText>);
+
+/// From an entry point and its text to the text to load.
+#[cfg(feature = "conformance")]
+type AlterText = dyn Fn(&str, &str) -> String + Send + Sync;
+
+#[cfg(feature = "conformance")]
+impl std::fmt::Debug for Alteration {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Alteration")
+    }
 }
 
 /// A context handle, which any thread may use.
@@ -59,7 +79,7 @@ impl Context {
         let device = device::describe(context.cu_device(), context.ordinal(), driver)?;
         device.check()?;
         let raw = RawContext(context.cu_ctx());
-        Ok(Self { device, raw, cudarc: Some(context), write_kv: Cache::default(), decode: Cache::default() })
+        Ok(Self::new(device, raw, Some(context)))
     }
 
     /// The context that is current on this thread, whoever made it.
@@ -90,13 +110,51 @@ impl Context {
         let ordinal = (0..count).find(is_this).unwrap_or(0);
         let device = device::describe(handle, ordinal as usize, driver)?;
         device.check()?;
-        Ok(Self {
+        Ok(Self::new(device, RawContext(raw), None))
+    }
+
+    fn new(device: Device, raw: RawContext, cudarc: Option<Arc<CudaContext>>) -> Self {
+        Self {
             device,
-            raw: RawContext(raw),
-            cudarc: None,
+            raw,
+            cudarc,
             write_kv: Cache::default(),
             decode: Cache::default(),
-        })
+            merge_states: Cache::default(),
+            #[cfg(feature = "conformance")]
+            alteration: None,
+        }
+    }
+
+    /// The same context, whose kernels are loaded with the text that `alter` makes of each entry point and text: for
+    /// tests that plant faults and delays. Kernels loaded before are forgotten.
+    #[cfg(feature = "conformance")]
+    #[must_use]
+    pub fn with_altered_kernels(
+        mut self,
+        alter: impl Fn(&str, &str) -> String + Send + Sync + 'static,
+    ) -> Self {
+        self.unload();
+        self.alteration = Some(Alteration(Box::new(alter)));
+        self
+    }
+
+    /// Compiles and loads a kernel into this context, which is current.
+    pub(super) fn load(&self, kernel: &Kernel) -> Result<LoadedKernel, CudaError> {
+        #[cfg(feature = "conformance")]
+        if let Some(Alteration(alter)) = &self.alteration {
+            return LoadedKernel::load(kernel, &alter(kernel.entry(), kernel.text()), &self.device);
+        }
+        LoadedKernel::load(kernel, kernel.text(), &self.device)
+    }
+
+    fn unload(&mut self) {
+        // Kernels can only be unloaded in their context. Where it cannot be entered it is gone, and they with
+        // it: then their handles are forgotten by a failing unload, which is harmless.
+        let _entered = self.enter();
+        self.write_kv.clear();
+        self.decode.clear();
+        self.merge_states.clear();
     }
 
     /// The GPU.
@@ -130,11 +188,7 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
-        // Kernels can only be unloaded in their context. Where it cannot be entered it is gone, and they with
-        // it: then their handles are forgotten by a failing unload, which is harmless.
-        let _entered = self.enter();
-        self.write_kv.clear();
-        self.decode.clear();
+        self.unload();
     }
 }
 

@@ -1,28 +1,35 @@
-//! Decode attention on CUDA: one query row a sequence over a paged cache, planned once per step, run per layer.
+//! Decode attention on CUDA: query rows over a paged cache, planned once per step, run per layer.
 //!
 //! Owns the checks of addresses and the launch; the plan is `plan.rs`'s, the kernel [`pagewise_ptx::decode`]'s.
 
 use std::sync::Arc;
 
-use pagewise_ptx::decode::{CacheRows, Decode, DecodeArgs, Rows};
+use pagewise_ptx::decode::{CacheRows, Decode, DecodeArgs, Rows, ScoreArgs};
 
 use super::context::Entry;
-use super::launch::LoadedKernel;
 use super::{Context, CudaError, DecodePlan, RawStream};
-use crate::{DType, KvStrides, RowStrides};
+use crate::{DType, KvStrides, Mask, RowStrides};
 
-/// The device addresses of one decode.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The device addresses of one decode. What the planned configuration does not use is 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DecodeCall {
-    /// Queries, `[rows, q_heads, head_dim]` with the strides of the planned problem.
+    /// Queries, `[rows, q_heads, head_dim_qk]` with the strides of the planned problem.
     pub q: u64,
     /// Key cache.
     pub k_cache: u64,
     /// Value cache.
     pub v_cache: u64,
-    /// Block tables, i32 `[sequences, max_blocks]`.
+    /// Block tables, i32: `[sequences, max_blocks]`, or the `indices` of CSR tables.
     pub tables: u64,
-    /// Output, `[rows, q_heads, head_dim]` with the strides of the planned problem.
+    /// What stored keys and values are multiplied with.
+    pub scales: CacheScales,
+    /// ALiBi's slopes, f32 `[q_heads]`, if the configuration says so.
+    pub alibi_slopes: u64,
+    /// Attention sinks, f32 `[q_heads]`, if the configuration says so.
+    pub sinks: u64,
+    /// The mask's words, u32 `[rows, row_words]`, if the mask is one of bits.
+    pub mask_bits: u64,
+    /// Output, `[rows, q_heads, head_dim_v]` with the strides of the planned problem.
     pub out: u64,
     /// Log-sum-exp (natural logarithm), f32 `[rows, q_heads]`, or 0 for none.
     pub lse: u64,
@@ -34,6 +41,17 @@ pub struct DecodeCall {
     pub partial_max: u64,
     /// Workspace of its `tickets` bytes: zero before the first run, and left zero by each.
     pub tickets: u64,
+}
+
+/// Device addresses of the factors of stored keys and values; 0 for none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CacheScales {
+    /// Of K: f32, one, or `[kv_heads]`.
+    pub k: u64,
+    /// Of V: f32, one, or `[kv_heads]`.
+    pub v: u64,
+    /// Whether each KV head has its own.
+    pub per_head: bool,
 }
 
 impl Context {
@@ -58,6 +76,7 @@ impl Context {
     ///
     /// # Errors
     /// [`CudaError::Misaligned`] for an address or stride that is not a multiple of 16 bytes,
+    /// [`CudaError::Missing`] for an input that the configuration needs and the call leaves out,
     /// [`CudaError::Driver`] when the launch fails.
     pub unsafe fn decode_raw(
         &self,
@@ -65,48 +84,10 @@ impl Context {
         call: &DecodeCall,
         stream: RawStream,
     ) -> Result<(), CudaError> {
-        let DecodeCall { q, k_cache, v_cache, tables, out, lse, work, partial_out, partial_max, tickets } =
-            *call;
-        if plan.items().is_empty() {
+        if plan.shape.items == 0 {
             return Ok(());
         }
-        let element = plan.config.q_dtype.size() as u64;
-        let rows = |tensor, address, strides: RowStrides| {
-            aligned(tensor, address, &[strides.token, strides.head], element)?;
-            Ok::<Rows, CudaError>(Rows { address, row_stride: strides.token, head_stride: strides.head })
-        };
-        let cache = |tensor, address, strides: KvStrides| {
-            aligned(tensor, address, &[strides.block, strides.token, strides.head], element)?;
-            Ok::<CacheRows, CudaError>(CacheRows {
-                address,
-                block_stride: strides.block,
-                token_stride: strides.token,
-                head_stride: strides.head,
-            })
-        };
-        for (tensor, address) in [
-            ("the work items", work),
-            ("the partial outputs", partial_out),
-            ("the partial maxima", partial_max),
-        ] {
-            aligned(tensor, address, &[], 1)?;
-        }
-        let args = DecodeArgs {
-            q: rows("q", q, plan.q)?,
-            k: cache("the K cache", k_cache, plan.layout.k)?,
-            v: cache("the V cache", v_cache, plan.layout.v)?,
-            tables,
-            table_stride: plan.table_stride,
-            block_shift: plan.layout.block_size.trailing_zeros(),
-            group: plan.shape.group,
-            scale: plan.config.scale,
-            work,
-            out: rows("out", out, plan.out)?,
-            lse,
-            partial_out,
-            partial_max,
-            tickets,
-        };
+        let args = arguments(plan, call)?;
         let _entered = self.enter()?;
         let entry = self.decode_kernel(plan)?;
         let launch = entry.descriptor.launch(plan.shape)?;
@@ -117,10 +98,68 @@ impl Context {
     fn decode_kernel(&self, plan: &DecodePlan) -> Result<Arc<Entry<Decode>>, CudaError> {
         self.decode.get(plan.spec, || {
             let descriptor = Decode::new(plan.spec)?;
-            let kernel = LoadedKernel::load(descriptor.kernel(), self.device())?;
+            let kernel = self.load(descriptor.kernel())?;
             Ok(Entry { descriptor, kernel })
         })
     }
+}
+
+/// The kernel's arguments for a call, once they are seen to be what it can read.
+fn arguments(plan: &DecodePlan, call: &DecodeCall) -> Result<DecodeArgs, CudaError> {
+    let config = &plan.config;
+    let rows = |tensor, address, strides: RowStrides| {
+        aligned(tensor, address, &[strides.token, strides.head], config.q_dtype.size() as u64)?;
+        Ok::<Rows, CudaError>(Rows { address, row_stride: strides.token, head_stride: strides.head })
+    };
+    let cache = |tensor, address, strides: KvStrides| {
+        let KvStrides { block, token, head } = strides;
+        aligned(tensor, address, &[block, token, head], config.kv_dtype.size() as u64)?;
+        Ok::<CacheRows, CudaError>(CacheRows {
+            address,
+            block_stride: block,
+            token_stride: token,
+            head_stride: head,
+        })
+    };
+    for (tensor, address) in [
+        ("the work items", call.work),
+        ("the partial outputs", call.partial_out),
+        ("the partial maxima", call.partial_max),
+    ] {
+        aligned(tensor, address, &[], 1)?;
+    }
+    let wanted = |what: &'static str, wanted: bool, address: u64| match (wanted, address) {
+        (true, 0) => Err(CudaError::Missing { what }),
+        (true, address) => Ok(address),
+        (false, _) => Ok(0),
+    };
+    Ok(DecodeArgs {
+        q: rows("q", call.q, plan.q)?,
+        k: cache("the K cache", call.k_cache, plan.layout.k)?,
+        v: cache("the V cache", call.v_cache, plan.layout.v)?,
+        tables: call.tables,
+        block_shift: plan.layout.block_size.trailing_zeros(),
+        head_dim_k: config.head_dim_qk as u32,
+        head_dim_v: config.head_dim_v as u32,
+        shape: plan.shape,
+        scores: ScoreArgs {
+            scale: config.scale,
+            softcap: config.softcap,
+            slopes: wanted("ALiBi's slopes", config.alibi, call.alibi_slopes)?,
+            sinks: wanted("the sinks", config.sinks, call.sinks)?,
+            mask_bits: wanted("the mask's bits", config.mask == Mask::Bits, call.mask_bits)?,
+            mask_words: plan.mask_words,
+            k_scale: call.scales.k,
+            v_scale: call.scales.v,
+            scale_per_head: call.scales.per_head,
+        },
+        work: call.work,
+        out: rows("out", call.out, plan.out)?,
+        lse: call.lse,
+        partial_out: call.partial_out,
+        partial_max: call.partial_max,
+        tickets: call.tickets,
+    })
 }
 
 /// The kernel reads and writes 16 bytes at a time.

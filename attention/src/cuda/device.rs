@@ -84,11 +84,25 @@ impl Device {
         self.check_for("the CUDA backend", MIN_COMPUTE_CAPABILITY, MIN_CUDA_VERSION)
     }
 
+    /// How many thread blocks of a kernel fit a multiprocessor at once, as far as shared memory goes.
+    pub(super) fn blocks_that_fit(&self, shared: u32) -> u32 {
+        // The system takes 1 KiB of each thread block's, and of the multiprocessor's memory one of them can have all
+        // but that.
+        (self.shared_memory_per_block.saturating_add(1024) / shared.saturating_add(1024)).max(1)
+    }
+
     /// Whether a kernel runs on this GPU with this driver.
     pub(super) fn check_kernel(&self, kernel: &pagewise_ptx::Kernel) -> Result<(), CudaError> {
         let target = kernel.target();
         let gpu = ComputeCapability::from_sm(target.sm);
-        self.check_for(kernel.entry(), gpu, CudaVersion::from_number(target.cuda_version()))
+        self.check_for(kernel.entry(), gpu, CudaVersion::from_number(target.cuda_version()))?;
+        let (found, needed) =
+            (self.shared_memory_per_block, kernel.static_shared() + kernel.dynamic_shared());
+        if found < needed {
+            let (kernel, gpu) = (kernel.entry().to_owned(), self.name.clone());
+            return Err(CudaError::SharedMemory { kernel, gpu, found, needed });
+        }
+        Ok(())
     }
 
     fn check_for(&self, what: &str, gpu: ComputeCapability, cuda: CudaVersion) -> Result<(), CudaError> {

@@ -73,6 +73,20 @@ pub enum CudaError {
         /// The compiler's log.
         log: String,
     },
+    /// The GPU gives a thread block less shared memory than a kernel takes.
+    #[error(
+        "{kernel} takes {needed} bytes of shared memory a thread block, {gpu} has {found}: use a tuning with fewer warps or stages"
+    )]
+    SharedMemory {
+        /// Kernel variant.
+        kernel: String,
+        /// The GPU's name.
+        gpu: String,
+        /// Bytes that it has.
+        found: u32,
+        /// Bytes that are needed.
+        needed: u32,
+    },
     /// A driver call failed.
     #[error("{call} failed{}: {name} ({message})", kernel.as_ref().map(|k| format!(" for {k}")).unwrap_or_default())]
     Driver {
@@ -115,6 +129,12 @@ pub enum CudaError {
         address: u64,
         /// Bytes.
         size: u64,
+    },
+    /// An input that the configuration asks for.
+    #[error("the configuration uses {what}, but the call gives no address for them")]
+    Missing {
+        /// Which input.
+        what: &'static str,
     },
     /// A size beyond what a kernel's 32-bit indices hold.
     #[error("{what} is {value}; the CUDA kernels count it with 32 bits (at most {max})")]

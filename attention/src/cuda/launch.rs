@@ -40,8 +40,8 @@ unsafe impl Send for LoadedKernel {}
 unsafe impl Sync for LoadedKernel {}
 
 impl LoadedKernel {
-    /// Compiles and loads a kernel into the current context.
-    pub(super) fn load(kernel: &Kernel, device: &Device) -> Result<Self, CudaError> {
+    /// Compiles and loads a kernel into the current context; `text` is the kernel's own but in tests of the tests.
+    pub(super) fn load(kernel: &Kernel, text: &str, device: &Device) -> Result<Self, CudaError> {
         use sys::CUjit_option::{CU_JIT_ERROR_LOG_BUFFER, CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES};
         device.check_kernel(kernel)?;
         let entry = kernel.entry().to_owned();
@@ -51,8 +51,8 @@ impl LoadedKernel {
             message,
             log,
         };
-        let text = CString::new(kernel.text())
-            .map_err(|_| jit_error("the text holds a zero byte".into(), String::new()))?;
+        let text =
+            CString::new(text).map_err(|_| jit_error("the text holds a zero byte".into(), String::new()))?;
 
         let mut log = vec![0u8; LOG_BYTES];
         let mut options = [CU_JIT_ERROR_LOG_BUFFER, CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
@@ -81,6 +81,18 @@ impl LoadedKernel {
         // SAFETY: the module is loaded and the name ends in a zero. On failure `loaded` unloads the module.
         let result = unsafe { sys::cuModuleGetFunction(&raw mut loaded.function, module, name.as_ptr()) };
         CudaError::check("cuModuleGetFunction", result).map_err(|error| error.of_kernel(kernel.entry()))?;
+        if kernel.dynamic_shared() > 0 {
+            // SAFETY: the function is loaded; the device has that much, as was checked.
+            let result = unsafe {
+                sys::cuFuncSetAttribute(
+                    loaded.function,
+                    sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                    kernel.dynamic_shared().cast_signed(),
+                )
+            };
+            CudaError::check("cuFuncSetAttribute", result)
+                .map_err(|error| error.of_kernel(kernel.entry()))?;
+        }
         tracing::debug!(kernel = kernel.entry(), gpu = device.name, "loaded a CUDA kernel");
         Ok(loaded)
     }

@@ -1,41 +1,87 @@
-//! Which keys go to which thread block: splits the sequences of a decode step into work items of about equal size.
+//! The work of one decode step: which keys go to which thread block, and what the caller must bring.
 //!
-//! Pure host arithmetic: no device, no allocation there. The kernel that consumes the items is
-//! [`pagewise_ptx::decode`]'s.
+//! Pure host arithmetic: no device, no allocation there. How rows are cut is `split.rs`'s, the kernel that consumes
+//! the items [`pagewise_ptx::decode`]'s.
 
 use pagewise_ptx::decode::{
-    Decode, DecodeShape, DecodeSpec, DecodeTuning, MAX_ITEM_KEYS, TILE_KEYS, WorkItem, WorkspaceSizes,
+    Decode, DecodeShape, DecodeSpec, DecodeTuning, Ring, TILE_KEYS, WorkItem, WorkspaceSizes,
 };
 
+use super::balance::{Choice, Step, choose};
 use super::decode::ptx_type;
-use super::{CudaError, Device};
-use crate::{AttentionConfig, BlockTables, CacheLayout, Mask, Problem, RowStrides};
+use super::split::{Cut, Keys, MAX_ITEM_KEYS, most_items, split};
+use super::{CudaError, Device, Shrink};
+use crate::{AttentionConfig, BlockTables, CacheLayout, Problem, RowStrides};
 
 /// How a plan is made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PlanOptions {
-    /// Keys of a work item, if fixed: a multiple of 16, from 16 to 2048 as the kernel is tuned by default. Then
-    /// the split of a sequence, and so the bits of its output, depend on its length alone and not on the rest of
-    /// the batch.
+    /// Keys of a work item, if fixed: a multiple of 16, at most 2²⁴. Then the split of a row, and so the bits of
+    /// its output, depend on its length alone and not on the rest of the batch.
     pub item_keys: Option<u32>,
     /// How work items shrink where their size is not fixed.
     pub shrink: Option<Shrink>,
     /// How the kernel is tuned, if otherwise than by default.
     pub tuning: Option<DecodeTuning>,
+    /// How much shared memory the kernel takes, if it is not to be chosen.
+    pub ring: Option<Ring>,
+    /// KV heads of a thread block, if fixed: a power of two that divides them, at most the kernel's warps.
+    pub block_heads: Option<u32>,
+    /// Work items of the launch, if more than there is work for: those of [`DecodePlan::bound`] let plans of
+    /// different lengths share one captured CUDA graph. Every plan then has the same kernel, with one KV head to
+    /// a thread block unless `block_heads` says otherwise.
+    pub grid_items: Option<u32>,
 }
 
-/// Work items that shrink as less is left to do, so that the last thread blocks finish together.
+/// The largest step that a workspace or a captured graph is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shrink {
-    /// An item is one of so many shares of what is left for each thread block that fits the GPU.
-    pub shares: u32,
-    /// Keys of the smallest item.
-    pub smallest: u32,
+pub struct StepLimits {
+    /// Query rows of a step.
+    pub rows: usize,
+    /// Keys that all of them see together.
+    pub keys: usize,
 }
 
-impl Default for Shrink {
-    fn default() -> Self {
-        Self { shares: 1, smallest: 256 }
+/// What no step within its [`StepLimits`] exceeds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlanBound {
+    /// Work items, for [`PlanOptions::grid_items`].
+    pub items: u32,
+    /// Bytes of the work items in device memory.
+    pub work: u64,
+    /// Bytes of the workspace.
+    pub workspace: WorkspaceSizes,
+}
+
+/// Elements that a run reaches in each of the caller's buffers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Extents {
+    pub(super) q: u64,
+    pub(super) k_cache: u64,
+    pub(super) v_cache: u64,
+    pub(super) tables: u64,
+    pub(super) out: u64,
+    pub(super) lse: u64,
+    pub(super) mask_bits: u64,
+}
+
+impl Extents {
+    fn of(problem: &Problem<'_>) -> Self {
+        let (config, layout, batch) = (problem.config(), problem.layout(), problem.batch());
+        Self {
+            q: problem.q_extent(),
+            k_cache: layout.k_extent(config),
+            v_cache: layout.v_extent(config),
+            tables: match batch.block_tables {
+                BlockTables::Padded { max_blocks, .. } => (problem.num_sequences() * max_blocks) as u64,
+                BlockTables::Csr { indptr, .. } => {
+                    indptr.last().map_or(0, |&end| u64::from(end.max(0) as u32))
+                }
+            },
+            out: problem.out_extent(),
+            lse: problem.lse_extent(),
+            mask_bits: batch.mask_bits.map_or(0, |bits| (problem.total_queries() * bits.row_words) as u64),
+        }
     }
 }
 
@@ -48,254 +94,240 @@ pub struct DecodePlan {
     pub(super) out: RowStrides,
     pub(super) spec: DecodeSpec,
     pub(super) shape: DecodeShape,
-    pub(super) table_stride: u32,
+    pub(super) mask_words: u32,
+    pub(super) extents: Extents,
     items: Vec<WorkItem>,
     partials: u32,
 }
 
 impl DecodePlan {
-    /// Plans a step in which each sequence has at most one query row.
+    /// Plans a step. Every query row is planned by itself: with one row a sequence, each key is read once; with
+    /// several rows of a sequence, once for each.
     ///
     /// # Errors
     /// [`CudaError::Unsupported`] for what the decode kernel does not do, [`CudaError::TooLarge`] beyond its
-    /// 32-bit sizes.
+    /// 32-bit sizes or the items of a fixed grid.
     pub fn new(problem: &Problem<'_>, device: &Device, options: PlanOptions) -> Result<Self, CudaError> {
         let (config, layout) = (problem.config(), *problem.layout());
-        let tuning = options.tuning.unwrap_or_default();
-        let spec = supported(config, &layout, tuning)?;
-        let BlockTables::Padded { max_blocks, .. } = problem.batch().block_tables else {
-            return Err(unsupported("CSR block tables", "pass padded ones"));
-        };
-        if let Some(keys) = options.item_keys
-            && (keys == 0 || keys > tuning.max_item_keys() || keys % TILE_KEYS != 0)
-        {
-            let what = format!("item_keys = {keys}");
-            return Err(unsupported(
-                &what,
-                "it must be a multiple of 16 from 16 to 2048 (512 for each warp)",
-            ));
-        }
-        let mut sequences = Vec::with_capacity(problem.num_sequences());
-        for index in 0..problem.num_sequences() {
-            let sequence = problem.sequence(index);
-            match sequence.query_len {
-                0 => continue,
-                1 => {}
-                _ => return Err(unsupported("several query rows of one sequence", "use the prefill kernel")),
+        let rows = visible_rows(problem)?;
+        let choices = Kind::choices(config, device, options)?;
+        // The heads of a thread block are part of a launch, which a captured graph repeats.
+        let heads = options.block_heads.or(options.grid_items.map(|_| 1));
+        let choose = |kind: Kind| match options.item_keys {
+            Some(keys) => {
+                (kind, Choice { block_heads: heads.unwrap_or(1), cut: Cut::Equal(keys), cost: 0.0 })
             }
-            let keys = problem.batch().visible(config.mask, &sequence, 0);
-            sequences.push(Keys {
-                sequence: small("the number of sequences", index)?,
-                row: small("the number of query rows", sequence.query_start)?,
-                begin: small("a sequence's length", keys.start)?,
-                end: small("a sequence's length", keys.end)?,
-            });
-        }
-        let shape = DecodeShape {
-            items: 0,
-            kv_heads: small("kv_heads", config.kv_heads)?,
-            group: small("the group", config.group())?,
-        };
-        let blocks_per_item = u64::from(shape.kv_heads) * u64::from(shape.query_tiles());
-        let cut = match options.item_keys {
-            Some(keys) => Cut::Equal(keys),
             None => {
-                let blocks = u64::from(tuning.blocks_per_multiprocessor);
-                let slots = u64::from(device.multiprocessors.max(1)) * blocks;
-                choose_cut(&sequences, Filling { blocks_per_item, slots }, options.shrink, tuning)
+                let choice = choose(&rows, &kind.step, heads, options.shrink);
+                (kind, choice)
             }
         };
-        let (items, partials) = split(&sequences, cut)?;
+        let best = choices.into_iter().map(choose).reduce(|a, b| if b.1.cost < a.1.cost { b } else { a });
+        let Some((kind, Choice { block_heads, cut, .. })) = best else {
+            return Err(unsupported("this tuning", "see DecodeTuning for its bounds"));
+        };
+        let (items, partials) = split(&rows, kind.step.blocks_per_item(block_heads), cut)?;
+        let grid = match options.grid_items {
+            Some(most) if items.len() > most as usize => {
+                let (value, max) = (items.len() as u64, u64::from(most));
+                return Err(CudaError::TooLarge { what: "the number of work items", value, max });
+            }
+            Some(most) => most,
+            None => small("the number of work items", items.len())?,
+        };
+        let shape = DecodeShape { items: grid, block_heads, ..kind.shape };
         Ok(Self {
             config: config.clone(),
             layout,
             q: problem.q_strides(),
             out: problem.out_strides(),
-            spec,
-            shape: DecodeShape { items: small("the number of work items", items.len())?, ..shape },
-            table_stride: small("max_blocks", max_blocks)?,
+            spec: kind.spec,
+            shape,
+            mask_words: small(
+                "row_words of the mask",
+                problem.batch().mask_bits.map_or(0, |bits| bits.row_words),
+            )?,
+            extents: Extents::of(problem),
             items,
             partials,
         })
     }
 
-    /// The kernel variant: `decode_bf16_d128`.
+    /// What no plan of a step within `limits` exceeds.
+    ///
+    /// # Errors
+    /// As [`DecodePlan::new`].
+    pub fn bound(
+        config: &AttentionConfig,
+        device: &Device,
+        limits: StepLimits,
+        options: PlanOptions,
+    ) -> Result<PlanBound, CudaError> {
+        config.validate()?;
+        let choices = Kind::choices(config, device, options)?;
+        let (rows, keys) = (limits.rows as u64, limits.keys as u64);
+        let heads = options.block_heads.unwrap_or(1);
+        let shrink = options.shrink.unwrap_or_default();
+        let most = |kind: &Kind| most_items(rows, keys, &kind.step, heads, options.item_keys, shrink);
+        let items = choices.iter().map(most).max().unwrap_or(0);
+        let items = small("the number of work items", usize::try_from(items).unwrap_or(usize::MAX))?;
+        let Some(kind) = choices.first() else {
+            return Err(unsupported("this tuning", "see DecodeTuning for its bounds"));
+        };
+        let shape = DecodeShape { items, ..kind.shape };
+        Ok(PlanBound {
+            items,
+            work: u64::from(items) * 4 * WorkItem::WORDS as u64,
+            workspace: Decode::workspace_of(kind.spec, items, shape),
+        })
+    }
+
+    /// The kernel variant: `decode_bf16_bf16_d128`.
     pub fn variant(&self) -> String {
         self.spec.entry()
     }
 
-    /// The work items.
+    /// The work items, without those that only fill a grid of fixed size.
     pub fn items(&self) -> &[WorkItem] {
         &self.items
     }
 
     /// The work items as the kernel reads them: to be copied to the device as they are.
     pub fn work(&self) -> Vec<u32> {
-        self.items.iter().flat_map(WorkItem::words).collect()
+        let mut words: Vec<u32> = self.items.iter().flat_map(WorkItem::words).collect();
+        words.resize(self.work_words() as usize, 0);
+        words
+    }
+
+    /// Length of [`DecodePlan::work`].
+    pub(super) fn work_words(&self) -> u64 {
+        u64::from(self.shape.items) * WorkItem::WORDS as u64
     }
 
     /// Bytes of the workspace that a run of this plan needs.
-    ///
-    /// # Errors
-    /// As rendering the kernel, which cannot fail for a plan that exists.
-    pub fn workspace(&self) -> Result<WorkspaceSizes, CudaError> {
-        Ok(Decode::new(self.spec)?.workspace(self.partials, self.shape))
+    pub fn workspace(&self) -> WorkspaceSizes {
+        Decode::workspace_of(self.spec, self.partials, self.shape)
     }
 }
 
-/// The keys that one query row sees.
-#[derive(Clone, Copy, Debug)]
-struct Keys {
-    sequence: u32,
-    row: u32,
-    begin: u32,
-    end: u32,
+/// What follows from the configuration alone.
+struct Kind {
+    spec: DecodeSpec,
+    /// Without items, with one KV head to a thread block.
+    shape: DecodeShape,
+    step: Step,
 }
 
-impl Keys {
-    /// Keys from the first tile's begin on.
-    fn span(&self) -> u32 {
-        (self.end - self.begin.min(self.end)).saturating_add(self.begin % TILE_KEYS)
-    }
-}
-
-/// What fills the GPU.
-#[derive(Clone, Copy, Debug)]
-struct Filling {
-    /// Thread blocks of a work item.
-    blocks_per_item: u64,
-    /// Thread blocks that fit the GPU at once.
-    slots: u64,
-}
-
-/// How sequences are cut.
-#[derive(Clone, Copy, Debug)]
-enum Cut {
-    /// Into pieces of at most so many keys, as equal as tiles allow.
-    Equal(u32),
-    /// Into pieces that shrink with the work that is left.
-    Shrinking { shrink: Shrink, filling: Filling, tuning: DecodeTuning },
-}
-
-/// Keys of a slot up to which the thread blocks fill the GPU only once.
-const ONE_WAVE_KEYS: u64 = 512;
-
-/// Equal items that fill the GPU once when there is little to do; shrinking ones when there is much, so that
-/// the last ones to finish leave it idle for a short time only.
-fn choose_cut(sequences: &[Keys], filling: Filling, shrink: Option<Shrink>, tuning: DecodeTuning) -> Cut {
-    let total: u64 =
-        sequences.iter().map(|keys| u64::from(keys.span())).sum::<u64>() * filling.blocks_per_item;
-    let per_slot = total.div_ceil(filling.slots);
-    if shrink.is_none() && per_slot <= ONE_WAVE_KEYS {
-        let round = tuning.round_keys();
-        let keys = (per_slot as u32).max(round).next_multiple_of(round);
-        return Cut::Equal(keys.min(tuning.max_item_keys()));
-    }
-    Cut::Shrinking { shrink: shrink.unwrap_or_default(), filling, tuning }
-}
-
-/// Cuts every sequence into pieces; the largest come first. Gives the items and the number of partial results.
-fn split(sequences: &[Keys], cut: Cut) -> Result<(Vec<WorkItem>, u32), CudaError> {
-    let mut items = Vec::with_capacity(sequences.len());
-    let mut partials = 0u32;
-    let mut left: u64 = sequences.iter().map(|keys| u64::from(keys.span())).sum();
-    for keys in sequences {
-        let first_item = items.len();
-        let first_tile = keys.begin - keys.begin % TILE_KEYS;
-        let span = keys.span();
-        let equal = match cut {
-            Cut::Equal(most) => {
-                span.div_ceil(span.div_ceil(most).max(1)).next_multiple_of(TILE_KEYS).max(TILE_KEYS)
+impl Kind {
+    /// What there is to choose from for a configuration, the best for little work first.
+    fn choices(
+        config: &AttentionConfig,
+        device: &Device,
+        options: PlanOptions,
+    ) -> Result<Vec<Self>, CudaError> {
+        let rings = match (options.ring, options.tuning) {
+            (Some(ring), _) => vec![ring],
+            (None, Some(_)) => vec![Ring::Large],
+            (None, None) => {
+                let fits = |ring: &Ring| ring.shared() <= device.shared_memory_per_block;
+                Ring::ALL.into_iter().filter(fits).collect()
             }
-            Cut::Shrinking { .. } => 0,
         };
-        let mut done = 0;
-        loop {
-            let size = match cut {
-                Cut::Equal(_) => equal,
-                Cut::Shrinking { shrink, filling, tuning } => {
-                    let pieces = filling.slots * u64::from(shrink.shares.max(1));
-                    let share = (left * filling.blocks_per_item).div_ceil(pieces.max(1));
-                    let most = tuning.max_item_keys();
-                    let share = share.max(u64::from(shrink.smallest)).min(u64::from(most)) as u32;
-                    let size = share.next_multiple_of(tuning.round_keys()).min(most);
-                    // No crumb at the end of a sequence: rather a piece half as large again, or two equal ones.
-                    match span - done {
-                        rest if rest <= (size + size / 2).min(most) => most,
-                        rest if rest < 2 * size => rest.div_ceil(2).next_multiple_of(TILE_KEYS),
-                        _ => size,
-                    }
-                }
-            };
-            let end = done.saturating_add(size).min(span);
-            items.push(WorkItem {
-                sequence: keys.sequence,
-                row: keys.row,
-                begin: keys.begin.max(first_tile + done),
-                end: keys.end.min(first_tile.saturating_add(end)),
-                split: (items.len() - first_item) as u32,
-                splits: 1,
-                first_partial: partials,
-            });
-            left -= u64::from(end - done);
-            done = end;
-            if done >= span {
-                break;
-            }
+        // A captured graph repeats one kernel.
+        let most = if options.grid_items.is_some() { 1 } else { rings.len() };
+        rings.into_iter().take(most).map(|ring| Self::new(config, device, ring, options)).collect()
+    }
+
+    fn new(
+        config: &AttentionConfig,
+        device: &Device,
+        ring: Ring,
+        options: PlanOptions,
+    ) -> Result<Self, CudaError> {
+        let spec = supported(config, ring, options.tuning)?;
+        if let Some(keys) = options.item_keys
+            && (keys == 0 || keys > MAX_ITEM_KEYS || keys % TILE_KEYS != 0)
+        {
+            let what = format!("item_keys = {keys}");
+            return Err(unsupported(&what, "it must be a multiple of 16, from 16 to 16777216"));
         }
-        let mine = items.get_mut(first_item..).unwrap_or_default();
-        let splits = mine.len() as u32;
-        if splits > 1 {
-            mine.iter_mut().for_each(|item| item.splits = splits);
-            partials = partials.checked_add(splits).ok_or(CudaError::TooLarge {
-                what: "the number of splits",
-                value: u64::from(partials) + u64::from(splits),
-                max: u64::from(u32::MAX),
-            })?;
+        let shape = DecodeShape {
+            items: 0,
+            kv_heads: small("kv_heads", config.kv_heads)?,
+            group: small("the group", config.group())?,
+            block_heads: 1,
+        };
+        let heads = options.block_heads.unwrap_or(1);
+        if !(DecodeShape { block_heads: heads, ..shape }).divides_heads(spec.tuning.warps) {
+            let what = format!("block_heads = {heads} of {} KV heads", shape.kv_heads);
+            return Err(unsupported(&what, "take a power of two that divides them, at most one a warp"));
+        }
+        let fit = device.blocks_that_fit(spec.shared_bytes());
+        let step = Step {
+            kv_heads: shape.kv_heads,
+            query_tiles: shape.query_tiles(),
+            warps: spec.tuning.warps,
+            multiprocessors: u64::from(device.multiprocessors.max(1)),
+            blocks_each: u64::from(spec.tuning.blocks_per_multiprocessor.min(fit)),
+            key_bytes: ((config.head_dim_qk + config.head_dim_v) * config.kv_dtype.size()) as u64,
+        };
+        Ok(Self { spec, shape, step })
+    }
+}
+
+/// Every query row with the keys that it sees.
+fn visible_rows(problem: &Problem<'_>) -> Result<Vec<Keys>, CudaError> {
+    let batch = problem.batch();
+    let mut rows = Vec::with_capacity(problem.total_queries());
+    for index in 0..problem.num_sequences() {
+        let sequence = problem.sequence(index);
+        let table = match batch.block_tables {
+            BlockTables::Padded { max_blocks, .. } => index * max_blocks,
+            BlockTables::Csr { indptr, .. } => indptr.get(index).map_or(0, |&start| start.max(0) as usize),
+        };
+        for query in 0..sequence.query_len {
+            let keys = batch.visible(problem.config().mask, &sequence, query);
+            let position = batch.position(&sequence, query);
+            rows.push(Keys {
+                table: small("the block tables' length", table)?,
+                row: small("the number of query rows", sequence.query_start + query)?,
+                begin: small("a sequence's length", keys.start)?,
+                end: small("a sequence's length", keys.end)?,
+                position: position.clamp(i64::from(i32::MIN), i64::from(i32::MAX)) as i32,
+            });
         }
     }
-    items.sort_by_key(|item| std::cmp::Reverse(item.end.saturating_sub(item.begin)));
-    Ok((items, partials))
+    Ok(rows)
 }
 
 /// The variant for a configuration, or why there is none.
 fn supported(
     config: &AttentionConfig,
-    layout: &CacheLayout,
-    tuning: DecodeTuning,
+    ring: Ring,
+    tuning: Option<DecodeTuning>,
 ) -> Result<DecodeSpec, CudaError> {
-    let AttentionConfig { head_dim_qk, head_dim_v, q_dtype, kv_dtype, mask, .. } = *config;
-    if q_dtype != kv_dtype {
+    let AttentionConfig { head_dim_qk, head_dim_v, q_dtype, kv_dtype, .. } = *config;
+    let room = small("head_dim", head_dim_qk.max(head_dim_v))?;
+    let Some(spec) = DecodeSpec::for_head(ptx_type(q_dtype), ptx_type(kv_dtype), room, ring) else {
         return Err(unsupported(
             &format!("{q_dtype} queries over a {kv_dtype} cache"),
-            "use one type for both",
+            "it takes a cache of the queries' type, or an fp8 one with f16 and bf16 queries",
         ));
-    }
-    if head_dim_qk != head_dim_v {
-        return Err(unsupported("head_dim_qk other than head_dim_v", "use another backend"));
-    }
-    if mask == Mask::Bits {
-        return Err(unsupported("a bit mask", "use another backend"));
-    }
-    for (asked, what) in [
-        (config.softcap.is_some(), "a soft cap"),
-        (config.alibi, "ALiBi"),
-        (config.sinks, "attention sinks"),
-        (layout.block_size < TILE_KEYS as usize, "blocks of fewer than 16 tokens"),
-    ] {
-        if asked {
-            return Err(unsupported(what, "use another backend"));
+    };
+    let multiple = spec.dim_multiple() as usize;
+    for (field, dim) in [("head_dim_qk", head_dim_qk), ("head_dim_v", head_dim_v)] {
+        if dim % multiple != 0 {
+            return Err(unsupported(
+                &format!("{field} = {dim} with {q_dtype} queries"),
+                "it must be a multiple of 4 in f32 and of 8 in 16 bits",
+            ));
         }
     }
-    let spec = DecodeSpec { dtype: ptx_type(q_dtype), head_dim: small("head_dim", head_dim_qk)?, tuning };
-    if !tuning.is_valid() {
-        return Err(unsupported("this tuning", "see DecodeTuning for its bounds"));
+    let spec = DecodeSpec { tuning: tuning.unwrap_or(spec.tuning), ..spec };
+    match spec.exists() {
+        true => Ok(spec),
+        false => Err(unsupported("this tuning", "see DecodeTuning for its bounds")),
     }
-    if !spec.exists() {
-        let what = format!("{q_dtype} with head_dim {head_dim_qk}");
-        return Err(unsupported(&what, "it takes bf16 and f16 with 64 or 128"));
-    }
-    Ok(spec)
 }
 
 fn unsupported(what: &str, advice: &'static str) -> CudaError {
@@ -303,101 +335,10 @@ fn unsupported(what: &str, advice: &'static str) -> CudaError {
 }
 
 fn small(what: &'static str, value: usize) -> Result<u32, CudaError> {
-    // The kernel adds tiles to these, so that some room is left below 2^32.
-    let max = u32::MAX - MAX_ITEM_KEYS;
+    // The kernel adds tiles to these, so that some room is left below 2^31.
+    let max = i32::MAX as u32 - MAX_ITEM_KEYS;
     match u32::try_from(value) {
         Ok(small) if small <= max => Ok(small),
         _ => Err(CudaError::TooLarge { what, value: value as u64, max: u64::from(max) }),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn keys() -> impl Strategy<Value = Vec<Keys>> {
-        let one = prop_oneof![Just((0, 0)), (0..40u32, 0..100u32), (0..3000u32, 0..200_000u32)];
-        prop::collection::vec(one, 1..40).prop_map(|list| {
-            let number = |(index, (begin, len)): (usize, (u32, u32))| Keys {
-                sequence: index as u32,
-                row: index as u32,
-                begin,
-                end: begin + len,
-            };
-            list.into_iter().enumerate().map(number).collect()
-        })
-    }
-
-    proptest! {
-        #[test]
-        fn every_key_is_in_exactly_one_item(
-            sequences in keys(),
-            fixed in prop::option::of(1..=128u32),
-            blocks in 1..64u64,
-            slots in 1..1000u64,
-            shrink in prop::option::of((1..8u32, 1..3000u32)),
-            warps in 1..=8u32,
-        ) {
-            let tuning = DecodeTuning { warps, ..DecodeTuning::default() };
-            let filling = Filling { blocks_per_item: blocks, slots };
-            let cut = match fixed {
-                Some(tiles) => Cut::Equal(tiles.min(32 * warps) * TILE_KEYS),
-                None => {
-                    let shrink = shrink.map(|(shares, smallest)| Shrink { shares, smallest });
-                    choose_cut(&sequences, filling, shrink, tuning)
-                }
-            };
-            let item_keys = match cut {
-                Cut::Equal(keys) => keys,
-                Cut::Shrinking { .. } => tuning.max_item_keys(),
-            };
-            prop_assert!(item_keys % TILE_KEYS == 0);
-            prop_assert!((TILE_KEYS..=tuning.max_item_keys()).contains(&item_keys));
-            let (items, partials) = split(&sequences, cut).unwrap();
-            let mut seen_partials = vec![false; partials as usize];
-            for keys in &sequences {
-                let mut mine: Vec<&WorkItem> =
-                    items.iter().filter(|item| item.sequence == keys.sequence).collect();
-                mine.sort_by_key(|item| item.split);
-                let mut next = keys.begin;
-                for (index, item) in mine.iter().enumerate() {
-                    prop_assert_eq!((item.begin, item.row), (next, keys.row));
-                    prop_assert_eq!((item.split, item.splits), (index as u32, mine.len() as u32));
-                    prop_assert!(item.end - item.begin / TILE_KEYS * TILE_KEYS <= item_keys);
-                    prop_assert!(item.end > item.begin || mine.len() == 1);
-                    if item.splits > 1 {
-                        let seen = &mut seen_partials[(item.first_partial + item.split) as usize];
-                        prop_assert!(!*seen, "two items share a partial result");
-                        *seen = true;
-                    }
-                    next = item.end;
-                }
-                prop_assert_eq!(next, keys.end);
-            }
-            prop_assert!(seen_partials.into_iter().all(|seen| seen), "a partial result belongs to no item");
-        }
-
-        #[test]
-        fn the_split_of_a_sequence_does_not_depend_on_its_batch_when_fixed(
-            sequences in keys(),
-            tiles in 1..=128u32,
-        ) {
-            let (together, _) = split(&sequences, Cut::Equal(tiles * TILE_KEYS)).unwrap();
-            for keys in &sequences {
-                let (alone, _) = split(&[*keys], Cut::Equal(tiles * TILE_KEYS)).unwrap();
-                let ranges = |items: &[WorkItem]| -> Vec<(u32, u32)> {
-                    let mut ranges: Vec<(u32, u32)> = items
-                        .iter()
-                        .filter(|item| item.sequence == keys.sequence)
-                        .map(|item| (item.begin, item.end))
-                        .collect();
-                    ranges.sort_unstable();
-                    ranges
-                };
-                prop_assert_eq!(ranges(&together), ranges(&alone));
-            }
-        }
     }
 }

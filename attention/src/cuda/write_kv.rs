@@ -12,7 +12,6 @@ use pagewise_ptx::write_kv::{
 
 use super::context::Entry;
 use super::decode::ptx_type;
-use super::launch::LoadedKernel;
 use super::{Context, CudaError, RawStream};
 use crate::{AttentionConfig, CacheLayout, DType, KvStrides, ProblemError, RowStrides};
 
@@ -59,12 +58,17 @@ pub struct WriteKvCall<'a> {
 
 /// The kernel variant that a call takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WriteKvVariant(WriteKvSpec);
+pub struct WriteKvVariant(pub(super) WriteKvSpec);
 
 impl WriteKvVariant {
     /// The kernel's name, as in `pagewise_ptx`: `write_kv_bf16_bf16_v8`.
     pub fn name(&self) -> String {
         self.0.entry()
+    }
+
+    /// What was rendered for it.
+    pub fn spec(&self) -> WriteKvSpec {
+        self.0
     }
 
     /// Elements that a thread moves: 1 where an address or stride is not aligned to 16 bytes.
@@ -79,6 +83,16 @@ impl WriteKvCall<'_> {
     /// # Errors
     /// [`CudaError`] names the field, its value and what it must be.
     pub fn variant(&self) -> Result<WriteKvVariant, CudaError> {
+        let widest = self.widest()?;
+        Ok(WriteKvVariant(widest.unwrap_or(WriteKvSpec::scalar(ptx_type(self.source), self.cache_type()))))
+    }
+
+    fn cache_type(&self) -> pagewise_ptx::DType {
+        ptx_type(self.config.kv_dtype)
+    }
+
+    /// Checks the call; the variant that moves 16 bytes at once, if all is aligned for it.
+    pub(super) fn widest(&self) -> Result<Option<WriteKvSpec>, CudaError> {
         let Self { config, layout, source, .. } = *self;
         config.validate()?;
         layout.validate(config)?;
@@ -89,7 +103,7 @@ impl WriteKvCall<'_> {
             (false, Some(_)) => return Err(wrong_scales("only an fp8 cache has scales; leave them out")),
             _ => {}
         }
-        let (source_type, cache_type) = (ptx_type(source), ptx_type(config.kv_dtype));
+        let (source_type, cache_type) = (ptx_type(source), self.cache_type());
         if source.is_fp8() {
             return Err(CudaError::UnsupportedDType { what: "new keys and values", dtype: source });
         }
@@ -107,11 +121,6 @@ impl WriteKvCall<'_> {
         }
 
         let wide = WriteKvSpec::vectorised(source_type, cache_type);
-        let aligned = |address: u64, strides: &[u64], size: u64, alignment: u32| {
-            let alignment = u64::from(alignment);
-            address.is_multiple_of(alignment)
-                && strides.iter().all(|stride| stride.wrapping_mul(size).is_multiple_of(alignment))
-        };
         let row = |address, strides: RowStrides| {
             aligned(address, &[strides.token, strides.head], source_size, wide.source_alignment())
         };
@@ -126,16 +135,15 @@ impl WriteKvCall<'_> {
             && row(self.v, self.v_strides)
             && cache(self.k_cache, layout.k)
             && cache(self.v_cache, layout.v);
-        Ok(WriteKvVariant(if is_wide { wide } else { WriteKvSpec::scalar(source_type, cache_type) }))
+        Ok(is_wide.then_some(wide))
     }
 
-    fn args(&self) -> Result<WriteKvArgs, CudaError> {
+    /// The kernel's arguments.
+    ///
+    /// # Errors
+    /// [`CudaError::TooLarge`] for a size that 32 bits do not hold.
+    pub fn args(&self) -> Result<WriteKvArgs, CudaError> {
         let Self { config, layout, .. } = *self;
-        let source = |address, strides: RowStrides| SourceRows {
-            address,
-            token_stride: strides.token,
-            head_stride: strides.head,
-        };
         let cache = |address, strides: KvStrides| CacheRows {
             address,
             block_stride: strides.block,
@@ -148,19 +156,21 @@ impl WriteKvCall<'_> {
                 kv_heads: small("kv_heads", config.kv_heads as u64)?,
                 head_dim_k: small("head_dim_qk", config.head_dim_qk as u64)?,
                 head_dim_v: small("head_dim_v", config.head_dim_v as u64)?,
+                q_heads: 0,
             },
-            key: source(self.k, self.k_strides),
-            value: source(self.v, self.v_strides),
+            key: source_rows(self.k, self.k_strides),
+            value: source_rows(self.v, self.v_strides),
             slots: self.slots,
             key_cache: cache(self.k_cache, layout.k),
             value_cache: cache(self.v_cache, layout.v),
-            block_size: small("block_size", layout.block_size as u64)?,
+            block_shift: layout.block_size.trailing_zeros(),
             num_slots: small("the number of slots", layout.slots())?,
             scales: self.scales.map(|scales| Scales {
                 key: scales.k,
                 value: scales.v,
                 per_head: scales.per_head,
             }),
+            rotary: None,
         })
     }
 }
@@ -195,16 +205,29 @@ impl Context {
         stream: RawStream,
     ) -> Result<WriteKvVariant, CudaError> {
         let variant = call.variant()?;
-        if call.tokens == 0 {
-            return Ok(variant);
+        if call.tokens > 0 {
+            // SAFETY: promised by the caller.
+            unsafe { self.launch_write_kv(variant, &call.args()?, stream) }?;
         }
-        let args = call.args()?;
+        Ok(variant)
+    }
+
+    /// Launches a variant.
+    ///
+    /// # Safety
+    /// As [`Context::write_kv_raw`] and, with rotary embedding, [`Context::write_kv_rotary_raw`]; the arguments are
+    /// those of a call that takes this variant.
+    pub(super) unsafe fn launch_write_kv(
+        &self,
+        variant: WriteKvVariant,
+        args: &WriteKvArgs,
+        stream: RawStream,
+    ) -> Result<(), CudaError> {
         let _entered = self.enter()?;
         let entry = self.write_kv_kernel(variant)?;
         let launch = entry.descriptor.launch(args.shape)?;
         // SAFETY: the arguments are in the descriptor's order; the caller answers for addresses and stream.
-        unsafe { entry.kernel.launch(launch, &args.values(), stream) }?;
-        Ok(variant)
+        unsafe { entry.kernel.launch(launch, &args.values(), stream) }
     }
 
     /// Puts a `write_kv` on a cudarc stream.
@@ -281,10 +304,10 @@ impl Context {
         unsafe { self.write_kv_raw(&call, stream.cu_stream().into()) }
     }
 
-    fn write_kv_kernel(&self, variant: WriteKvVariant) -> Result<Arc<Entry<WriteKv>>, CudaError> {
+    pub(super) fn write_kv_kernel(&self, variant: WriteKvVariant) -> Result<Arc<Entry<WriteKv>>, CudaError> {
         self.write_kv.get(variant.0, || {
             let descriptor = WriteKv::new(variant.0)?;
-            let kernel = LoadedKernel::load(descriptor.kernel(), self.device())?;
+            let kernel = self.load(descriptor.kernel())?;
             Ok(Entry { descriptor, kernel })
         })
     }
@@ -341,7 +364,18 @@ fn wrong_scales(problem: &str) -> CudaError {
     ProblemError::Input { input: "scales", problem: problem.to_owned() }.into()
 }
 
-fn small(what: &'static str, value: u64) -> Result<u32, CudaError> {
+/// Whether an address and strides of elements of `size` bytes are multiples of so many bytes.
+pub(super) fn aligned(address: u64, strides: &[u64], size: u64, alignment: u32) -> bool {
+    let alignment = u64::from(alignment);
+    address.is_multiple_of(alignment)
+        && strides.iter().all(|stride| stride.wrapping_mul(size).is_multiple_of(alignment))
+}
+
+pub(super) fn source_rows(address: u64, strides: RowStrides) -> SourceRows {
+    SourceRows { address, token_stride: strides.token, head_stride: strides.head }
+}
+
+pub(super) fn small(what: &'static str, value: u64) -> Result<u32, CudaError> {
     let max = u64::from(u32::MAX);
     u32::try_from(value).map_err(|_| CudaError::TooLarge { what, value, max })
 }

@@ -9,13 +9,14 @@ use serde_json::{Value, json};
 use crate::gpu::{Gpu, ROTATION, Random};
 use crate::yardsticks::Yardsticks;
 
-const DIM: usize = 128;
 const BLOCK: usize = 16;
 
 /// One line of the table of peers.
 pub struct Shape {
     q_heads: usize,
-    kv_heads: usize,
+    pub kv_heads: usize,
+    dim: usize,
+    kv_dtype: DType,
     pub name: String,
     lens: Vec<i32>,
     best_peer: String,
@@ -26,7 +27,31 @@ pub struct Shape {
 impl Shape {
     /// Bytes of K and V that it reads.
     pub fn bytes(&self) -> f64 {
-        4.0 * (self.kv_heads * DIM) as f64 * self.lens.iter().map(|len| f64::from(*len)).sum::<f64>()
+        2.0 * (self.kv_heads * self.dim * self.kv_dtype.size()) as f64
+            * self.lens.iter().map(|len| f64::from(*len)).sum::<f64>()
+    }
+
+    /// Bytes of a row in shared memory.
+    pub fn row_bytes(&self) -> u32 {
+        (self.dim.next_power_of_two() * self.kv_dtype.size()) as u32
+    }
+
+    /// Whether thread blocks of so many warps can have so many KV heads.
+    pub fn divides(&self, block_heads: u32, warps: u32) -> bool {
+        block_heads <= warps && self.kv_heads.is_multiple_of(block_heads as usize)
+    }
+
+    pub fn sequences(&self) -> u32 {
+        self.lens.len() as u32
+    }
+
+    pub fn longest(&self) -> u32 {
+        self.lens.iter().max().map_or(0, |len| len.cast_unsigned())
+    }
+
+    /// Whether it is one of the 52 that the geometric means are of.
+    fn counts(&self) -> bool {
+        self.dim == 128 && self.kv_dtype == DType::Bf16
     }
 }
 
@@ -38,15 +63,21 @@ pub fn shapes() -> Vec<Shape> {
     let rows = text.lines().filter(|line| line.starts_with(|c: char| c.is_ascii_digit()));
     rows.map(|line| {
         let fields: Vec<&str> = line.split('\t').collect();
-        let [q_heads, kv_heads, name, best_peer, best_us, vllm_us] = fields[..] else { panic!("{line}") };
+        let [q_heads, kv_heads, dim, kv, name, best_peer, best_us, vllm_us] = fields[..] else {
+            panic!("{line}")
+        };
         let lens = match name.split_once('x') {
             Some((sequences, keys)) => vec![keys.parse().unwrap(); sequences.parse().unwrap()],
             None => ragged.clone(),
         };
+        let kv_dtype = if kv == "e4m3" { DType::F8E4M3 } else { kv.parse().unwrap() };
+        let kind = if (dim, kv) == ("128", "bf16") { String::new() } else { format!(" d{dim} {kv}") };
         Shape {
             q_heads: q_heads.parse().unwrap(),
             kv_heads: kv_heads.parse().unwrap(),
-            name: format!("{q_heads}/{kv_heads} {name}"),
+            dim: dim.parse().unwrap(),
+            kv_dtype,
+            name: format!("{q_heads}/{kv_heads} {name}{kind}"),
             lens,
             best_peer: best_peer.to_owned(),
             best_us: best_us.parse().unwrap(),
@@ -56,21 +87,53 @@ pub fn shapes() -> Vec<Shape> {
     .collect()
 }
 
+/// How a cache lies in memory.
+#[derive(Clone, Copy)]
+pub struct Layout {
+    pub hnd: bool,
+    /// K and V each in a buffer of their own, and not block by block side by side, as most peers have them.
+    pub apart: bool,
+}
+
+impl Layout {
+    /// Side by side in both orders; for a few shapes also what separate buffers cost.
+    fn of(shape: &Shape) -> Vec<Self> {
+        let also_apart =
+            shape.q_heads == 32 && ["8x1024", "64x4096"].iter().any(|name| shape.name.ends_with(name));
+        let orders = [false, true];
+        let list = orders.map(|hnd| Self { hnd, apart: false }).into_iter();
+        list.chain(orders.map(|hnd| Self { hnd, apart: true }).into_iter().filter(|_| also_apart)).collect()
+    }
+}
+
+impl std::fmt::Display for Layout {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match (self.hnd, self.apart) {
+            (false, false) => "NHD",
+            (true, false) => "HND",
+            (false, true) => "NHD apart",
+            (true, true) => "HND apart",
+        })
+    }
+}
+
 pub fn all_shapes(gpu: &Gpu<'_>, yardsticks: &Yardsticks, wanted: impl Fn(&str) -> bool) -> Vec<Value> {
     let mut results = Vec::new();
     let (mut peers, mut vllm, mut floors) = (Vec::new(), Vec::new(), Vec::new());
-    println!("decode bf16 d128, block 16: us, GB/s, % of ceiling, x floor, x best peer, x vLLM");
+    println!(
+        "decode bf16, d128 if not said otherwise, block 16: us, GB/s, % of ceiling, x floor, x best peer, x vLLM"
+    );
     for shape in shapes().iter().filter(|shape| wanted(&shape.name)) {
         let mut best = f64::INFINITY;
-        for hnd in [false, true] {
-            let layout = if hnd { "HND" } else { "NHD" };
+        for layout in Layout::of(shape) {
             let options = PlanOptions { item_keys: item_keys(), ..PlanOptions::default() };
-            let (us, error, items) = Prepared::new(gpu, shape, hnd).measure(options);
+            let prepared = Prepared::new(gpu, shape, layout);
+            let Measured { us, error, items } = prepared.measure(options);
             let bytes = shape.bytes();
             let rate = bytes / us / 1e3;
             let floor = yardsticks.floor_us(bytes);
             println!(
-                "{:18} {layout} {us:8.1} us {rate:5.0} GB/s {:3.0}%  floor x{:.2}  peer x{:.2} ({})  vLLM x{:.2}  error {error:.1e}, {items} items",
+                "{:18} {layout:9} {us:8.1} us {rate:5.0} GB/s {:3.0}%  floor x{:.2}  peer x{:.2} ({})  vLLM x{:.2}  error {error:.1e}, {items} items",
                 shape.name,
                 100.0 * rate / yardsticks.ceiling,
                 us / floor,
@@ -78,16 +141,22 @@ pub fn all_shapes(gpu: &Gpu<'_>, yardsticks: &Yardsticks, wanted: impl Fn(&str) 
                 shape.best_peer,
                 shape.vllm_us / us,
             );
-            best = best.min(us);
             results.push(json!({
-                "shape": shape.name, "layout": layout, "us": us, "gb_s": rate, "of_ceiling": rate / yardsticks.ceiling,
+                "shape": shape.name, "layout": layout.to_string(), "us": us, "gb_s": rate, "of_ceiling": rate / yardsticks.ceiling,
                 "over_floor": us / floor, "best_peer": shape.best_peer, "best_peer_us": shape.best_us,
                 "speedup_over_best_peer": shape.best_us / us, "speedup_over_vllm": shape.vllm_us / us,
                 "relative_error": error, "items": items,
             }));
-            if !hnd {
+            if layout.apart {
+                continue;
+            }
+            best = best.min(us);
+            if !layout.hnd && shape.counts() {
                 floors.push(us / floor);
             }
+        }
+        if !shape.counts() {
+            continue;
         }
         // Peers are the best of both layouts; so are we.
         peers.push(shape.best_us / best);
@@ -112,8 +181,10 @@ pub struct Prepared<'a, 'b> {
     max_blocks: usize,
     sets: usize,
     tables: Vec<Vec<i32>>,
-    k_cache: CudaSlice<half::bf16>,
-    v_cache: CudaSlice<half::bf16>,
+    k_cache: CudaSlice<u8>,
+    /// Of its own, if K's buffer does not hold V too.
+    v_cache: Option<CudaSlice<u8>>,
+    v_start: usize,
     q: CudaSlice<half::bf16>,
     device_tables: CudaSlice<i32>,
     /// First element of a row of the output, and what it should be.
@@ -121,23 +192,33 @@ pub struct Prepared<'a, 'b> {
 }
 
 /// V begins elsewhere in the pattern, so that it is not K.
-const V_SHIFT: usize = 8 * 1001;
+const V_SHIFT: usize = 16 * 1001;
 
 impl<'a, 'b> Prepared<'a, 'b> {
-    pub fn new(gpu: &'a Gpu<'b>, shape: &Shape, hnd: bool) -> Self {
+    pub fn new(gpu: &'a Gpu<'b>, shape: &Shape, layout: Layout) -> Self {
         let sequences = shape.lens.len();
-        let config = AttentionConfig::new(shape.q_heads, shape.kv_heads, DIM, DType::Bf16);
+        let (dim, kv_dtype) = (shape.dim, shape.kv_dtype);
+        let config = AttentionConfig {
+            kv_dtype,
+            ..AttentionConfig::new(shape.q_heads, shape.kv_heads, dim, DType::Bf16)
+        };
         let blocks_of = |len: i32| (len as usize).div_ceil(BLOCK);
         let blocks_per_set: usize = shape.lens.iter().map(|len| blocks_of(*len)).sum();
-        let set_bytes = blocks_per_set * BLOCK * shape.kv_heads * DIM * 4;
+        let set_bytes = blocks_per_set * BLOCK * shape.kv_heads * dim * 2 * kv_dtype.size();
         let sets = (ROTATION / set_bytes).clamp(1, 128);
         let blocks = sets * blocks_per_set;
-        let layout = match hnd {
+        let apart = match layout.hnd {
             false => CacheLayout::nhd(blocks, BLOCK, &config),
             true => CacheLayout::hnd(blocks, BLOCK, &config),
         };
-        let k_cache = gpu.filled(layout.k_extent(&config) as usize);
-        let v_cache = gpu.filled(layout.v_extent(&config) as usize + V_SHIFT);
+        // Where V begins in K's buffer, or in the pattern of its own.
+        let (layout, v_start) = match layout.apart {
+            false => (apart.interleaved(), apart.k.block as usize),
+            true => (apart, V_SHIFT),
+        };
+        let k_cache = gpu.filled(kv_dtype, layout.k_extent(&config) as usize + v_start);
+        let v_cache =
+            (v_start == V_SHIFT).then(|| gpu.filled(kv_dtype, layout.v_extent(&config) as usize + V_SHIFT));
 
         // Blocks in random order, dealt to the sets and their sequences.
         let order = Random(11).permutation(blocks);
@@ -155,16 +236,17 @@ impl<'a, 'b> Prepared<'a, 'b> {
             .collect();
         let q_rows: Vec<half::bf16> = {
             let mut random = Random(5);
-            (0..sequences * shape.q_heads * DIM).map(|_| half::bf16::from_f64(random.unit() * 2.0)).collect()
+            (0..sequences * shape.q_heads * dim).map(|_| half::bf16::from_f64(random.unit() * 2.0)).collect()
         };
         let mut expected = Vec::new();
         for sequence in [0, sequences - 1] {
             for head in [0, shape.q_heads - 1] {
-                let first = (sequence * shape.q_heads + head) * DIM;
+                let first = (sequence * shape.q_heads + head) * dim;
                 let table = &tables[0][sequence * max_blocks..][..max_blocks];
                 let (len, kv_head) = (shape.lens[sequence] as usize, head / config.group());
-                let q = &q_rows[first..first + DIM];
-                let row = attend(gpu, &layout, V_SHIFT, q, table, len, kv_head, config.scale);
+                let q = &q_rows[first..first + dim];
+                let row =
+                    attend(gpu, &config, &layout, v_start, q, &table[..len.div_ceil(BLOCK)], len, kv_head);
                 expected.push((first, row));
             }
         }
@@ -182,21 +264,22 @@ impl<'a, 'b> Prepared<'a, 'b> {
             tables,
             k_cache,
             v_cache,
+            v_start,
             q,
             device_tables,
             expected,
         }
     }
 
-    /// Plans, checks and times; gives µs, the relative error and the number of work items.
-    pub fn measure(&self, options: PlanOptions) -> (f64, f64, usize) {
+    /// Plans, checks and times.
+    pub fn measure(&self, options: PlanOptions) -> Measured {
         let Self { gpu, sets, max_blocks, .. } = *self;
         let sequences = self.lens.len();
         let query_start: Vec<i32> = (0..=sequences as i32).collect();
         let batch = PagedBatch::padded(&query_start, &self.lens, &self.tables[0], max_blocks);
         let problem = Problem::new(&self.config, self.layout, batch).unwrap();
         let plan = DecodePlan::new(&problem, gpu.context.device(), options).unwrap();
-        let sizes = plan.workspace().unwrap();
+        let sizes = plan.workspace();
         let stream = &gpu.stream;
         let out = stream.clone_htod(&vec![half::bf16::NAN; self.q.len()]).unwrap();
         let work = stream.clone_htod(&plan.work()).unwrap();
@@ -206,14 +289,15 @@ impl<'a, 'b> Prepared<'a, 'b> {
         let call = |set: usize| DecodeCall {
             q: gpu.address(&self.q),
             k_cache: gpu.address(&self.k_cache),
-            v_cache: gpu.address(&self.v_cache) + 2 * V_SHIFT as u64,
+            v_cache: gpu.address(self.v_cache.as_ref().unwrap_or(&self.k_cache))
+                + (self.config.kv_dtype.size() * self.v_start) as u64,
             tables: gpu.address(&self.device_tables) + (4 * set * sequences * max_blocks) as u64,
             out: gpu.address(&out),
-            lse: 0,
             work: gpu.address(&work),
             partial_out: gpu.address(&partial_out),
             partial_max: gpu.address(&partial_max),
             tickets: gpu.address(&tickets),
+            ..DecodeCall::default()
         };
         let launch = |set: usize| {
             // SAFETY: all addresses are those of live slices that hold what the plan reaches, on one stream.
@@ -225,7 +309,7 @@ impl<'a, 'b> Prepared<'a, 'b> {
         let mut error = 0.0f64;
         for (first, expected) in &self.expected {
             let largest = expected.iter().fold(0.0f64, |largest, x| largest.max(x.abs()));
-            for (found, expected) in found[*first..first + DIM].iter().zip(expected) {
+            for (found, expected) in found[*first..first + self.config.head_dim_v].iter().zip(expected) {
                 let difference = (found.to_f64() - expected).abs() / largest;
                 error = if difference.is_nan() { f64::INFINITY } else { error.max(difference) };
             }
@@ -234,9 +318,18 @@ impl<'a, 'b> Prepared<'a, 'b> {
         assert!(error < 2e-2, "{options:?}: relative error {error:.1e}");
 
         let launches = sets.clamp(4, 128).next_multiple_of(sets.min(128));
-        let us = gpu.time(launches, |i| launch(i % sets));
-        (us, error, plan.items().len())
+        Measured { us: gpu.time(launches, |i| launch(i % sets)), error, items: plan.items().len() }
     }
+}
+
+/// What one plan of one shape took.
+pub struct Measured {
+    /// µs of a launch.
+    pub us: f64,
+    /// Largest error, relative to the largest element of its row.
+    pub error: f64,
+    /// Work items.
+    pub items: usize,
 }
 
 /// Work items of another size than planned, for tuning.
@@ -248,14 +341,15 @@ fn item_keys() -> Option<u32> {
 #[expect(clippy::too_many_arguments, reason = "a check of one row, used once")]
 fn attend(
     gpu: &Gpu<'_>,
+    config: &AttentionConfig,
     layout: &CacheLayout,
-    v_shift: usize,
+    v_start: usize,
     q: &[half::bf16],
     table: &[i32],
     len: usize,
     head: usize,
-    scale: f32,
 ) -> Vec<f64> {
+    let element = |index| gpu.element(config.kv_dtype, index);
     let place = |strides: pagewise_attention::KvStrides, key: usize| {
         table[key / BLOCK] as usize * strides.block as usize
             + key % BLOCK * strides.token as usize
@@ -264,18 +358,18 @@ fn attend(
     let scores: Vec<f64> = (0..len)
         .map(|key| {
             let first = place(layout.k, key);
-            let dot: f64 = q.iter().enumerate().map(|(d, q)| q.to_f64() * gpu.element(first + d)).sum();
-            dot * f64::from(scale)
+            let dot: f64 = q.iter().enumerate().map(|(d, q)| q.to_f64() * element(first + d)).sum();
+            dot * f64::from(config.scale)
         })
         .collect();
     let largest = scores.iter().fold(f64::NEG_INFINITY, |largest, score| largest.max(*score));
-    let mut out = vec![0.0; DIM];
+    let mut out = vec![0.0; config.head_dim_v];
     let mut sum = 0.0;
     for (key, score) in scores.iter().enumerate() {
         let weight = (score - largest).exp();
         sum += weight;
-        let first = place(layout.v, key) + v_shift;
-        out.iter_mut().enumerate().for_each(|(d, out)| *out += weight * gpu.element(first + d));
+        let first = place(layout.v, key) + v_start;
+        out.iter_mut().enumerate().for_each(|(d, out)| *out += weight * element(first + d));
     }
     out.iter().map(|out| out / sum).collect()
 }
@@ -283,17 +377,17 @@ fn attend(
 /// `write_kv` of 8192 tokens into random slots, against a device copy of as many bytes.
 pub fn write_kv(gpu: &Gpu<'_>, yardsticks: &Yardsticks) -> Value {
     let stream = &gpu.stream;
-    let (tokens, heads) = (8192usize, 8usize);
-    let config = AttentionConfig::new(heads, heads, DIM, DType::Bf16);
+    let (tokens, heads, dim) = (8192usize, 8usize, 128usize);
+    let config = AttentionConfig::new(heads, heads, dim, DType::Bf16);
     let sets = 16;
     let layout = CacheLayout::nhd(sets * tokens / BLOCK, BLOCK, &config);
-    let row = heads * DIM;
-    let source = gpu.filled(2 * sets * tokens * row);
-    let k_cache = gpu.filled(layout.k_extent(&config) as usize);
-    let v_cache = gpu.filled(layout.v_extent(&config) as usize);
+    let row = heads * dim;
+    let source = gpu.filled(DType::Bf16, 2 * sets * tokens * row);
+    let k_cache = gpu.filled(DType::Bf16, layout.k_extent(&config) as usize);
+    let v_cache = gpu.filled(DType::Bf16, layout.v_extent(&config) as usize);
     let slots: Vec<i64> = Random(9).permutation(sets * tokens).into_iter().map(i64::from).collect();
     let slots = stream.clone_htod(&slots).unwrap();
-    let strides = RowStrides::packed(heads, DIM);
+    let strides = RowStrides::packed(heads, dim);
     let call = |set: usize| WriteKvCall {
         config: &config,
         layout: &layout,
@@ -314,8 +408,9 @@ pub fn write_kv(gpu: &Gpu<'_>, yardsticks: &Yardsticks) -> Value {
         unsafe { gpu.context.write_kv_raw(&call(set), gpu.raw_stream()) }.unwrap();
     });
     let bytes = (2 * 2 * tokens * row * 2) as f64;
-    let half = tokens * row * 2;
-    let mut copy = gpu.filled(sets * half);
+    // Bytes of K and V of one set.
+    let half = 2 * tokens * row * 2;
+    let mut copy = gpu.filled(DType::Bf16, sets * half / 2);
     let copy_us = gpu.time(sets, |set| {
         let mut target = copy.slice_mut(set * half..(set + 1) * half);
         stream.memcpy_dtod(&source.slice(set * half..(set + 1) * half), &mut target).unwrap();

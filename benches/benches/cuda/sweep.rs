@@ -1,34 +1,47 @@
-//! `PAGEWISE_SWEEP=1`: tries tunings of the decode kernel and cuts of its work on a dozen shapes, each checked first.
+//! `PAGEWISE_SWEEP=1`: tries tunings of the decode kernel and cuts of its work on two dozen shapes, each checked first.
 //!
-//! One thing at a time: first how the kernel is made, then how the work is cut for the three best kernels, then
-//! the groups of the merge. Stops after `PAGEWISE_SWEEP_SECONDS` (150).
+//! First rings, heads of a thread block and cuts together, then what the L2 fetches and the groups of the merge for
+//! the best of them. Stops after `PAGEWISE_SWEEP_SECONDS` (150).
 
 use std::time::Instant;
 
-use pagewise_attention::cuda::ptx::decode::{DecodeTuning, LoadHint};
+use pagewise_attention::cuda::ptx::decode::{DecodeTuning, Prefetch, Ring};
 use pagewise_attention::cuda::{PlanOptions, Shrink};
 use serde_json::{Value, json};
 
-use crate::decode::{Prepared, shapes};
+use crate::decode::{Layout, Measured, Prepared, shapes};
 use crate::gpu::Gpu;
 
 /// In the order of what there is to learn.
-const SHAPES: [(&str, bool); 14] = [
-    ("8/1 1x8192", false),
-    ("64/8 1x32768", true),
-    ("32/8 8x8192", true),
-    ("32/32 8x1024", true),
-    ("32/8 64x4096", true),
+const SHAPES: [(&str, bool); 20] = [
     ("32/8 64x4096", false),
+    ("32/8 8x1024", false),
+    ("8/1 8x8192", false),
+    ("64/8 1x8192", true),
+    ("32/32 8x1024", false),
+    ("32/8 32x2048", true),
+    ("32/8 1x32768", true),
     ("32/8 1x8192", true),
-    ("32/8 ragged64", true),
-    ("8/1 64x1024", true),
-    ("8/1 1x131072", true),
-    ("32/8 256x512", true),
-    ("32/32 64x1024", true),
     ("32/8 1x1024", true),
+    ("8/1 1x8192", false),
+    ("32/8 ragged64", false),
+    ("8/1 128x1024", true),
+    ("8/1 256x512", true),
+    ("32/8 256x512", true),
     ("32/32 64x4096", true),
+    ("32/32 ragged64", false),
+    ("8/1 ragged64", false),
+    ("32/8 64x4096 d128 e4m3", true),
+    ("12/12 64x1024 d64 bf16", false),
+    ("16/8 32x2048 d256 bf16", false),
 ];
+
+/// Warps, stages and thread blocks a multiprocessor, for rows of 256 bytes: what a Hopper GPU has shared memory for.
+/// Other rows have as many more or fewer stages.
+const RINGS: [(u32, u32, u32); 6] = [(8, 2, 1), (8, 3, 1), (4, 3, 2), (4, 2, 3), (4, 4, 1), (4, 6, 1)];
+
+/// Bytes for rings that a thread block can have there.
+const MOST_SHARED: u32 = 224 << 10;
 
 pub fn run(gpu: &Gpu<'_>) -> Vec<Value> {
     let started = Instant::now();
@@ -42,54 +55,72 @@ pub fn run(gpu: &Gpu<'_>) -> Vec<Value> {
             break;
         }
         let shape = all.iter().find(|shape| shape.name == name).expect("a shape of the table");
-        let prepared = Prepared::new(gpu, shape, hnd);
+        let prepared = Prepared::new(gpu, shape, Layout { hnd, apart: false });
+        let usual = DecodeTuning::for_row_bytes(shape.row_bytes(), Ring::Large);
         let mut tried: Vec<(f64, PlanOptions)> = Vec::new();
         let mut attempt = |tried: &mut Vec<(f64, PlanOptions)>, options: PlanOptions| {
             if tried.iter().any(|(_, before)| *before == options) {
                 return;
             }
-            let (us, error, items) = prepared.measure(options);
-            let tuning = options.tuning.unwrap_or_default();
+            let Measured { us, error, items, .. } = prepared.measure(options);
+            let tuning = options.tuning.unwrap_or(usual);
             results.push(json!({
+                "chosen": options == PlanOptions::default(),
                 "shape": name, "hnd": hnd, "us": us, "gb_s": shape.bytes() / us / 1e3, "peer": shape.best_us / us,
-                "warps": tuning.warps, "blocks": tuning.blocks_per_multiprocessor, "merge": tuning.merge_group,
-                "load": format!("{:?}", tuning.load), "item_keys": options.item_keys,
+                "warps": tuning.warps, "stages": tuning.stages, "blocks": tuning.blocks_per_multiprocessor,
+                "merge": tuning.merge_group, "prefetch": format!("{:?}", tuning.prefetch),
+                "block_heads": options.block_heads, "item_keys": options.item_keys,
                 "shrink": options.shrink.map(|s| [s.shares, s.smallest]), "items": items, "error": error,
             }));
             tried.push((us, options));
             tried.sort_by(|a, b| a.0.total_cmp(&b.0));
         };
-        for (warps, blocks) in [(4, 3), (2, 6), (6, 2), (8, 1), (1, 12)] {
-            for load in LoadHint::ALL {
-                let tuning = DecodeTuning {
-                    warps,
-                    blocks_per_multiprocessor: blocks,
-                    load,
-                    ..DecodeTuning::default()
+        attempt(&mut tried, PlanOptions::default());
+        let chosen = tried[0].0;
+        for (warps, stages, blocks_per_multiprocessor) in RINGS {
+            let stages = (stages * 256 / shape.row_bytes()).clamp(2, 16);
+            if warps * stages * shape.row_bytes() * 32 > MOST_SHARED {
+                continue;
+            }
+            let tuning = DecodeTuning { warps, stages, blocks_per_multiprocessor, ..usual };
+            for block_heads in [1, 2, 4, 8].into_iter().filter(|heads| shape.divides(*heads, warps)) {
+                let options = PlanOptions {
+                    tuning: Some(tuning),
+                    block_heads: Some(block_heads),
+                    ..PlanOptions::default()
                 };
-                attempt(&mut tried, PlanOptions { tuning: Some(tuning), ..PlanOptions::default() });
-            }
-        }
-        let best: Vec<PlanOptions> = tried.iter().take(3).map(|(_, options)| *options).collect();
-        for options in best {
-            let most = options.tuning.unwrap_or_default().max_item_keys();
-            for keys in [64, 128, 192, 256, 384, 512, 704, 1024, 1536, 2048] {
-                if keys <= most {
-                    attempt(&mut tried, PlanOptions { item_keys: Some(keys), ..options });
+                attempt(&mut tried, options);
+                attempt(
+                    &mut tried,
+                    PlanOptions { shrink: Some(Shrink { shares: 1, smallest: 64 }), ..options },
+                );
+                // Whole rows, and rows in so many pieces.
+                for pieces in [1, 2, 3, 4, 8, 16, 32, 64, 128] {
+                    let keys = shape.longest().div_ceil(pieces).next_multiple_of(16);
+                    let launched = shape.sequences() * pieces * shape.kv_heads as u32 / block_heads;
+                    if keys >= 16 && (32..=132 * 5).contains(&launched) {
+                        attempt(&mut tried, PlanOptions { item_keys: Some(keys), ..options });
+                    }
                 }
             }
-            for shares in [1, 2, 4] {
-                for smallest in [128, 256, 512] {
-                    attempt(&mut tried, PlanOptions { shrink: Some(Shrink { shares, smallest }), ..options });
-                }
-            }
         }
-        let options = tried[0].1;
-        for merge_group in [4, 8, 16, 32, 1 << 20] {
-            let tuning = DecodeTuning { merge_group, ..options.tuning.unwrap_or_default() };
-            attempt(&mut tried, PlanOptions { tuning: Some(tuning), ..options });
+        let (_, options) = tried[0];
+        let tuning = options.tuning.unwrap_or(usual);
+        for prefetch in Prefetch::ALL {
+            attempt(&mut tried, PlanOptions { tuning: Some(DecodeTuning { prefetch, ..tuning }), ..options });
         }
-        println!("{name} {}: best of {} configurations", if hnd { "HND" } else { "NHD" }, tried.len());
+        for merge_group in [4, 8, 32, 1 << 20] {
+            attempt(
+                &mut tried,
+                PlanOptions { tuning: Some(DecodeTuning { merge_group, ..tuning }), ..options },
+            );
+        }
+        println!(
+            "{name} {}: {chosen:.1} us as chosen, x{:.3} of the best of {} configurations",
+            if hnd { "HND" } else { "NHD" },
+            chosen / tried[0].0,
+            tried.len()
+        );
         for (us, options) in tried.iter().take(4).chain(tried.last()) {
             let rate = shape.bytes() / us / 1e3;
             println!("  {us:8.1} us {rate:5.0} GB/s peer x{:.2} {options:?}", shape.best_us / us);

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaFunction, CudaSlice, LaunchConfig, PushKernelArg};
 use cudarc::nvrtc::Ptx;
+use pagewise_attention::DType;
 use pagewise_attention::cuda::cudarc;
 use pagewise_attention::cuda::ptx::page_read::{PAGE_BYTES, PageRead};
 
@@ -39,7 +40,7 @@ struct Reader<'a, 'b> {
     gpu: &'a Gpu<'b>,
     read: (PageRead, CudaFunction),
     merged: (PageRead, CudaFunction),
-    data: CudaSlice<half::bf16>,
+    data: CudaSlice<u8>,
     partial: CudaSlice<u32>,
     ticket: CudaSlice<u32>,
     out: CudaSlice<u32>,
@@ -87,7 +88,7 @@ pub fn measure(gpu: &Gpu<'_>) -> Yardsticks {
         gpu,
         read: load(false),
         merged: load(true),
-        data: gpu.filled(bytes / 2),
+        data: gpu.filled(DType::Bf16, bytes / 2),
         partial: gpu.stream.alloc_zeros(pages).unwrap(),
         ticket: gpu.stream.alloc_zeros(1).unwrap(),
         out: gpu.stream.alloc_zeros(1).unwrap(),

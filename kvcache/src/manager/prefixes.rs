@@ -6,14 +6,20 @@ use crate::memory::Hit;
 use crate::pool::NodeId;
 use crate::{BlockId, CacheError, Prompt};
 
-/// Names a pin made by [`KvCacheManager::pin_prefix`].
+/// Names a pin made by [`CacheManager::pin_prefix`](crate::CacheManager::pin_prefix).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PinId(u64);
+
+impl PinId {
+    pub(crate) fn number(self) -> u64 {
+        self.0
+    }
+}
 
 /// A pin, and how much it covers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PinnedPrefix {
-    /// For [`KvCacheManager::unpin_prefix`].
+    /// For [`CacheManager::unpin_prefix`](crate::CacheManager::unpin_prefix).
     pub id: PinId,
     /// Leading tokens whose blocks are pinned, a multiple of the block size.
     pub tokens: usize,
@@ -34,22 +40,12 @@ impl Pin {
 }
 
 impl KvCacheManager {
-    /// Leading tokens of the prompt that [`allocate`](crate::CacheManager::allocate) would find cached now.
-    /// For schedulers that prefer such prompts.
-    pub fn cached_tokens(&self, prompt: &Prompt<'_>) -> usize {
-        self.geometry.tokens_in(self.find_prefix(prompt).blocks())
-    }
-
-    /// Keeps the cached blocks of a prefix (a system prompt, say) from being evicted, as if a sequence held
-    /// them. The last full block counts here, even if the prefix ends with it; for KV groups with a sliding
+    /// The last full block counts here, even if the prefix ends with it; for KV groups with a sliding
     /// window, the blocks are pinned that a sequence needs to continue right after the prefix.
     ///
     /// The blocks count as used and reduce what other sequences can have until
-    /// [`unpin_prefix`](Self::unpin_prefix). The same prefix can be pinned more than once.
-    ///
-    /// # Errors
-    /// [`CacheError::NotCached`] if not even its first block is cached (or the prefix cache is off).
-    pub fn pin_prefix(&mut self, prefix: Prompt<'_>) -> Result<PinnedPrefix, CacheError> {
+    /// they are unpinned. The same prefix can be pinned more than once.
+    pub(super) fn pin_cached_prefix(&mut self, prefix: Prompt<'_>) -> Result<PinnedPrefix, CacheError> {
         let hit = if self.config.prefix_cache {
             self.memory.look_up(&self.geometry, prefix.salt, prefix.tokens, usize::MAX)
         } else {
@@ -70,11 +66,7 @@ impl KvCacheManager {
         Ok(PinnedPrefix { id, tokens: self.geometry.tokens_in(hit.blocks()) })
     }
 
-    /// Removes a pin. The blocks stay cached and become the most recently used ones.
-    ///
-    /// # Errors
-    /// [`CacheError::UnknownPin`].
-    pub fn unpin_prefix(&mut self, id: PinId) -> Result<(), CacheError> {
+    pub(super) fn remove_pin(&mut self, id: PinId) -> Result<(), CacheError> {
         let pin = self.pins.remove(&id).ok_or(CacheError::UnknownPin(id.0))?;
         for &block in pin.blocks.iter().rev() {
             self.memory.device.release(block);

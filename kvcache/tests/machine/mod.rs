@@ -15,7 +15,7 @@ mod steps;
 use std::collections::BTreeMap;
 
 use memory::SimulatedMemory;
-use pagewise_kvcache::{CacheConfig, KvCacheManager, KvGroup, PinId, PoolUsage, SequenceId};
+use pagewise_kvcache::{CacheConfig, CacheManager, KvCacheManager, KvGroup, PinId, PoolUsage, SequenceId};
 
 /// Bytes that [`Setup::config`] reads.
 pub(crate) const SETUP_BYTES: usize = 6;
@@ -184,18 +184,15 @@ impl Machine {
         self.take_and_execute();
         self.verify_contents();
         for sequence in std::mem::take(&mut self.known).into_keys() {
-            pagewise_kvcache::CacheManager::free(&mut self.cache, sequence).unwrap();
+            self.cache.free(sequence).unwrap();
         }
         for pin in std::mem::take(&mut self.pins) {
             self.cache.unpin_prefix(pin.id).unwrap();
         }
-        while pagewise_kvcache::CacheManager::confirm_block_ops(&mut self.cache).is_ok() {}
+        while self.cache.confirm_block_ops().is_ok() {}
         self.check_state();
-        let stats = pagewise_kvcache::CacheManager::stats(&self.cache);
-        for usage in [
-            pagewise_kvcache::CacheManager::device_usage(&self.cache),
-            pagewise_kvcache::CacheManager::host_usage(&self.cache),
-        ] {
+        let stats = self.cache.stats();
+        for usage in [self.cache.device_usage(), self.cache.host_usage()] {
             let PoolUsage { free, total, .. } = usage;
             assert_eq!(free, total, "a block leaked: {usage:?}");
         }

@@ -97,9 +97,10 @@ impl StepBatch {
                 TokenInput::Known(id) => {
                     return Err(format!("token {id} is not in the vocabulary of {}", limits.vocab_size));
                 }
-                TokenInput::Placeholder { step, .. } => {
+                TokenInput::Placeholder(place) => {
                     return Err(format!(
-                        "sequence {sequence} waits for a token of step {step}, which this executor does not sample"
+                        "sequence {sequence} waits for a token of step {}; resolve the plan first",
+                        place.step
                     ));
                 }
             }

@@ -1,6 +1,6 @@
 //! Settings, counters and errors of the engine.
 
-use crate::scheduler::{SchedulerConfig, SchedulerStats};
+use crate::scheduler::{Preemption, SchedulerConfig, SchedulerStats};
 use pagewise_kvcache::{CacheError, CacheStats, PoolUsage};
 
 /// What an engine is made of, beside its parts.
@@ -17,6 +17,8 @@ pub struct EngineConfig {
     pub vocab_size: usize,
     /// The model's end tokens.
     pub eos_token_ids: Vec<u32>,
+    /// How requests make room for others when the cache is full.
+    pub preemption: Preemption,
 }
 
 /// A step's logits for prompt log-probabilities take at most about this much memory.
@@ -28,6 +30,7 @@ impl EngineConfig {
             max_num_seqs: self.max_num_seqs,
             max_batch_tokens: self.max_batch_tokens,
             max_model_len: self.max_model_len,
+            preemption: self.preemption,
             max_prompt_logit_rows: (PROMPT_LOGITS_BYTES / 4 / self.vocab_size.max(1)).max(1),
         }
     }
@@ -54,6 +57,8 @@ pub struct EngineStats {
     pub scheduler: SchedulerStats,
     /// The device pool.
     pub device_blocks: PoolUsage,
+    /// The host pool.
+    pub host_blocks: PoolUsage,
     /// The cache manager's counters.
     pub cache: CacheStats,
 }

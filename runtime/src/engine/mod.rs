@@ -5,24 +5,35 @@
 //! A step, in order: schedule, take the block ops, execute, confirm the block ops, report what was computed,
 //! sample, emit events. Steps are synchronous: when [`Engine::step`] returns, cache and requests agree.
 
+mod beams;
+mod clock;
 mod config;
 mod detokenize;
 mod logits;
+mod metrics;
+mod notes;
+mod prefixes;
 mod state;
 mod step;
 mod stop;
 
+pub use clock::Clock;
 pub use config::{EngineConfig, EngineError, EngineStats};
 pub use detokenize::{Detokenize, DetokenizerFactory};
+pub use metrics::{Metrics, Outcome, RequestMetrics, StepMetrics};
+pub use prefixes::PrefixError;
 
 use crate::executor::Executor;
 use crate::request::{Event, Request, RequestError, RequestId, RequestOutput};
 use crate::sampling::Sampler;
-use crate::scheduler::{NewGroup, Scheduler};
+use crate::scheduler::{NewGroup, PreemptionCosts, Scheduler};
 use crate::text::Tokenizer;
 use pagewise_kvcache::CacheManager;
+use prefixes::Prefixes;
 use rustc_hash::FxHashMap;
 use state::RequestState;
+use std::collections::BTreeSet;
+use std::time::Duration;
 use step::Failure;
 
 /// Runs many requests at a time on one model.
@@ -36,7 +47,16 @@ pub struct Engine {
     samplers: Vec<Sampler>,
     requests: FxHashMap<RequestId, RequestState>,
     next_request: u64,
-    stats: EngineStats,
+    clock: Clock,
+    /// Of the requests that have one.
+    deadlines: BTreeSet<(Duration, RequestId)>,
+    prefixes: Prefixes,
+    /// Came up while a prefix was computed; the next step returns them.
+    held_events: Vec<Event>,
+    costs: PreemptionCosts,
+    metrics: Metrics,
+    /// Requests that ended since the last step.
+    ended: Vec<RequestMetrics>,
 }
 
 impl std::fmt::Debug for Engine {
@@ -67,8 +87,12 @@ impl Engine {
         executor: Box<dyn Executor>,
         detokenizer: Option<DetokenizerFactory>,
     ) -> Self {
+        let mut executor = executor;
+        let costs = notes::measure_link(&*manager, &mut *executor);
+        let mut scheduler = Scheduler::new(config.scheduler());
+        scheduler.set_costs(costs);
         Self {
-            scheduler: Scheduler::new(config.scheduler()),
+            scheduler,
             config,
             cache: manager,
             executor,
@@ -76,8 +100,24 @@ impl Engine {
             samplers: Vec::new(),
             requests: FxHashMap::default(),
             next_request: 0,
-            stats: EngineStats::default(),
+            clock: clock::system(),
+            deadlines: BTreeSet::new(),
+            prefixes: Prefixes::default(),
+            held_events: Vec::new(),
+            costs,
+            metrics: Metrics::default(),
+            ended: Vec::new(),
         }
+    }
+
+    /// Reads time from another clock from now on.
+    pub fn set_clock(&mut self, clock: Clock) {
+        self.clock = clock;
+    }
+
+    /// Now, on the clock that deadlines are given on.
+    pub fn now(&self) -> Duration {
+        (self.clock)()
     }
 
     /// What it was made of.
@@ -91,7 +131,9 @@ impl Engine {
     /// [`RequestError`] naming the field at fault. `prompt_token_ids` means a token id outside of the
     /// vocabulary, `prompt` a prompt that is empty or too long.
     pub fn add(&mut self, request: Request) -> Result<RequestId, RequestError> {
-        let Request { prompt, params } = request;
+        let mut request = request;
+        self.prefixes.expand(&mut request)?;
+        let Request { prompt, params, urgency, .. } = &request;
         let vocab_size = self.config.vocab_size;
         params.validate(vocab_size)?;
         if let Some(token) = prompt.iter().find(|&&token| token as usize >= vocab_size) {
@@ -103,22 +145,26 @@ impl Engine {
                 "stop strings need a tokenizer, which this model was loaded without; use stop_token_ids";
             return Err(RequestError { param: Some("stop"), message: message.into() });
         }
-        let best_of = params.best_of.is_some();
-        let name_best_of = |error: RequestError| match error.param {
-            Some("n") if best_of => RequestError { param: Some("best_of"), ..error },
-            _ => error,
-        };
-        self.scheduler.check_samples(params.samples()).map_err(name_best_of)?;
+        self.scheduler.check_width(params.width(), params.width_param())?;
         let id = RequestId(self.next_request);
-        let state = RequestState::new(&prompt, params, self.detokenizer.as_ref());
         let group = NewGroup {
             id,
-            samples: state.samples.len(),
-            prompt_logits: state.prompt_logprobs.is_some(),
-            prompt,
+            width: params.width(),
+            beams: params.beam_width.is_some(),
+            prompt_logits: params.prompt_logprobs.is_some(),
+            urgency: *urgency,
+            prompt: prompt.clone(),
         };
-        self.scheduler.add(group, &*self.cache).map_err(name_best_of)?;
+        self.scheduler.add(group, &*self.cache)?;
         self.next_request += 1;
+        self.deadlines.extend(urgency.deadline.map(|deadline| (deadline, id)));
+        let metrics = RequestMetrics {
+            request: id,
+            prompt_tokens: prompt.len(),
+            arrived: (self.clock)(),
+            ..RequestMetrics::default()
+        };
+        let state = RequestState::new(request, &self.config, self.detokenizer.as_ref(), metrics);
         self.requests.insert(id, state);
         Ok(id)
     }
@@ -126,17 +172,18 @@ impl Engine {
     /// Ends a request without a further event. What it holds comes free at the next step. `false` if it has
     /// ended already.
     pub fn cancel(&mut self, id: RequestId) -> bool {
-        let known = self.requests.remove(&id).is_some();
-        if known {
+        let state = self.requests.remove(&id);
+        if let Some(state) = &state {
             self.scheduler.cancel(id);
-            self.stats.cancelled += 1;
+            self.metrics.stats.cancelled += 1;
+            self.note_end(state, Outcome::Cancelled);
         }
-        known
+        state.is_some()
     }
 
     /// Whether [`step`](Self::step) has anything to do.
     pub fn has_work(&self) -> bool {
-        self.scheduler.has_work()
+        self.scheduler.has_work() || !self.held_events.is_empty()
     }
 
     /// Counters since the engine was made, and what it holds now.
@@ -144,9 +191,15 @@ impl Engine {
         EngineStats {
             scheduler: self.scheduler.stats(),
             device_blocks: self.cache.device_usage(),
+            host_blocks: self.cache.host_usage(),
             cache: self.cache.stats(),
-            ..self.stats
+            ..self.metrics.stats
         }
+    }
+
+    /// What it did and how long that took, as of the end of the last step.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
     }
 
     /// Runs one step for all requests that fit into it.
@@ -157,9 +210,18 @@ impl Engine {
     /// # Errors
     /// [`EngineError`]: the engine's own books are wrong. The requests in the cache are gone.
     pub fn step(&mut self) -> Result<Vec<Event>, EngineError> {
-        let mut events = Vec::new();
-        match self.try_step(&mut events) {
-            Ok(()) => Ok(events),
+        let mut events = std::mem::take(&mut self.held_events);
+        let result = self.try_step(&mut events);
+        let result = self.settle(result, &mut events);
+        self.metrics.stats = self.stats();
+        self.metrics.ended = std::mem::take(&mut self.ended);
+        result.map(|()| events)
+    }
+
+    /// After a failed step: lets go of all that it touched.
+    fn settle(&mut self, result: Result<(), Failure>, events: &mut Vec<Event>) -> Result<(), EngineError> {
+        match result {
+            Ok(()) => Ok(()),
             Err(Failure::Executor(reason)) => {
                 tracing::error!(%reason, "the step failed; its requests fail with it");
                 let error = RequestError {
@@ -169,17 +231,18 @@ impl Engine {
                 // Copies that the device never finished must not stay pending.
                 let confirmed = self.cache.abandon_block_ops();
                 let (dropped, freed) = self.scheduler.drop_resident(&mut *self.cache);
+                self.prefixes.forget_content(&mut *self.cache);
                 for id in dropped {
-                    self.fail(id, error.clone(), &mut events);
+                    self.fail(id, error.clone(), events);
                 }
                 confirmed.and(freed)?;
-                Ok(events)
+                Ok(())
             }
             Err(Failure::Engine(error)) => {
                 let (dropped, _) = self.scheduler.drop_resident(&mut *self.cache);
+                self.prefixes.forget_content(&mut *self.cache);
                 for id in dropped {
-                    self.requests.remove(&id);
-                    self.stats.failed += 1;
+                    self.end(id, Outcome::Failed);
                 }
                 // Where the step broke off is unknown: leave nothing pending.
                 self.cache.take_block_ops();
@@ -230,8 +293,26 @@ impl Engine {
 
     /// Forgets a request that the scheduler has let go.
     fn fail(&mut self, request: RequestId, error: RequestError, events: &mut Vec<Event>) {
-        self.requests.remove(&request);
-        self.stats.failed += 1;
+        self.end(request, Outcome::Failed);
         events.push(Event::Failed { request, error });
+    }
+
+    /// Takes a request out of the books that count it.
+    fn end(&mut self, request: RequestId, outcome: Outcome) -> Option<RequestState> {
+        let state = self.requests.remove(&request)?;
+        match outcome {
+            Outcome::Finished => self.metrics.stats.finished += 1,
+            _ => self.metrics.stats.failed += 1,
+        }
+        self.note_end(&state, outcome);
+        Some(state)
+    }
+
+    fn note_end(&mut self, state: &RequestState, outcome: Outcome) {
+        if let Some(deadline) = state.deadline {
+            self.deadlines.remove(&(deadline, state.metrics.request));
+        }
+        let metrics = RequestMetrics { outcome, ended: Some((self.clock)()), ..state.metrics.clone() };
+        self.ended.push(metrics);
     }
 }

@@ -1,24 +1,38 @@
 //! What the engine remembers of a request: its completions' text, log-probabilities and ends.
 
+use super::beams::{BeamState, Offer};
+use super::config::EngineConfig;
 use super::detokenize::{Detokenize, DetokenizerFactory};
 use super::logits::Rows;
+use super::metrics::RequestMetrics;
 use super::stop::StopMatcher;
 use crate::plan::{Chunk, LogitRows};
-use crate::request::{Completion, FinishReason, PositionLogprobs, RequestOutput, SamplingParams, Usage};
+use crate::request::{
+    Completion, FinishReason, PositionLogprobs, Request, RequestOutput, SamplingParams, Usage,
+};
 use crate::sampling::{Draw, LogSoftmax, NoUsableLogit, Sampler, TokenCounts};
 use rayon::prelude::*;
 use std::hash::{BuildHasher, RandomState};
+use std::time::Duration;
 
 /// A request that is not finished.
 pub(super) struct RequestState {
     pub(super) params: SamplingParams,
     pub(super) seed: u64,
     pub(super) prompt_tokens: usize,
-    pub(super) cached_tokens: usize,
+    /// Most tokens that a completion may have.
+    pub(super) limit: usize,
+    pub(super) metrics: RequestMetrics,
+    /// When it fails if it is not done.
+    pub(super) deadline: Option<Duration>,
+    /// The registered prefix that it begins with.
+    pub(super) prefix: Option<String>,
     /// The prompt, kept only where its log-probabilities are wanted.
     prompt: Vec<u32>,
     pub(super) prompt_logprobs: Option<Vec<Option<PositionLogprobs>>>,
+    /// Completions that are sampled; none for a beam search.
     pub(super) samples: Vec<SampleState>,
+    pub(super) beams: Option<BeamState>,
 }
 
 /// One completion.
@@ -38,8 +52,16 @@ struct Text {
     shown: String,
 }
 
+/// What a row of logits was read as.
+pub(super) enum Choice {
+    /// The next token of a sample.
+    Token(ChosenToken),
+    /// Continuations of a beam.
+    Beam(Offer),
+}
+
 /// A token that was chosen, and not yet added.
-pub(super) struct Choice {
+pub(super) struct ChosenToken {
     token_id: u32,
     /// Where they are asked for, or needed to rank completions.
     logprobs: Option<PositionLogprobs>,
@@ -55,13 +77,17 @@ pub(super) struct Step {
 
 impl RequestState {
     pub(super) fn new(
-        prompt: &[u32],
-        params: SamplingParams,
+        request: Request,
+        config: &EngineConfig,
         detokenizer: Option<&DetokenizerFactory>,
+        metrics: RequestMetrics,
     ) -> Self {
+        let Request { prompt, params, prefix, urgency } = request;
+        let limit = params.max_tokens.min(config.max_model_len.saturating_sub(prompt.len()));
         let seed = params.seed.unwrap_or_else(|| RandomState::new().hash_one(prompt.len()));
+        let beams = params.beam_width.map(|_| BeamState::new(&prompt, &params, &config.eos_token_ids, limit));
         let sample = |_| SampleState {
-            counts: TokenCounts::new(prompt, &params),
+            counts: TokenCounts::new(&prompt, &params),
             text: detokenizer.map(|make| Text {
                 detokenizer: make(),
                 stop: StopMatcher::new(&params.stop),
@@ -72,22 +98,35 @@ impl RequestState {
             logprob_sum: 0.0,
             finished: None,
         };
-        let samples = (0..params.samples()).map(sample).collect();
-        let kept = if params.prompt_logprobs.is_some() { prompt.to_vec() } else { Vec::new() };
+        let samples = if beams.is_some() { 0 } else { params.width() };
         Self {
+            samples: (0..samples).map(sample).collect(),
+            beams,
             prompt_logprobs: params.prompt_logprobs.map(|_| vec![None]),
-            params,
             seed,
+            limit,
+            metrics,
+            deadline: urgency.deadline,
+            prefix,
             prompt_tokens: prompt.len(),
-            cached_tokens: 0,
-            prompt: kept,
-            samples,
+            prompt: if params.prompt_logprobs.is_some() { prompt } else { Vec::new() },
+            params,
         }
     }
 
     /// Whether tokens are shown as they come: not where the best of several completions are chosen at the end.
     pub(super) fn streams(&self) -> bool {
-        self.params.samples() == self.params.n
+        self.beams.is_none() && self.params.width() == self.params.n
+    }
+
+    /// Sequences whose next tokens the row of the prompt's last token gives.
+    pub(super) fn first_rows(&self) -> usize {
+        self.samples.len().max(1)
+    }
+
+    /// Whether nothing was generated yet.
+    pub(super) fn is_new(&self) -> bool {
+        self.samples.iter().all(|sample| sample.generated == 0)
     }
 
     /// Tokens of one sequence, the prompt counted.
@@ -117,13 +156,17 @@ impl RequestState {
         entries.extend(new);
     }
 
-    /// Chooses the next token of a completion from its logits. `None` if the completion has ended.
+    /// Chooses the next token of a completion from its logits, or reads what a beam offers. `None` if the completion
+    /// has ended.
     pub(super) fn choose(
         &self,
         index: usize,
         row: &[f32],
         sampler: &mut Sampler,
     ) -> Result<Option<Choice>, NoUsableLogit> {
+        if let Some(beams) = &self.beams {
+            return Ok(beams.read(index, row, &self.params, sampler)?.map(Choice::Beam));
+        }
         let Some(sample) = self.samples.get(index).filter(|sample| sample.finished.is_none()) else {
             return Ok(None);
         };
@@ -131,20 +174,19 @@ impl RequestState {
         let token_id = sampler.sample(row, &self.params, &sample.counts, draw)?;
         let logprobs = (self.params.logprobs.is_some() || !self.streams())
             .then(|| sampler.logprobs(row, token_id, self.params.logprobs.unwrap_or(0)));
-        Ok(Some(Choice { token_id, logprobs }))
+        Ok(Some(Choice::Token(ChosenToken { token_id, logprobs })))
     }
 
-    /// Adds a token to a completion. `limit` is the most tokens that it may have.
+    /// Adds a token to a completion.
     pub(super) fn advance(
         &mut self,
         index: usize,
-        choice: Choice,
-        limit: usize,
+        chosen: ChosenToken,
         eos_token_ids: &[u32],
     ) -> Option<Step> {
         let params = &self.params;
         let sample = self.samples.get_mut(index)?;
-        let Choice { token_id, logprobs } = choice;
+        let ChosenToken { token_id, logprobs } = chosen;
         if let Some(entry) = logprobs {
             sample.logprob_sum += f64::from(entry.token.logprob);
             if let Some(entries) = &mut sample.logprobs {
@@ -158,7 +200,7 @@ impl RequestState {
             || params.stop_token_ids.contains(&token_id);
         let mut finish_reason = if ends {
             Some(FinishReason::Stop)
-        } else if sample.generated >= limit {
+        } else if sample.generated >= self.limit {
             Some(FinishReason::Length)
         } else {
             None
@@ -181,19 +223,28 @@ impl RequestState {
         }
     }
 
-    /// The `n` likeliest of the completions, all of them ended. In the order they were sampled where all are
-    /// returned, else likeliest first.
-    pub(super) fn into_output(self) -> RequestOutput {
+    /// The `n` best of the completions, all of them ended. In the order they were sampled where all are returned,
+    /// else likeliest first.
+    pub(super) fn into_output(self, detokenizer: Option<&DetokenizerFactory>) -> RequestOutput {
         let ranked = !self.streams();
-        let completion_tokens = self.samples.iter().map(|sample| sample.generated).sum();
-        let mut samples = self.samples;
-        if ranked {
-            samples.sort_by(|a, b| b.logprob_sum.total_cmp(&a.logprob_sum));
-            samples.truncate(self.params.n);
-        }
-        let outputs = samples.into_iter().map(SampleState::into_completion).collect();
-        let usage =
-            Usage { prompt_tokens: self.prompt_tokens, completion_tokens, cached_tokens: self.cached_tokens };
+        let (outputs, completion_tokens) = match self.beams {
+            Some(beams) => {
+                let outputs = beams.into_completions(&self.params, detokenizer);
+                let tokens = outputs.iter().map(|output| output.token_ids.len()).sum();
+                (outputs, tokens)
+            }
+            None => {
+                let tokens = self.samples.iter().map(|sample| sample.generated).sum();
+                let mut samples = self.samples;
+                if ranked {
+                    samples.sort_by(|a, b| b.logprob_sum.total_cmp(&a.logprob_sum));
+                    samples.truncate(self.params.n);
+                }
+                (samples.into_iter().map(SampleState::into_completion).collect(), tokens)
+            }
+        };
+        let cached_tokens = self.metrics.cached_tokens;
+        let usage = Usage { prompt_tokens: self.prompt_tokens, completion_tokens, cached_tokens };
         RequestOutput { outputs, prompt_logprobs: self.prompt_logprobs, usage }
     }
 }

@@ -38,7 +38,7 @@ impl<'a> LogSoftmax<'a> {
         }
     }
 
-    fn of_logit(&self, logit: f32) -> f32 {
+    pub(super) fn of_logit(&self, logit: f32) -> f32 {
         if logit.is_nan() || logit == f32::NEG_INFINITY {
             f32::NEG_INFINITY
         } else if logit == self.max {

@@ -22,7 +22,11 @@
 //!
 //! The uniform number is a pure function of (seed, sample index, position), so a completion is the same
 //! whatever else is in the batch and however often it was preempted: see [`random`].
+//!
+//! A beam search does not sample: of the order above it takes steps 2 to 4, applied to log-probabilities instead of
+//! logits, and then goes by the rules of [`beam`].
 
+pub mod beam;
 mod candidates;
 mod logprobs;
 mod penalties;

@@ -1,5 +1,6 @@
 //! Chooses one token from one row of logits.
 
+use super::beam::Candidate;
 use super::weights::{self, BINS, Softmax};
 use super::{candidates, penalties};
 use crate::request::{PositionLogprobs, SamplingParams};
@@ -53,6 +54,38 @@ impl Sampler {
     /// The log-probabilities of a row: the token's own and those of the `top` likeliest.
     pub fn logprobs(&mut self, row: &[f32], token_id: u32, top: usize) -> PositionLogprobs {
         LogSoftmax::new(row).position(token_id, top, &mut self.keys)
+    }
+
+    /// The likeliest continuations of a beam, the likeliest first, lower ids first among equals. Bias and penalties
+    /// change log-probabilities here, not logits.
+    ///
+    /// # Errors
+    /// [`NoUsableLogit`].
+    pub fn candidates(
+        &mut self,
+        row: &[f32],
+        params: &SamplingParams,
+        counts: &TokenCounts,
+        count: usize,
+    ) -> Result<Vec<Candidate>, NoUsableLogit> {
+        let softmax = LogSoftmax::new(row);
+        let plain = counts.is_noop(params);
+        if plain {
+            candidates::top_k(row, count, &mut self.keys);
+        } else {
+            self.processed.clear();
+            self.processed.extend(row.iter().map(|&logit| softmax.of_logit(logit)));
+            penalties::process(&mut self.processed, params, counts);
+            candidates::top_k(&self.processed, count, &mut self.keys);
+        }
+        self.keys.sort_unstable_by(|a, b| b.cmp(a));
+        let candidate = |&key: &u64| {
+            let value = candidates::logit(key);
+            let logprob = f64::from(if plain { softmax.of_logit(value) } else { value });
+            Candidate { token_id: candidates::id(key), logprob }
+        };
+        let found: Vec<Candidate> = self.keys.iter().map(candidate).collect();
+        if found.is_empty() { Err(NoUsableLogit) } else { Ok(found) }
     }
 
     fn choose(&mut self, row: &[f32], params: &SamplingParams, draw: Draw) -> Result<u32, NoUsableLogit> {

@@ -3,9 +3,18 @@
 use crate::request::{RequestError, SamplingParams};
 
 impl SamplingParams {
-    /// Completions that are sampled: `best_of`, or `n`.
-    pub fn samples(&self) -> usize {
-        self.best_of.unwrap_or(self.n)
+    /// Sequences that run at a time: `beam_width`, or `best_of`, or `n`.
+    pub fn width(&self) -> usize {
+        self.beam_width.or(self.best_of).unwrap_or(self.n)
+    }
+
+    /// The field that asks for [`width`](Self::width) sequences.
+    pub fn width_param(&self) -> &'static str {
+        match (self.beam_width, self.best_of) {
+            (Some(_), _) => "beam_width",
+            (None, Some(_)) => "best_of",
+            (None, None) => "n",
+        }
     }
 
     /// Checks every field against its range, for a model of `vocab_size` tokens.
@@ -78,9 +87,28 @@ impl SamplingParams {
             let message = format!("length_penalty must be a finite number, not {}", self.length_penalty);
             return refuse("length_penalty", message);
         }
-        if self.beam_width.is_some() {
-            let message = "beam search is not available in this version; leave beam_width out to sample";
-            return refuse("beam_width", message.into());
+        match self.beam_width {
+            Some(width) => self.validate_beams(width),
+            None => Ok(()),
+        }
+    }
+
+    fn validate_beams(&self, width: usize) -> Result<(), RequestError> {
+        let refuse = |param: &'static str, message: String| Err(RequestError { param: Some(param), message });
+        if width == 0 {
+            return refuse("beam_width", "beam_width must be at least 1; leave it out to sample".into());
+        }
+        if self.n > width {
+            return refuse("n", format!("n must be at most beam_width = {width}, not {}", self.n));
+        }
+        if self.best_of.is_some() {
+            let message = "a beam search returns the n best of its beam_width beams; leave best_of out";
+            return refuse("best_of", message.into());
+        }
+        if !self.stop.is_empty() {
+            let message =
+                "a beam search cannot end at stop strings; use stop_token_ids or leave beam_width out";
+            return refuse("stop", message.into());
         }
         Ok(())
     }
@@ -120,7 +148,10 @@ mod tests {
             ("logit_bias", SamplingParams { logit_bias: vec![(10, 1.0)], ..base() }),
             ("logit_bias", SamplingParams { logit_bias: vec![(1, nan)], ..base() }),
             ("length_penalty", SamplingParams { length_penalty: nan, ..base() }),
-            ("beam_width", SamplingParams { beam_width: Some(2), ..base() }),
+            ("beam_width", SamplingParams { beam_width: Some(0), ..base() }),
+            ("n", SamplingParams { beam_width: Some(2), n: 3, ..base() }),
+            ("best_of", SamplingParams { beam_width: Some(2), best_of: Some(2), ..base() }),
+            ("stop", SamplingParams { beam_width: Some(2), stop: vec!["a".into()], ..base() }),
         ];
         for (param, params) in bad {
             let error = params.validate(10).unwrap_err();
@@ -128,5 +159,6 @@ mod tests {
             assert!(!error.message.is_empty());
         }
         base().validate(10).unwrap();
+        SamplingParams { beam_width: Some(4), n: 4, ..base() }.validate(10).unwrap();
     }
 }

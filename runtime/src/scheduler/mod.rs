@@ -1,35 +1,50 @@
 //! Decides what the next step computes. Owns the queue, the resident sequence groups with their tokens, the
-//! token budget and preemption. Does not compute, sample or know text.
+//! token budget and preemption. Does not compute, sample or know text and time.
 //!
-//! The rules are the paper's (Kwon et al. 2023, sections 4.3 and 4.5):
+//! The rules are the paper's (Kwon et al. 2023, sections 4.3 to 4.5):
 //!
 //! - **Iteration level.** Groups join and leave at every step. Decodes go first, then pieces of prompts in
-//!   order of arrival, all in one batch of at most `max_batch_tokens`. No more sequences are resident than the
-//!   budget has tokens, so every decode runs in every step and the first prompt in line always advances.
-//! - **First come, first served.** A group's id is its place in the order. Nothing overtakes: where the
-//!   head of the queue has to wait, all wait.
-//! - **All or nothing.** The sequences of a group (its samples) are admitted and preempted together.
-//! - **Preemption by recomputation.** Where a running sequence needs a block and none is free, the latest
-//!   arrival gives all of its blocks back and returns to the queue; its tokens so far become part of its
-//!   prompt. Residents arrived before everything that waits, so the preempted are at the head: nobody new
-//!   comes in before they are back.
-//! - **Progress.** The earliest arrival is never preempted for another; alone and still without a block, it
+//!   order, all in one batch of at most `max_batch_tokens`. No more sequences are resident than the budget has
+//!   tokens, so every decode runs in every step and the first prompt in line always advances.
+//! - **First come, first served,** among requests of one [`Urgency`](crate::request::Urgency). Nothing overtakes: where the head of the queue
+//!   has to wait, all wait.
+//! - **All or nothing.** The sequences of a group (its samples, its beams) are admitted and preempted together, and
+//!   room is kept for those that it will become.
+//! - **Preemption.** Where a running sequence needs a block and none is free, the last in the order gives all of
+//!   its blocks back and returns to the queue. By *recomputation* its tokens so far become part of its prompt; by
+//!   *swapping* its blocks are copied to the host and later back. Nobody new of the same priority comes in before
+//!   the preempted are back.
+//! - **Progress.** The first in the order is never preempted for another; alone and still without a block, it
 //!   cannot ever fit and is refused.
 //!
-//! A group's samples share its prompt: one of them computes it and is then forked. After a preemption it is
-//! rebuilt the same way, and each sample then computes its own tokens.
+//! | room | what is in it |
+//! |---|---|
+//! | `order` | who goes before whom |
+//! | `group` | a request's sequences |
+//! | `admission` | who comes in, who never can |
+//! | `preemption` | slots for everybody, and who goes where they run out |
+//! | `rebuild` | the sharing inside a group, made again after recomputation |
+//! | `steps` | one step: its chunks, and what follows when it is computed |
+//! | `tokens` | what sampling makes of the sequences |
 
 mod admission;
 mod group;
+mod order;
+mod preemption;
+mod rebuild;
 mod steps;
+mod tokens;
 
-pub use group::{FinishedSample, NewGroup};
+pub use group::NewGroup;
+pub use preemption::{Preemption, PreemptionCosts};
 
 use crate::plan::StepPlan;
 use crate::request::{RequestError, RequestId};
 use group::Group;
+use order::Rank;
 use pagewise_kvcache::{CacheError, CacheManager, SequenceId};
-use std::collections::BTreeMap;
+use rustc_hash::FxHashMap;
+use std::collections::BTreeSet;
 
 /// Limits of a step and of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +57,8 @@ pub struct SchedulerConfig {
     pub max_model_len: usize,
     /// Most logit rows a step spends on prompt log-probabilities: they bound the size of its output.
     pub max_prompt_logit_rows: usize,
+    /// How groups make room.
+    pub preemption: Preemption,
 }
 
 /// One step, and what its logits are for.
@@ -53,6 +70,8 @@ pub struct Schedule {
     pub chunks: Vec<ScheduledChunk>,
     /// Groups that came into the cache for the first time, with the prompt tokens that were there already.
     pub admitted: Vec<(RequestId, usize)>,
+    /// Groups that had to make room and wait again.
+    pub preempted: Vec<RequestId>,
     /// Groups that can never fit. They are out of the scheduler.
     pub refused: Vec<(RequestId, RequestError)>,
 }
@@ -69,21 +88,19 @@ impl Schedule {
 pub struct ScheduledChunk {
     /// Which request.
     pub request: RequestId,
-    /// Which of its samples.
-    pub sample: usize,
-    /// From the chunk's last logit row comes the next token of …
-    pub next_token: NextToken,
+    /// Which of its sequences.
+    pub index: usize,
+    /// Whether the chunk's last logit row gives the sequence's next token.
+    pub next_token: bool,
 }
 
-/// Whose next token a chunk's last logit row gives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NextToken {
-    /// Nobody's: the sequence has further tokens to compute.
-    None,
-    /// The chunk's sample's.
-    Sample,
-    /// That of every sample of the group: the prompt that they share is computed.
-    Group,
+/// A sequence that has ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FinishedSequence {
+    /// Its tokens after the prompt.
+    pub completion: Vec<u32>,
+    /// It was the last of its group.
+    pub group_done: bool,
 }
 
 /// What the scheduler holds and has done.
@@ -97,23 +114,28 @@ pub struct SchedulerStats {
     pub running_sequences: usize,
     /// Preemptions so far.
     pub preemptions: u64,
+    /// Of those, by swapping.
+    pub swaps: u64,
 }
 
 /// See the [module](self).
 #[derive(Debug)]
 pub struct Scheduler {
     config: SchedulerConfig,
-    /// Ids rise in order of arrival, so both maps are in that order.
-    waiting: BTreeMap<RequestId, Group>,
-    resident: BTreeMap<RequestId, Group>,
-    /// Unfinished sequences of the resident groups.
+    costs: PreemptionCosts,
+    groups: FxHashMap<RequestId, Group>,
+    /// Each of the groups is in one of the two, in their order.
+    waiting: BTreeSet<Rank>,
+    resident: BTreeSet<Rank>,
+    /// Seats of the resident groups.
     resident_sequences: usize,
-    /// Cancelled while resident; their blocks come free at the next step.
+    /// Cancelled while they held blocks, which come free at the next step.
     cancelled: Vec<Group>,
     next_sequence: u64,
     next_step: u64,
     salt: u64,
     preemptions: u64,
+    swaps: u64,
 }
 
 impl Scheduler {
@@ -121,38 +143,51 @@ impl Scheduler {
     pub fn new(config: SchedulerConfig) -> Self {
         Self {
             config,
-            waiting: BTreeMap::new(),
-            resident: BTreeMap::new(),
+            costs: PreemptionCosts::default(),
+            groups: FxHashMap::default(),
+            waiting: BTreeSet::new(),
+            resident: BTreeSet::new(),
             resident_sequences: 0,
             cancelled: Vec::new(),
             next_sequence: 0,
             next_step: 0,
             salt: 0,
             preemptions: 0,
+            swaps: 0,
         }
     }
 
-    /// Puts a group at the end of the queue. Its id must be above all earlier ones.
+    /// What preemption costs, for [`Preemption::Auto`].
+    pub fn set_costs(&mut self, costs: PreemptionCosts) {
+        self.costs = costs;
+    }
+
+    /// The salt under which prompts are now cached.
+    pub fn salt(&self) -> u64 {
+        self.salt
+    }
+
+    /// Puts a group into the queue. Its id must be above all earlier ones.
     ///
     /// # Errors
-    /// [`RequestError`] where it can never be served: no prompt, longer than model or cache, more samples than
+    /// [`RequestError`] where it can never be served: no prompt, longer than model or cache, more sequences than
     /// may run at a time.
     pub fn add(&mut self, new: NewGroup, cache: &dyn CacheManager) -> Result<(), RequestError> {
         self.check(&new, cache)?;
-        let first = self.next_sequence;
-        self.next_sequence += new.samples as u64;
-        self.waiting.insert(new.id, Group::new(new, SequenceId(first)));
+        let group = Group::new(new, SequenceId(self.next_sequence));
+        self.next_sequence += 1;
+        self.waiting.insert(group.rank);
+        self.groups.insert(group.id(), group);
         Ok(())
     }
 
     /// Takes a group out; what it holds comes free at the next step. `false` if it is not here.
     pub fn cancel(&mut self, id: RequestId) -> bool {
-        if let Some(group) = self.resident.remove(&id) {
-            self.resident_sequences -= group.unfinished();
-            self.cancelled.push(group);
-            return true;
-        }
-        self.waiting.remove(&id).is_some()
+        let group = self.take(id);
+        let known = group.is_some();
+        self.cancelled
+            .extend(group.filter(|group| group.sequences.iter().any(|sequence| sequence.slots > 0)));
+        known
     }
 
     /// Whether anything waits, runs or must still be freed.
@@ -160,59 +195,8 @@ impl Scheduler {
         !(self.waiting.is_empty() && self.resident.is_empty() && self.cancelled.is_empty())
     }
 
-    /// Appends a sampled token to a resident sequence; it is computed in the next step.
-    pub fn push_token(&mut self, request: RequestId, sample: usize, token: u32) {
-        if let Some(sequence) =
-            self.resident.get_mut(&request).and_then(|group| group.sequences.get_mut(sample))
-        {
-            sequence.tokens.push(token);
-        }
-    }
-
-    /// Ends one sample and frees its blocks; with the last one the group is gone. `None` if there is no such
-    /// sample running.
-    ///
-    /// # Errors
-    /// What the cache manager answers.
-    pub fn finish_sample(
-        &mut self,
-        request: RequestId,
-        sample: usize,
-        cache: &mut dyn CacheManager,
-    ) -> Result<Option<FinishedSample>, CacheError> {
-        let Some(group) = self.resident.get_mut(&request) else { return Ok(None) };
-        let prompt_len = group.prompt_len;
-        let Some(sequence) = group.sequences.get_mut(sample).filter(|sequence| !sequence.finished) else {
-            return Ok(None);
-        };
-        sequence.finished = true;
-        self.resident_sequences -= 1;
-        let completion = sequence.tokens.split_off(prompt_len.min(sequence.tokens.len()));
-        let freed = sequence.release(cache);
-        let group_done = group.unfinished() == 0;
-        if group_done {
-            self.resident.remove(&request);
-        }
-        freed.map(|()| Some(FinishedSample { completion, group_done }))
-    }
-
-    /// Takes a group out and frees what it holds at once.
-    ///
-    /// # Errors
-    /// What the cache manager answers.
-    pub fn remove(&mut self, request: RequestId, cache: &mut dyn CacheManager) -> Result<(), CacheError> {
-        self.waiting.remove(&request);
-        match self.resident.remove(&request) {
-            Some(mut group) => {
-                self.resident_sequences -= group.unfinished();
-                group.release(cache)
-            }
-            None => Ok(()),
-        }
-    }
-
-    /// The cache's content is lost: takes out all groups that have some, frees it, and never again looks for
-    /// what was cached before. Those that wait stay.
+    /// The cache's content is lost: takes out all groups that run in it, frees everything, and never again looks for
+    /// what was cached before. Those that wait stay, and are computed afresh.
     ///
     /// # Errors
     /// What the cache manager answers first; all groups are taken out nevertheless.
@@ -222,10 +206,15 @@ impl Scheduler {
     ) -> (Vec<RequestId>, Result<(), CacheError>) {
         self.salt += 1;
         self.resident_sequences = 0;
-        let resident = std::mem::take(&mut self.resident);
-        let ids = resident.keys().copied().collect();
-        let groups = resident.into_values().chain(std::mem::take(&mut self.cancelled));
-        let result = groups.map(|mut group| group.release(cache)).fold(Ok(()), Result::and);
+        let ids: Vec<RequestId> = std::mem::take(&mut self.resident).into_iter().map(Rank::id).collect();
+        let gone: Vec<Group> = ids.iter().filter_map(|id| self.groups.remove(id)).collect();
+        let mut result = Ok(());
+        for mut group in gone.into_iter().chain(std::mem::take(&mut self.cancelled)) {
+            result = result.and(group.release(cache));
+        }
+        for group in self.groups.values_mut().filter(|group| !group.held().is_empty()) {
+            result = result.and(rebuild::give_up(group, cache));
+        }
         (ids, result)
     }
 
@@ -236,6 +225,27 @@ impl Scheduler {
             running: self.resident.len(),
             running_sequences: self.resident_sequences,
             preemptions: self.preemptions,
+            swaps: self.swaps,
         }
+    }
+
+    fn group_mut(&mut self, id: RequestId) -> Option<&mut Group> {
+        self.groups.get_mut(&id)
+    }
+
+    fn resident_mut(&mut self, id: RequestId) -> Option<&mut Group> {
+        self.group_mut(id).filter(|group| group.resident)
+    }
+
+    /// Takes a group out, wherever it is. It still holds its blocks.
+    fn take(&mut self, id: RequestId) -> Option<Group> {
+        let group = self.groups.remove(&id)?;
+        if group.resident {
+            self.resident.remove(&group.rank);
+            self.resident_sequences -= group.seats;
+        } else {
+            self.waiting.remove(&group.rank);
+        }
+        Some(group)
     }
 }

@@ -1,10 +1,10 @@
 //! The making of one step, and what follows when it has been computed.
 
-use super::admission::{Admitted, exceeds_cache};
+use super::admission::Admitted;
 use super::group::Group;
-use super::{NextToken, Schedule, ScheduledChunk, Scheduler};
-use crate::plan::{Chunk, LogitRows, TokenInput};
-use crate::request::RequestId;
+use super::preemption::{Reserved, append_missing};
+use super::{Schedule, ScheduledChunk, Scheduler, rebuild};
+use crate::plan::{Chunk, LogitRows, TokenInput, TokenPlace};
 use pagewise_kvcache::{CacheError, CacheManager};
 
 /// What is left of a step.
@@ -13,20 +13,13 @@ struct Budget {
     prompt_logit_rows: usize,
 }
 
-/// How reserving slots ended.
-enum Reserved {
-    All,
-    /// Somebody was preempted or refused.
-    Preempted,
-}
-
 impl Scheduler {
-    /// Plans the next step: frees the cancelled, gives every resident sequence slots for its tokens
-    /// (preempting the latest arrivals where blocks run out), then fills the budget with decodes, prompts
-    /// under way, and new arrivals, in this order.
+    /// Plans the next step: frees the cancelled, gives every resident sequence slots for its tokens (preempting
+    /// the last in the order where blocks run out), then fills the budget with decodes, prompts under way, and new
+    /// arrivals, in this order.
     ///
-    /// The caller computes the plan, reports it through [`commit`](Self::commit), and only then schedules
-    /// again.
+    /// The plan is computed and reported through [`commit`](Self::commit). Between the two, one further step may be
+    /// planned: see [`run_ahead`](Self::run_ahead).
     ///
     /// # Errors
     /// What the cache manager answers, beyond being out of blocks. Scheduler and cache may then disagree:
@@ -42,160 +35,104 @@ impl Scheduler {
             tokens: self.config.max_batch_tokens,
             prompt_logit_rows: self.config.max_prompt_logit_rows.max(1),
         };
+        schedule.plan.chunks.reserve(self.resident_sequences);
+        schedule.chunks.reserve(self.resident_sequences);
         for decodes in [true, false] {
-            for group in self.resident.values_mut() {
+            for rank in &self.resident {
+                let Some(group) = self.groups.get_mut(&rank.id()) else { continue };
                 add_chunks(group, decodes, &mut budget, &mut schedule, cache);
             }
         }
         // In the step of a preemption blocks are short; whoever came in now would be the next to go.
-        if matches!(reserved, Reserved::All) {
+        if reserved == Reserved::All {
             while budget.tokens > 0 {
                 match self.admit_head(&mut schedule, cache)? {
-                    Some(Admitted::Resident) => {
-                        if let Some((_, group)) = self.resident.last_key_value() {
-                            add_chunks(group, true, &mut budget, &mut schedule, cache);
-                            add_chunks(group, false, &mut budget, &mut schedule, cache);
-                        }
+                    Admitted::Yes(id) => {
+                        let Some(group) = self.resident_mut(id) else { continue };
+                        // What was swapped in may have tokens without slots; those that find none wait.
+                        append_missing(group, cache)?;
+                        add_chunks(group, true, &mut budget, &mut schedule, cache);
+                        add_chunks(group, false, &mut budget, &mut schedule, cache);
                     }
-                    Some(Admitted::Refused) => {}
-                    None => break,
+                    Admitted::AskAgain => {}
+                    Admitted::No => break,
                 }
             }
         }
 
         schedule.plan.block_ops = cache.take_block_ops();
+        schedule.plan.id = self.next_step;
         if !schedule.is_idle() {
-            schedule.plan.id = self.next_step;
             self.next_step += 1;
         }
         Ok(schedule)
     }
 
-    /// Gives every resident sequence slots for all of its tokens, in order of arrival.
-    fn reserve(
-        &mut self,
-        schedule: &mut Schedule,
-        cache: &mut dyn CacheManager,
-    ) -> Result<Reserved, CacheError> {
-        let mut outcome = Reserved::All;
-        let mut next = RequestId(0);
-        'groups: while let Some((&id, group)) = self.resident.range_mut(next..).next() {
-            next = RequestId(id.0 + 1);
-            if append_missing(group, cache)? {
-                continue;
-            }
-            outcome = Reserved::Preempted;
-            // The latest arrival goes until this one has its slots; it may itself be the latest.
-            loop {
-                if self.resident.len() == 1 {
-                    // Blocks whose copies are under way are free in the next step.
-                    if cache.device_usage().pending == 0 {
-                        self.refuse(id, schedule, cache)?;
-                    }
-                    break 'groups;
-                }
-                let victim = self.preempt_latest(cache)?;
-                if victim == Some(id) {
-                    break 'groups;
-                }
-                let Some(group) = self.resident.get_mut(&id) else { break };
-                if append_missing(group, cache)? {
-                    break;
-                }
+    /// Lets the next step be planned before this one is computed: every sequence whose next token this step
+    /// samples goes on with a placeholder for it. Groups whose next tokens may change their sequences (a prompt with
+    /// several samples, beams) wait a step instead.
+    ///
+    /// Steps are still computed and [`commit`](Self::commit)ted in order, and a step's tokens pushed before the next
+    /// one is committed.
+    pub fn run_ahead(&mut self, schedule: &Schedule) {
+        let mut row = 0;
+        for (chunk, of) in schedule.plan.chunks.iter().zip(&schedule.chunks) {
+            row += chunk.logit_rows();
+            let Some(group) = self.resident_mut(of.request) else { continue };
+            let settled = !group.beams && group.seats == group.unfinished().count();
+            let Some(sequence) = group.sequences.get_mut(of.index) else { continue };
+            if of.next_token && settled && sequence.id == chunk.sequence {
+                sequence.placeholder = Some(TokenPlace { step: schedule.plan.id, row: row - 1 });
             }
         }
-        Ok(outcome)
     }
 
-    fn preempt_latest(&mut self, cache: &mut dyn CacheManager) -> Result<Option<RequestId>, CacheError> {
-        let Some((id, mut group)) = self.resident.pop_last() else { return Ok(None) };
-        tracing::debug!(request = id.0, "preempted by recomputation: the cache is full");
-        self.preemptions += 1;
-        self.resident_sequences -= group.unfinished();
-        let released = group.release(cache);
-        self.waiting.insert(id, group);
-        released.map(|()| Some(id))
-    }
-
-    fn refuse(
-        &mut self,
-        id: RequestId,
-        schedule: &mut Schedule,
-        cache: &mut dyn CacheManager,
-    ) -> Result<(), CacheError> {
-        let Some(mut group) = self.resident.remove(&id) else { return Ok(()) };
-        self.resident_sequences -= group.unfinished();
-        schedule.refused.push((id, exceeds_cache(&group, cache)));
-        group.release(cache)
-    }
-
-    /// The step has been computed: reports it to the cache, and forks the groups whose prompt is complete.
+    /// The step has been computed: reports it to the cache, and forks those that waited for it.
     ///
     /// # Errors
     /// What the cache manager answers; see [`schedule`](Self::schedule).
     pub fn commit(&mut self, schedule: &Schedule, cache: &mut dyn CacheManager) -> Result<(), CacheError> {
+        let salt = self.salt;
         for (chunk, of) in schedule.plan.chunks.iter().zip(&schedule.chunks) {
-            let Some(group) = self.resident.get_mut(&of.request) else { continue };
-            let Some(sequence) = group.sequences.get_mut(of.sample) else { continue };
+            // Whoever was preempted since a step was planned ahead has nothing to report.
+            let Some(group) = self.resident_mut(of.request) else { continue };
+            let Some(sequence) = group.sequences.get(of.index) else { continue };
+            if sequence.id != chunk.sequence || sequence.slots == 0 {
+                continue;
+            }
             let end = chunk.start + chunk.tokens.len();
-            cache.mark_computed(sequence.id, sequence.tokens.get(chunk.start..end).unwrap_or_default())?;
-            sequence.computed = end;
+            let known = cache.computed(sequence.id).unwrap_or(end);
+            cache.mark_computed(sequence.id, sequence.tokens.get(known..end).unwrap_or_default())?;
             if chunk.logits == LogitRows::All {
                 group.prompt_rows_done = group.prompt_rows_done.max(end.min(group.prompt_rows_wanted));
             }
-            if !group.forked && end == group.prompt_len {
-                fork(group, of.sample, cache)?;
+            if group.rebuilding() {
+                rebuild::fork_waiting(group, of.index, salt, cache)?;
             }
         }
         Ok(())
     }
 }
 
-/// Gives a group's sequences slots for all of their tokens; `false` if blocks ran out on the way.
-fn append_missing(group: &mut Group, cache: &mut dyn CacheManager) -> Result<bool, CacheError> {
-    if !group.forked {
-        return Ok(true);
-    }
-    for sequence in group.sequences.iter_mut().filter(|sequence| !sequence.finished) {
-        let missing = sequence.tokens.len().saturating_sub(sequence.slots);
-        if missing > 0 {
-            match cache.append(sequence.id, missing) {
-                Ok(()) => sequence.slots += missing,
-                Err(CacheError::OutOfBlocks { .. }) => return Ok(false),
-                Err(error) => return Err(error),
-            }
-        }
-    }
-    Ok(true)
-}
-
-/// Makes every other unfinished sample an owner of the leader's blocks.
-fn fork(group: &mut Group, leader: usize, cache: &mut dyn CacheManager) -> Result<(), CacheError> {
-    let Some(parent) = group.sequences.get(leader).map(|sequence| sequence.id) else { return Ok(()) };
-    group.forked = true;
-    let prompt_len = group.prompt_len;
-    for child in group.sequences.iter_mut().filter(|child| child.id != parent && !child.finished) {
-        cache.fork(parent, child.id)?;
-        child.slots = prompt_len;
-        child.computed = prompt_len;
-    }
-    Ok(())
-}
-
 /// Adds chunks of a group's sequences: those with one token to compute (decodes), or the others.
 fn add_chunks(
-    group: &Group,
+    group: &mut Group,
     decodes: bool,
     budget: &mut Budget,
     schedule: &mut Schedule,
     cache: &dyn CacheManager,
 ) {
-    for (sample, sequence) in group.sequences.iter().enumerate() {
-        let remaining = group.remaining(sequence);
-        if remaining == 0 || (remaining == 1) != decodes {
+    let rebuilding = group.rebuilding();
+    let request = group.id();
+    for index in 0..group.sequences.len() {
+        let goal = if rebuilding { Some(group.goal(index)) } else { None };
+        let Some(sequence) = group.sequences.get_mut(index) else { break };
+        let goal = goal.unwrap_or_else(|| sequence.len());
+        let start = sequence.planned;
+        let remaining = goal.min(sequence.slots).saturating_sub(start);
+        if sequence.finished || remaining == 0 || (remaining == 1) != decodes {
             continue;
         }
-        let start = sequence.computed;
         let mut count = remaining.min(budget.tokens);
         let wants_rows =
             |count: usize| start < group.prompt_rows_wanted && start + count > group.prompt_rows_done;
@@ -206,35 +143,28 @@ fn add_chunks(
             continue;
         }
         let end = start + count;
-        let next_token = if end < sequence.tokens.len() {
-            NextToken::None
-        } else if group.forked {
-            NextToken::Sample
-        } else {
-            NextToken::Group
-        };
+        let next_token = end == sequence.len();
         let logits = if wants_rows(count) {
             budget.prompt_logit_rows -= count;
             LogitRows::All
-        } else if next_token == NextToken::None {
-            LogitRows::None
-        } else {
+        } else if next_token {
             LogitRows::Last
+        } else {
+            LogitRows::None
         };
         budget.tokens -= count;
         let blocks = end.div_ceil(cache.config().block_size.max(1));
-        let block_tables = (0..cache.config().groups.len())
-            .filter_map(|kv_group| cache.block_table(sequence.id, kv_group))
-            .map(|table| table.get(..blocks).unwrap_or(table).to_vec())
-            .collect();
-        let tokens = sequence.tokens.get(start..end).unwrap_or_default();
-        schedule.plan.chunks.push(Chunk {
-            sequence: sequence.id,
-            tokens: tokens.iter().map(|&token| TokenInput::Known(token)).collect(),
-            start,
-            block_tables,
-            logits,
-        });
-        schedule.chunks.push(ScheduledChunk { request: group.id, sample, next_token });
+        let groups = cache.config().groups.len();
+        let mut block_tables = Vec::with_capacity(groups);
+        let tables = (0..groups).filter_map(|kv_group| cache.block_table(sequence.id, kv_group));
+        block_tables.extend(tables.map(|table| table.get(..blocks).unwrap_or(table).to_vec()));
+        let known = sequence.tokens.get(start..end.min(sequence.tokens.len())).unwrap_or_default();
+        let mut tokens: Vec<TokenInput> = known.iter().map(|&token| TokenInput::Known(token)).collect();
+        if next_token {
+            tokens.extend(sequence.placeholder.map(TokenInput::Placeholder));
+        }
+        sequence.planned = end;
+        schedule.plan.chunks.push(Chunk { sequence: sequence.id, tokens, start, block_tables, logits });
+        schedule.chunks.push(ScheduledChunk { request, index, next_token });
     }
 }

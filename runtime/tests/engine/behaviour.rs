@@ -10,6 +10,7 @@ use pagewise_runtime::plan::StepPlan;
 use pagewise_runtime::request::{
     Completion, Event, FinishReason, PositionLogprobs, Request, RequestOutput, SamplingParams,
 };
+use pagewise_runtime::scheduler::Preemption;
 use std::sync::{Arc, Mutex};
 
 fn greedy(max_tokens: usize) -> SamplingParams {
@@ -22,7 +23,7 @@ fn roomy() -> CacheConfig {
 
 fn one(params: SamplingParams, prompt: &[u32]) -> RequestOutput {
     let (mut engine, _) = engine(engine_config(), roomy());
-    engine.generate(vec![Request { prompt: prompt.to_vec(), params }]).unwrap().remove(0).unwrap()
+    engine.generate(vec![Request::new(prompt.to_vec(), params)]).unwrap().remove(0).unwrap()
 }
 
 /// Greedy decoding written down once more, without any engine.
@@ -75,18 +76,15 @@ fn an_end_token_ends_and_is_not_text() {
             ..greedy(40)
         };
         let (mut engine, _) = engine(config.clone(), roomy());
-        let request = Request { prompt: prompt.to_vec(), params: params.clone() };
+        let request = Request::new(prompt.to_vec(), params.clone());
         let output = engine.generate(vec![request]).unwrap().remove(0).unwrap();
         assert_eq!(output.outputs[0].finish_reason, FinishReason::Stop);
         assert_eq!(output.outputs[0].token_ids, free[..until]);
         assert_eq!(output.outputs[0].text.as_deref(), Some(&*text_of(&free[..until - 1])));
         if !by_id {
             let params = SamplingParams { ignore_eos: true, ..params };
-            let output = engine
-                .generate(vec![Request { prompt: prompt.to_vec(), params }])
-                .unwrap()
-                .remove(0)
-                .unwrap();
+            let output =
+                engine.generate(vec![Request::new(prompt.to_vec(), params)]).unwrap().remove(0).unwrap();
             assert_eq!(output.outputs[0].token_ids, free);
         }
     }
@@ -102,7 +100,7 @@ fn a_stop_string_is_found_across_tokens_and_never_shown() {
         let (mut engine, _) = engine(engine_config(), roomy());
         let params =
             SamplingParams { stop: vec!["never".into(), stop.clone()], logprobs: Some(1), ..greedy(30) };
-        let id = engine.add(Request { prompt: prompt.to_vec(), params }).unwrap();
+        let id = engine.add(Request::new(prompt.to_vec(), params)).unwrap();
         let mut shown = String::new();
         for event in run(&mut engine) {
             match event {
@@ -139,7 +137,7 @@ fn text_held_for_a_stop_string_comes_when_the_end_does() {
 fn the_context_ends_a_completion() {
     let config = EngineConfig { max_model_len: 20, ..engine_config() };
     let (mut engine, _) = engine(config, roomy());
-    let request = |length: usize| Request { prompt: vec![1; length], params: greedy(1000) };
+    let request = |length: usize| Request::new(vec![1; length], greedy(1000));
     for length in [1, 10, 19] {
         let output = engine.generate(vec![request(length)]).unwrap().remove(0).unwrap();
         assert_eq!(output.outputs[0].token_ids.len(), 20 - length);
@@ -193,10 +191,8 @@ fn prompt_logprobs_cover_the_prompt_even_where_it_is_cached() {
     let prompt: Vec<u32> = (0..30).map(|i| (i * 7 + 3) % VOCAB as u32).collect();
     for budget in [1, 7, 512] {
         let (mut engine, _) = engine(EngineConfig { max_batch_tokens: budget, ..engine_config() }, roomy());
-        let request = |top| Request {
-            prompt: prompt.clone(),
-            params: SamplingParams { prompt_logprobs: top, ..greedy(2) },
-        };
+        let request =
+            |top| Request::new(prompt.clone(), SamplingParams { prompt_logprobs: top, ..greedy(2) });
         assert_eq!(engine.generate(vec![request(None)]).unwrap()[0].as_ref().unwrap().usage.cached_tokens, 0);
         let output = engine.generate(vec![request(Some(2))]).unwrap().remove(0).unwrap();
         assert_eq!(output.usage.cached_tokens, 0, "every position is computed");
@@ -232,7 +228,7 @@ fn samples_share_the_prompt_and_are_those_of_their_seed() {
 
     // 18 tokens are four full blocks of 4, held once, and a partial one that is copied for all but one.
     let (mut engine, log) = engine(engine_config(), roomy());
-    engine.add(Request { prompt, params }).unwrap();
+    engine.add(Request::new(prompt, params)).unwrap();
     engine.step().unwrap();
     engine.step().unwrap();
     assert_eq!(engine.stats().device_blocks.used, 4 + 4);
@@ -247,7 +243,7 @@ fn best_of_returns_the_likeliest() {
     let all = one(SamplingParams { n: 8, ..params.clone() }, &[1, 2]);
     let best = SamplingParams { n: 3, best_of: Some(8), ..params };
     let (mut engine, _) = engine(engine_config(), roomy());
-    engine.add(Request { prompt: vec![1, 2], params: best }).unwrap();
+    engine.add(Request::new(vec![1, 2], best)).unwrap();
     let events = run(&mut engine);
     let [Event::Finished { output, .. }] = events.as_slice() else {
         panic!("nothing is streamed: {events:?}")
@@ -268,15 +264,15 @@ fn without_a_seed_every_request_draws_its_own() {
 #[test]
 fn bad_requests_are_refused_by_name_and_the_others_finish() {
     let (mut engine, _) = engine(EngineConfig { max_num_seqs: 4, ..engine_config() }, cache_config(4, 10));
-    let with = |params| Request { prompt: vec![1], params };
+    let with = |params| Request::new(vec![1], params);
     let cases: Vec<(&str, Request)> = vec![
-        ("prompt", Request { prompt: vec![], params: greedy(1) }),
-        ("prompt_token_ids", Request { prompt: vec![1, VOCAB as u32], params: greedy(1) }),
-        ("prompt", Request { prompt: vec![1; 5000], params: greedy(1) }),
-        ("prompt", Request { prompt: vec![1; 40], params: greedy(1) }),
+        ("prompt", Request::new(vec![], greedy(1))),
+        ("prompt_token_ids", Request::new(vec![1, VOCAB as u32], greedy(1))),
+        ("prompt", Request::new(vec![1; 5000], greedy(1))),
+        ("prompt", Request::new(vec![1; 40], greedy(1))),
         ("n", with(SamplingParams { n: 5, ..greedy(1) })),
         ("best_of", with(SamplingParams { best_of: Some(5), ..greedy(1) })),
-        ("beam_width", with(SamplingParams { beam_width: Some(2), ..greedy(1) })),
+        ("beam_width", with(SamplingParams { beam_width: Some(5), ..greedy(1) })),
         ("temperature", with(SamplingParams { temperature: f32::NAN, ..greedy(1) })),
     ];
     let mut requests: Vec<Request> = cases.iter().map(|(_, request)| request.clone()).collect();
@@ -286,7 +282,7 @@ fn bad_requests_are_refused_by_name_and_the_others_finish() {
     for ((param, _), result) in cases.iter().zip(results) {
         assert_eq!(result.unwrap_err().param, Some(*param));
     }
-    let error = engine.add(Request { prompt: vec![1; 40], params: greedy(1) }).unwrap_err();
+    let error = engine.add(Request::new(vec![1; 40], greedy(1))).unwrap_err();
     for part in ["40 tokens", "10 blocks of 4", "--kv-blocks", "--kv-memory"] {
         assert!(error.message.contains(part), "{error}");
     }
@@ -297,10 +293,7 @@ fn bad_requests_are_refused_by_name_and_the_others_finish() {
 fn a_request_that_outgrows_the_whole_cache_fails_with_the_sizes() {
     let (mut engine, _) = engine(engine_config(), cache_config(4, 5));
     let mut results = engine
-        .generate(vec![
-            Request { prompt: vec![1; 6], params: greedy(100) },
-            Request { prompt: vec![2; 6], params: greedy(9) },
-        ])
+        .generate(vec![Request::new(vec![1; 6], greedy(100)), Request::new(vec![2; 6], greedy(9))])
         .unwrap();
     assert_eq!(results.remove(1).unwrap().outputs[0].token_ids, plain_greedy(&[2; 6], 9));
     let error = results.remove(0).unwrap_err();
@@ -318,20 +311,19 @@ fn without_a_tokenizer_there_is_no_text() {
     let executor = HashExecutor::new(&cache, log);
     let manager = KvCacheManager::new(cache).unwrap();
     let mut engine = Engine::new(engine_config(), Box::new(manager), Box::new(executor), None);
-    let output =
-        engine.generate(vec![Request { prompt: vec![1], params: greedy(3) }]).unwrap().remove(0).unwrap();
+    let output = engine.generate(vec![Request::new(vec![1], greedy(3))]).unwrap().remove(0).unwrap();
     assert_eq!((output.outputs[0].text.as_ref(), output.outputs[0].token_ids.len()), (None, 3));
     let params = SamplingParams { stop: vec!["a".into()], ..greedy(3) };
-    assert_eq!(engine.add(Request { prompt: vec![1], params }).unwrap_err().param, Some("stop"));
+    assert_eq!(engine.add(Request::new(vec![1], params)).unwrap_err().param, Some("stop"));
 }
 
 #[test]
 fn cancelling_frees_everything_at_the_next_step() {
     let (mut engine, _) = engine(EngineConfig { max_num_seqs: 3, ..engine_config() }, roomy());
     let params = SamplingParams { n: 2, ..greedy(50) };
-    let running = engine.add(Request { prompt: vec![1; 9], params: params.clone() }).unwrap();
-    let waiting = engine.add(Request { prompt: vec![2; 9], params }).unwrap();
-    let other = engine.add(Request { prompt: vec![3; 9], params: greedy(3) }).unwrap();
+    let running = engine.add(Request::new(vec![1; 9], params.clone())).unwrap();
+    let waiting = engine.add(Request::new(vec![2; 9], params)).unwrap();
+    let other = engine.add(Request::new(vec![3; 9], greedy(3))).unwrap();
     engine.step().unwrap();
     engine.step().unwrap();
     assert!(engine.cancel(running) && engine.cancel(waiting));
@@ -347,7 +339,7 @@ fn cancelling_frees_everything_at_the_next_step() {
     assert!(!engine.cancel(other));
 
     // The last one cancelled: one more step, without computing, frees it.
-    let last = engine.add(Request { prompt: vec![4; 9], params: greedy(50) }).unwrap();
+    let last = engine.add(Request::new(vec![4; 9], greedy(50))).unwrap();
     engine.step().unwrap();
     engine.cancel(last);
     assert!(engine.has_work());
@@ -361,9 +353,9 @@ fn a_failed_step_fails_its_requests_and_nothing_of_it_stays() {
         let (mut engine, log) = engine(EngineConfig { max_num_seqs: 3, ..engine_config() }, roomy());
         let prompt: Vec<u32> = (0..10).collect();
         let params = SamplingParams { n: 2, ..greedy(8) };
-        let first = engine.add(Request { prompt: prompt.clone(), params: params.clone() }).unwrap();
-        let second = engine.add(Request { prompt: vec![1; 5], params: greedy(8) }).unwrap();
-        let queued = engine.add(Request { prompt: vec![2; 5], params: greedy(8) }).unwrap();
+        let first = engine.add(Request::new(prompt.clone(), params.clone())).unwrap();
+        let second = engine.add(Request::new(vec![1; 5], greedy(8))).unwrap();
+        let queued = engine.add(Request::new(vec![2; 5], greedy(8))).unwrap();
         log.lock().unwrap().fail_in = Some(fail_in);
         let events = run(&mut engine);
         let failed: Vec<_> = events
@@ -384,15 +376,10 @@ fn a_failed_step_fails_its_requests_and_nothing_of_it_stays() {
         assert_eq!(done.unwrap().outputs[0].token_ids, plain_greedy(&[2; 5], 8));
         assert_eq!((engine.stats().device_blocks.used, engine.stats().device_blocks.pending), (0, 0));
         // The device lost its content, so nothing from before may be found in the prefix cache.
-        let again =
-            engine.generate(vec![Request { prompt: prompt.clone(), params }]).unwrap().remove(0).unwrap();
+        let again = engine.generate(vec![Request::new(prompt.clone(), params)]).unwrap().remove(0).unwrap();
         assert_eq!(again.usage.cached_tokens, 0);
         assert_eq!(again.outputs[0].token_ids, plain_greedy(&prompt, 8));
-        let hit = engine
-            .generate(vec![Request { prompt: prompt.clone(), params: greedy(8) }])
-            .unwrap()
-            .remove(0)
-            .unwrap();
+        let hit = engine.generate(vec![Request::new(prompt.clone(), greedy(8))]).unwrap().remove(0).unwrap();
         assert_eq!((hit.usage.cached_tokens, &hit.outputs[0].token_ids), (8, &again.outputs[0].token_ids));
     }
 }
@@ -401,8 +388,8 @@ fn a_failed_step_fails_its_requests_and_nothing_of_it_stays() {
 fn unusable_logits_fail_their_request_alone() {
     let (mut engine, log) = engine(engine_config(), roomy());
     log.lock().unwrap().nan_after = Some(30);
-    let bad = |n| Request { prompt: vec![3, 30], params: SamplingParams { n, ..greedy(5) } };
-    let good = Request { prompt: vec![4, 5], params: greedy(5) };
+    let bad = |n| Request::new(vec![3, 30], SamplingParams { n, ..greedy(5) });
+    let good = Request::new(vec![4, 5], greedy(5));
     let expected = plain_greedy(&[4, 5], 5);
     assert!(!expected.contains(&30));
     let results = engine.generate(vec![bad(1), good, bad(3)]).unwrap();
@@ -427,8 +414,7 @@ impl Executor for Short {
 fn an_executor_that_answers_in_another_shape_is_a_failed_step() {
     let manager = KvCacheManager::new(roomy()).unwrap();
     let mut engine = Engine::new(engine_config(), Box::new(manager), Box::new(Short), None);
-    let error =
-        engine.generate(vec![Request { prompt: vec![1], params: greedy(1) }]).unwrap().remove(0).unwrap_err();
+    let error = engine.generate(vec![Request::new(vec![1], greedy(1))]).unwrap().remove(0).unwrap_err();
     assert!(error.message.contains("1 rows of 32"), "{error}");
     assert!(!engine.has_work() && engine.stats().device_blocks.used == 0);
 }
@@ -436,7 +422,7 @@ fn an_executor_that_answers_in_another_shape_is_a_failed_step() {
 #[test]
 fn wide_characters_are_shown_whole() {
     let (mut engine, _) = engine(engine_config(), roomy());
-    engine.add(Request { prompt: vec![6, 6], params: greedy(60) }).unwrap();
+    engine.add(Request::new(vec![6, 6], greedy(60))).unwrap();
     let mut tokens = Vec::new();
     let mut shown = String::new();
     for event in run(&mut engine) {
@@ -453,17 +439,18 @@ fn wide_characters_are_shown_whole() {
 
 #[test]
 fn recorded_plans_replay_to_the_same_tokens() {
-    let cache = cache_config(2, 14);
-    let (mut engine, log) = engine(EngineConfig { max_batch_tokens: 6, ..engine_config() }, cache.clone());
+    let cache = CacheConfig { host_blocks: 40, ..cache_config(2, 14) };
+    let config = EngineConfig { max_batch_tokens: 6, preemption: Preemption::Swap, ..engine_config() };
+    let (mut engine, log) = engine(config, cache.clone());
     for first in 0..5 {
-        engine.add(Request { prompt: vec![first, 9, 9, first], params: greedy(12) }).unwrap();
+        engine.add(Request::new(vec![first, 9, 9, first], greedy(12))).unwrap();
     }
     let events = run(&mut engine);
     let tokens: Vec<u32> = events
         .iter()
         .filter_map(|event| if let Event::Token { token_id, .. } = event { Some(*token_id) } else { None })
         .collect();
-    assert!(engine.stats().scheduler.preemptions > 0 && tokens.len() == 60);
+    assert!(engine.stats().scheduler.swaps > 0 && tokens.len() == 60);
 
     let plans = std::mem::take(&mut log.lock().unwrap().plans);
     let mut executor = HashExecutor::new(&cache, Arc::default());
@@ -479,7 +466,7 @@ fn recorded_plans_replay_to_the_same_tokens() {
 #[test]
 fn an_engine_can_move_to_another_thread() {
     let (mut engine, _) = engine(engine_config(), roomy());
-    let request = Request { prompt: vec![1, 2], params: greedy(4) };
+    let request = Request::new(vec![1, 2], greedy(4));
     let results = std::thread::spawn(move || engine.generate(vec![request]).unwrap()).join().unwrap();
     assert_eq!(results[0].as_ref().unwrap().outputs[0].token_ids, plain_greedy(&[1, 2], 4));
 }

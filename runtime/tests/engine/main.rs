@@ -3,8 +3,12 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
+mod ahead;
+mod beams;
 mod behaviour;
+mod prefixes;
 mod real_model;
 mod scheduling;
 mod simulation;
 mod support;
+mod urgency;

@@ -3,12 +3,13 @@
 
 use pagewise_kvcache::{
     Admission, Allocation, BlockId, BlockOps, CacheConfig, CacheError, CacheManager, CacheStats,
-    KvCacheManager, KvGroup, NO_BLOCK, PoolUsage, Prompt, SequenceId,
+    KvCacheManager, KvGroup, NO_BLOCK, PinId, PinnedPrefix, PoolUsage, Prompt, SequenceId,
 };
 use pagewise_runtime::engine::{Detokenize, DetokenizerFactory, Engine, EngineConfig};
 use pagewise_runtime::executor::{Executor, ExecutorError, StepOutput};
 use pagewise_runtime::plan::{LogitRows, StepPlan, TokenInput};
 use pagewise_runtime::sampling::Draw;
+use pagewise_runtime::scheduler::Preemption;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
@@ -180,6 +181,17 @@ impl CacheManager for Audited {
     fn can_allocate(&self, prompts: &[Prompt<'_>]) -> Admission {
         self.0.can_allocate(prompts)
     }
+    fn cached_tokens(&self, prompt: &Prompt<'_>) -> usize {
+        self.0.cached_tokens(prompt)
+    }
+    fn pin_prefix(&mut self, prefix: Prompt<'_>) -> Result<PinnedPrefix, CacheError> {
+        let value = self.0.pin_prefix(prefix);
+        self.audit(value)
+    }
+    fn unpin_prefix(&mut self, id: PinId) -> Result<(), CacheError> {
+        let value = self.0.unpin_prefix(id);
+        self.audit(value)
+    }
     fn allocate(&mut self, sequence: SequenceId, prompt: Prompt<'_>) -> Result<Allocation, CacheError> {
         let value = self.0.allocate(sequence, prompt);
         self.audit(value)
@@ -188,7 +200,11 @@ impl CacheManager for Audited {
         self.0.can_append(sequence, tokens)
     }
     fn append(&mut self, sequence: SequenceId, tokens: usize) -> Result<(), CacheError> {
+        let copied = |cache: &KvCacheManager| cache.stats().copied_blocks;
+        let (before, len) = (copied(&self.0), self.0.len(sequence));
         let value = self.0.append(sequence, tokens);
+        let within = len.is_some_and(|len| !len.is_multiple_of(self.0.config().block_size));
+        assert!(copied(&self.0) == before || within, "a full block was copied");
         self.audit(value)
     }
     fn mark_computed(&mut self, sequence: SequenceId, tokens: &[u32]) -> Result<(), CacheError> {
@@ -207,13 +223,15 @@ impl CacheManager for Audited {
         self.audit(value)
     }
     fn swap_out(&mut self, group: &[SequenceId]) -> Result<(), CacheError> {
-        self.0.swap_out(group)
+        let value = self.0.swap_out(group);
+        self.audit(value)
     }
     fn can_swap_in(&self, group: &[SequenceId]) -> Admission {
         self.0.can_swap_in(group)
     }
     fn swap_in(&mut self, group: &[SequenceId]) -> Result<(), CacheError> {
-        self.0.swap_in(group)
+        let value = self.0.swap_in(group);
+        self.audit(value)
     }
     fn take_block_ops(&mut self) -> BlockOps {
         self.0.take_block_ops()
@@ -264,6 +282,7 @@ pub(crate) fn engine_config() -> EngineConfig {
         max_model_len: 4096,
         vocab_size: VOCAB,
         eos_token_ids: vec![0],
+        preemption: Preemption::Auto,
     }
 }
 

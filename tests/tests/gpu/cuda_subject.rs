@@ -5,12 +5,15 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use pagewise_attention::conformance::{
-    AttentionTask, CopyTask, MergeTask, Refusal, Scale, Subject, SwapTask, WriteTask,
+    AttentionTask, CopyTask, MergeTask, ProbabilityRounding, Refusal, Scale, Subject, SwapTask, WriteTask,
 };
 use pagewise_attention::cuda::{
-    Context, CudaError, DecodeCall, DecodePlan, KvScales, PlanOptions, WriteKvCall, cudarc,
+    CacheScales, Context, CudaError, DecodeCall, DecodePlan, KvScales, PlanOptions, WriteKvCall, cudarc,
 };
-use pagewise_attention::{AttentionConfig, BlockTables, HostTensor, HostTensorMut};
+use pagewise_attention::{AttentionConfig, BlockTables, DType, HostTensor, HostTensorMut};
+
+use pagewise_attention::RowStrides;
+use pagewise_attention::cuda::MergeStatesCall;
 
 pub struct Cuda<'a> {
     pub context: &'a Context,
@@ -95,8 +98,15 @@ impl Subject for Cuda<'_> {
         format!("cuda ({})", self.context.device())
     }
 
-    fn probability_roundoff(&self, config: &AttentionConfig) -> f64 {
-        config.q_dtype.unit_roundoff()
+    fn probability_rounding(&self, config: &AttentionConfig) -> ProbabilityRounding {
+        match (config.q_dtype, config.kv_dtype.is_fp8()) {
+            (DType::F32, _) => ProbabilityRounding::default(),
+            (DType::Bf16, false) => {
+                ProbabilityRounding { relative: DType::Bf16.unit_roundoff(), absolute: 0.0 }
+            }
+            // f16, multiplied by 2^15 first: half its smallest number is 2^-25.
+            _ => ProbabilityRounding { relative: DType::F16.unit_roundoff(), absolute: 2f64.powi(-40) },
+        }
     }
 
     fn attention(
@@ -105,34 +115,49 @@ impl Subject for Cuda<'_> {
         mut out: HostTensorMut<'_>,
         lse: Option<&mut [f32]>,
     ) -> Result<(), Refusal> {
-        if task.k_scale != Scale::One || task.v_scale != Scale::One {
-            return unsupported("scales of the cache");
-        }
         let problem = &task.problem;
         let plan = DecodePlan::new(problem, self.context.device(), self.options).map_err(refusal)?;
-        let BlockTables::Padded { entries, .. } = problem.batch().block_tables else {
-            return unsupported("CSR block tables");
+        let entries = match problem.batch().block_tables {
+            BlockTables::Padded { entries, .. } => entries,
+            BlockTables::Csr { indices, .. } => indices,
+        };
+        let upload_f32 = |values: &[f32]| self.upload(&bytes(HostTensor::F32(values)));
+        let upload_u32 = |words: &[u32]| {
+            self.upload(&words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>())
         };
         let table_bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_le_bytes()).collect();
-        let work_bytes: Vec<u8> = plan.work().iter().flat_map(|word| word.to_le_bytes()).collect();
-        let sizes = plan.workspace().map_err(refusal)?;
+        let sizes = plan.workspace();
         let q = self.upload(&bytes(task.q));
         let k = self.upload(&bytes(task.k));
         let v = self.upload(&bytes(task.v));
         let tables = self.upload(&table_bytes);
-        let work = self.upload(&work_bytes);
+        let work = upload_u32(&plan.work());
         let device_out = self.upload(&bytes(out.as_ref()));
-        let lse_bytes: Vec<u8> =
-            lse.as_deref().unwrap_or(&[]).iter().flat_map(|value| value.to_le_bytes()).collect();
-        let device_lse = self.upload(&lse_bytes);
+        let device_lse = upload_f32(lse.as_deref().unwrap_or(&[]));
+        let scales = match (task.k_scale, task.v_scale) {
+            (Scale::One, Scale::One) => None,
+            (k, v) => self.scales(k, v),
+        };
+        let slopes = task.alibi_slopes.map(upload_f32);
+        let sinks = task.sinks.map(upload_f32);
+        let mask = problem.batch().mask_bits.map(|bits| upload_u32(bits.words));
         let partial_out = self.upload(&vec![0xff; sizes.partial_out as usize]);
         let partial_max = self.upload(&vec![0xff; sizes.partial_max as usize]);
         let tickets = self.upload(&vec![0; sizes.tickets as usize]);
+        let or_null = |slice: &Option<CudaSlice<u8>>| slice.as_ref().map_or(0, |slice| self.address(slice));
         let call = DecodeCall {
             q: self.address(&q),
             k_cache: self.address(&k),
             v_cache: self.address(&v),
             tables: self.address(&tables),
+            scales: scales.as_ref().map_or(CacheScales::default(), |(k, v, per_head)| CacheScales {
+                k: self.address(k),
+                v: self.address(v),
+                per_head: *per_head,
+            }),
+            alibi_slopes: or_null(&slopes),
+            sinks: or_null(&sinks),
+            mask_bits: or_null(&mask),
             out: self.address(&device_out),
             lse: if lse.is_some() { self.address(&device_lse) } else { 0 },
             work: self.address(&work),
@@ -216,10 +241,41 @@ impl Subject for Cuda<'_> {
 
     fn merge_states(
         &mut self,
-        _: &MergeTask<'_>,
-        _: HostTensorMut<'_>,
-        _: &mut [f32],
+        task: &MergeTask<'_>,
+        mut out: HostTensorMut<'_>,
+        lse: &mut [f32],
     ) -> Result<(), Refusal> {
-        unsupported("merge_states")
+        let MergeTask { rows, heads, head_dim, parts } = *task;
+        let dtype = out.dtype();
+        let part_out: Vec<u8> = parts.iter().flat_map(|part| bytes(part.out)).collect();
+        let part_lse: Vec<u8> = parts.iter().flat_map(|part| bytes(HostTensor::F32(part.lse))).collect();
+        let (part_out, part_lse) = (self.upload(&part_out), self.upload(&part_lse));
+        let device_out = self.upload(&bytes(out.as_ref()));
+        let device_lse = self.upload(&bytes(HostTensor::F32(lse)));
+        let (packed, one_each) = (RowStrides::packed(heads, head_dim), RowStrides::packed(heads, 1));
+        let call = MergeStatesCall {
+            parts: parts.len(),
+            rows,
+            heads,
+            head_dim,
+            part_dtype: dtype,
+            part_out: self.address(&part_out),
+            part_out_strides: packed,
+            part_out_stride: (rows * heads * head_dim) as i64,
+            part_lse: self.address(&part_lse),
+            part_lse_strides: one_each,
+            part_lse_stride: (rows * heads) as i64,
+            out_dtype: dtype,
+            out: self.address(&device_out),
+            out_strides: packed,
+            lse: self.address(&device_lse),
+            lse_strides: one_each,
+        };
+        // SAFETY: all addresses are those of live slices that hold what shapes and strides reach.
+        let variant = unsafe { self.context.merge_states_raw(&call, self.stream.cu_stream().into()) };
+        self.variants.push(variant.map_err(refusal)?.name());
+        set(out.reborrow(), &self.stream.clone_dtoh(&device_out).unwrap());
+        set(HostTensorMut::F32(lse), &self.stream.clone_dtoh(&device_lse).unwrap());
+        Ok(())
     }
 }

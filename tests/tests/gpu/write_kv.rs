@@ -165,7 +165,13 @@ impl Case {
     }
 
     /// New rows, with poison in the gaps.
-    fn rows(&self, random: &mut Random, strides: RowStrides, offset: usize, shape: [usize; 3]) -> Vec<u8> {
+    pub fn rows(
+        &self,
+        random: &mut Random,
+        strides: RowStrides,
+        offset: usize,
+        shape: [usize; 3],
+    ) -> Vec<u8> {
         let [tokens, heads, dim] = shape;
         let size = self.source.size();
         let bytes = offset + strides.extent(tokens, heads, dim) as usize * size;
@@ -219,7 +225,7 @@ fn cache_strides(
 }
 
 /// `[tokens, heads, dim]` or `[heads, tokens, dim]`, with gaps.
-fn row_strides(
+pub fn row_strides(
     random: &mut Random,
     tokens: usize,
     heads: usize,
@@ -253,7 +259,7 @@ fn slots(random: &mut Random, count: usize) -> Vec<i64> {
 
 impl Tensors {
     /// The offset of an element of the caches, in bytes, and which buffer it is in.
-    fn cache_place(&self, is_value: bool, slot: usize, head: usize, element: usize) -> (usize, usize) {
+    pub fn cache_place(&self, is_value: bool, slot: usize, head: usize, element: usize) -> (usize, usize) {
         let (strides, offset) = match is_value {
             false => (self.layout.k, self.k_cache_offset),
             true => (self.layout.v, self.v_cache_offset),
@@ -300,7 +306,7 @@ impl Tensors {
     }
 
     /// One over the scale, in f32 as the kernels do it; 1 without scales.
-    fn reciprocal(&self, is_value: bool, head: usize) -> f32 {
+    pub fn reciprocal(&self, is_value: bool, head: usize) -> f32 {
         self.scales.as_ref().map_or(1.0, |scales| {
             let list = if is_value { &scales.v } else { &scales.k };
             1.0 / list[if list.len() == 1 { 0 } else { head }]

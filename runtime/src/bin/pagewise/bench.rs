@@ -72,7 +72,7 @@ impl Bench {
     /// [`Failure`] if the model cannot be loaded or a request fails.
     pub(crate) fn run(self) -> Result<(), Failure> {
         let What::Engine(bench) = self.what;
-        let mut options = bench.model.load_options()?;
+        let mut options = bench.model.load_options();
         options.prefix_cache = false;
         let mut model = load_model(&options, 0)?;
         for &parallel in &bench.parallel {
@@ -143,10 +143,7 @@ impl EngineBench {
             ..SamplingParams::default()
         };
         let requests = (0..parallel)
-            .map(|_| Request {
-                prompt: (0..self.prompt_tokens).map(|_| token()).collect(),
-                params: params.clone(),
-            })
+            .map(|_| Request::new((0..self.prompt_tokens).map(|_| token()).collect(), params.clone()))
             .collect();
         let started = Instant::now();
         let outputs = model.engine.generate(requests).map_err(|error| Failure::error(error.to_string()))?;

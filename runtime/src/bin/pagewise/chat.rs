@@ -1,7 +1,6 @@
 //! `pagewise chat`: one turn, or a conversation at the terminal.
 
 use std::io;
-use std::time::Instant;
 
 use clap::Args;
 use pagewise_runtime::load::{LoadOptions, LoadedModel};
@@ -9,7 +8,7 @@ use pagewise_runtime::request::{Event, FinishReason};
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 
-use crate::generate::{report_speed, write};
+use crate::generate::{report, write};
 use crate::jsonl::{Message, Prompt};
 use crate::options::{ModelOptions, SamplingOptions};
 use crate::{Failure, loading, prompt};
@@ -47,7 +46,7 @@ impl ChatArgs {
     }
 
     /// What was said of the model.
-    pub(crate) fn load_options(&self) -> Result<LoadOptions, Failure> {
+    pub(crate) fn load_options(&self) -> LoadOptions {
         self.model.load_options()
     }
 }
@@ -61,7 +60,7 @@ pub(crate) fn run(args: &ChatArgs, verbose: u8) -> Result<(), Failure> {
         ));
     }
     sampling.check()?;
-    let model = loading::load_model(&args.load_options()?, verbose)?;
+    let model = loading::load_model(&args.load_options(), verbose)?;
     let mut chat = Chat { model, sampling, system: args.system.clone(), messages: Vec::new() };
     chat.clear();
     match &args.message {
@@ -129,7 +128,6 @@ impl Chat {
 
     fn answer(&mut self) -> Result<Option<String>, Failure> {
         let prompt = Prompt::Messages(self.messages.clone());
-        let started = Instant::now();
         let added = prompt::add(&mut self.model, &prompt, self.sampling.clone());
         added.map_err(|error| Failure::Error(error.message))?;
         let engine = &mut self.model.engine;
@@ -137,7 +135,9 @@ impl Chat {
         let mut streamed = false;
         let mut answer = None;
         while engine.has_work() {
-            for event in engine.step().map_err(Failure::error)? {
+            let events = engine.step().map_err(Failure::error)?;
+            report(engine.metrics());
+            for event in events {
                 match event {
                     Event::Token { text, .. } => {
                         streamed = true;
@@ -145,7 +145,6 @@ impl Chat {
                     }
                     Event::Failed { error, .. } => return Err(Failure::error(error)),
                     Event::Finished { output, .. } => {
-                        report_speed(started, &output);
                         let Some(completion) = output.outputs.into_iter().next() else { continue };
                         let text = completion.text.unwrap_or_default();
                         if !streamed {

@@ -3,11 +3,12 @@
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Args;
+use pagewise_runtime::engine::Metrics;
 use pagewise_runtime::load::LoadedModel;
-use pagewise_runtime::request::{Completion, Event, RequestId, RequestOutput, Usage};
+use pagewise_runtime::request::{Completion, Event, RequestId, RequestOutput};
 
 use crate::jsonl::{self, LineError, Prompt};
 use crate::options::{ModelOptions, SamplingOptions};
@@ -48,7 +49,7 @@ pub(crate) struct GenerateArgs {
 /// Runs the command.
 pub(crate) fn run(args: &GenerateArgs, verbose: u8) -> Result<(), Failure> {
     args.sampling.check()?;
-    let options = args.model.load_options()?;
+    let options = args.model.load_options();
     match (&args.prompt, &args.prompts) {
         (Some(text), _) => {
             let mut model = loading::load_model(&options, verbose)?;
@@ -78,21 +79,21 @@ fn read(path: &Path) -> Result<Vec<u8>, Failure> {
 /// A prompt of the command line. Its failure is the command's.
 fn one(model: &mut LoadedModel, text: &str, args: &GenerateArgs) -> Result<(), Failure> {
     let refuse = |error: LineError| Failure::Error(error.message);
-    let started = Instant::now();
     let id = prompt::add(model, &Prompt::Text(text.to_owned()), args.sampling.clone()).map_err(refuse)?;
     // Several completions would run into each other.
     let stream = !args.json && args.sampling.n.unwrap_or(1) == 1;
     let mut out = io::stdout().lock();
     let mut streamed = false;
     while model.engine.has_work() {
-        for event in model.engine.step().map_err(Failure::error)? {
+        let events = model.engine.step().map_err(Failure::error)?;
+        report(model.engine.metrics());
+        for event in events {
             match event {
                 Event::Token { text, .. } if stream => {
                     streamed = true;
                     write(&mut out, &text)?;
                 }
                 Event::Finished { request, output } if request == id => {
-                    report_speed(started, &output);
                     let rest = match (args.json, streamed) {
                         (true, _) => jsonl::output_line(0, &output) + "\n",
                         (false, true) => "\n".to_owned(),
@@ -137,6 +138,7 @@ fn batch(model: &mut LoadedModel, file: &[u8], args: &GenerateArgs) -> Result<()
                 return Err(Failure::error(error));
             }
         };
+        report(model.engine.metrics());
         for event in events {
             let (request, result) = match event {
                 Event::Token { .. } => continue,
@@ -148,7 +150,17 @@ fn batch(model: &mut LoadedModel, file: &[u8], args: &GenerateArgs) -> Result<()
             }
         }
     }
-    tracing::info!(lines = results.next, seconds = started.elapsed().as_secs_f64(), "batch served");
+    let stats = model.engine.stats();
+    tracing::info!(
+        lines = results.next,
+        seconds = started.elapsed().as_secs_f64(),
+        steps = stats.steps,
+        computed_tokens = stats.computed_tokens,
+        generated_tokens = stats.generated_tokens,
+        preemptions = stats.scheduler.preemptions,
+        swaps = stats.scheduler.swaps,
+        "batch served"
+    );
     if results.failed { Err(Failure::Reported) } else { Ok(()) }
 }
 
@@ -206,9 +218,39 @@ pub(crate) fn write(out: &mut impl Write, text: &str) -> Result<(), Failure> {
     out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(|error| Failure::output(&error))
 }
 
-/// Says in the log how long an answer took.
-pub(crate) fn report_speed(started: Instant, output: &RequestOutput) {
-    let Usage { prompt_tokens, completion_tokens, cached_tokens } = output.usage;
-    let seconds = started.elapsed().as_secs_f64();
-    tracing::info!(prompt_tokens, cached_tokens, completion_tokens, seconds, "answered");
+/// Says in the log what the last step did, and how long the requests took that ended in it.
+pub(crate) fn report(metrics: &Metrics) {
+    for request in &metrics.ended {
+        let seconds = |time: Option<Duration>| time.unwrap_or_default().as_secs_f64();
+        tracing::info!(
+            request = request.request.0,
+            outcome = ?request.outcome,
+            prompt_tokens = request.prompt_tokens,
+            cached_tokens = request.cached_tokens,
+            generated_tokens = request.generated_tokens,
+            preemptions = request.preemptions,
+            queued_s = seconds(request.queued()),
+            first_token_s = seconds(request.time_to_first_token()),
+            seconds = seconds(request.latency()),
+            "request ended"
+        );
+    }
+    let (step, blocks, queue) = (&metrics.step, &metrics.stats.device_blocks, &metrics.stats.scheduler);
+    tracing::debug!(
+        step = step.id,
+        sequences = step.sequences,
+        prefill_tokens = step.prefill_tokens,
+        decode_tokens = step.decode_tokens,
+        waiting = queue.waiting,
+        blocks_used = blocks.used,
+        blocks = blocks.total,
+        swapped_out = step.swapped_out_blocks,
+        swapped_in = step.swapped_in_blocks,
+        copied = step.copied_blocks,
+        preempted = step.preempted,
+        schedule_us = step.schedule.as_micros() as u64,
+        execute_us = step.execute.as_micros() as u64,
+        sample_us = step.sample.as_micros() as u64,
+        "step"
+    );
 }

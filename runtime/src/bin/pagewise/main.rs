@@ -136,7 +136,7 @@ mod tests {
         ]);
         let Command::Chat(args) = cli.unwrap().command else { panic!("chat was asked for") };
         assert_eq!(args.sampling().temperature, Some(1.0));
-        assert_eq!(args.load_options().unwrap().model, "b");
+        assert_eq!(args.load_options().model, "b");
     }
 
     #[test]

@@ -6,11 +6,11 @@ use clap::{Args, ValueEnum};
 use pagewise_attention::{DType, MAX_BLOCK_SIZE};
 use pagewise_runtime::load::{BackendChoice, CacheSize, LoadFormat, LoadOptions};
 use pagewise_runtime::request::{EarlyStopping, SamplingParams};
+use pagewise_runtime::scheduler::Preemption;
 
 use crate::Failure;
 
-/// Where the model comes from and what it runs on. Hidden options are those that the engine of this version
-/// refuses; they are known so that the refusal can say why.
+/// Where the model comes from and what it runs on.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Model and memory")]
 pub(crate) struct ModelOptions {
@@ -36,9 +36,10 @@ pub(crate) struct ModelOptions {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     kv_memory: Option<u64>,
     /// Host memory for the blocks of sequences that make room for others, such as 4GiB
-    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "0", hide = true)]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "0")]
     swap_space: u64,
-    /// How a sequence makes room for others when the cache is full
+    /// How a request makes room for others when the cache is full: its tokens are computed again, or its blocks are
+    /// moved to --swap-space; auto takes what is quicker as measured
     #[arg(long, value_enum, default_value_t = PreemptionName::Auto)]
     preemption: PreemptionName,
     /// Most sequences in one step
@@ -63,18 +64,8 @@ pub(crate) struct ModelOptions {
 
 impl ModelOptions {
     /// The library's form of these options.
-    ///
-    /// # Errors
-    /// [`Failure`] for what the engine of this version cannot do.
-    pub(crate) fn load_options(&self) -> Result<LoadOptions, Failure> {
-        if self.preemption == PreemptionName::Swap || self.swap_space > 0 {
-            let option = if self.swap_space > 0 { "--swap-space" } else { "--preemption swap" };
-            return Err(Failure::error(format!(
-                "{option}: the engine of this version does not swap blocks to host memory; \
-                 it recomputes preempted sequences (--preemption auto or recompute)"
-            )));
-        }
-        Ok(LoadOptions {
+    pub(crate) fn load_options(&self) -> LoadOptions {
+        LoadOptions {
             backend: self.backend.into(),
             dtype: self.dtype.into(),
             kv_dtype: self.kv_dtype.into(),
@@ -84,6 +75,8 @@ impl ModelOptions {
                 (None, Some(bytes)) => CacheSize::Bytes(bytes),
                 (None, None) => CacheSize::Auto,
             },
+            swap_space: self.swap_space,
+            preemption: self.preemption.into(),
             max_num_seqs: self.max_num_seqs.get(),
             max_batch_tokens: self.max_batch_tokens.get(),
             max_model_len: self.max_model_len.map(NonZeroUsize::get),
@@ -94,7 +87,7 @@ impl ModelOptions {
                 LoadFormatName::Dummy => LoadFormat::Dummy,
             },
             ..LoadOptions::new(self.model.as_str())
-        })
+        }
     }
 }
 
@@ -140,8 +133,17 @@ impl From<DTypeName> for Option<DType> {
 enum PreemptionName {
     Auto,
     Recompute,
-    #[value(hide = true)]
     Swap,
+}
+
+impl From<PreemptionName> for Preemption {
+    fn from(name: PreemptionName) -> Self {
+        match name {
+            PreemptionName::Auto => Self::Auto,
+            PreemptionName::Recompute => Self::Recompute,
+            PreemptionName::Swap => Self::Swap,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -207,13 +209,13 @@ pub(crate) struct SamplingOptions {
     #[arg(long, value_name = "ID:X,...", value_delimiter = ',', value_parser = parse_bias)]
     pub(crate) logit_bias: Option<Vec<(u32, f32)>>,
     /// Search with this many beams instead of sampling
-    #[arg(long, value_name = "N", hide = true)]
+    #[arg(long, value_name = "N")]
     pub(crate) beam_width: Option<usize>,
     /// Exponent of the length by which a beam's score is divided
-    #[arg(long, hide = true, value_name = "X", value_parser = parse_finite, allow_negative_numbers = true)]
+    #[arg(long, value_name = "X", value_parser = parse_finite, allow_negative_numbers = true)]
     pub(crate) length_penalty: Option<f32>,
     /// When a beam search ends: true, false or never
-    #[arg(long, hide = true, value_name = "WHEN", value_parser = parse_early_stopping)]
+    #[arg(long, value_name = "WHEN", value_parser = parse_early_stopping)]
     pub(crate) early_stopping: Option<EarlyStopping>,
 }
 

@@ -12,7 +12,7 @@ use crate::options::SamplingOptions;
 /// # Errors
 /// [`LineError`] if the model lacks a tokenizer or chat template that the prompt needs, or the template refuses.
 fn request(model: &LoadedModel, prompt: &Prompt, sampling: SamplingOptions) -> Result<Request, LineError> {
-    Ok(Request { prompt: token_ids(model, prompt)?, params: sampling.into_params(defaults(model)) })
+    Ok(Request::new(token_ids(model, prompt)?, sampling.into_params(defaults(model))))
 }
 
 /// What applies where neither line nor command line says anything: what the model's makers recommend.

@@ -1,0 +1,226 @@
+//! How a step's work is best spread over the GPU: KV heads of a thread block, and where rows are cut.
+//!
+//! A model of time with five constants, all measured on one H100 (`docs/kernel-notes.md`). Reading takes the bytes of
+//! all rows over the bandwidth of the memory; but one multiprocessor cannot draw more than a small multiple of its
+//! share, so a thread block that has too much to do is late. Cutting rows makes thread blocks equal; merging what they
+//! found costs time of its own.
+
+use pagewise_ptx::decode::TILE_KEYS;
+
+use super::split::{Cut, Keys, Shrink};
+
+/// How many times its share of the bandwidth one multiprocessor can draw.
+const MOST_SHARES: f64 = 1.75;
+
+/// What the merge of splits takes, in bytes that a multiprocessor reads in that time: about 2 µs.
+const MERGE: f64 = 48e3;
+
+/// What it takes a multiprocessor to go from one thread block to the next, likewise: about 1.5 µs.
+const NEXT: f64 = 36e3;
+
+/// What the DRAM loses when a thread block reads one KV head of a block instead of eight, as a part of the time; a
+/// third less for two heads, two thirds less for four.
+const SCATTER: f64 = 0.01;
+
+/// What each wave of thread blocks after the first adds, as a part of what one thread block has to do: they do not
+/// all end together.
+const WAVE: f64 = 0.04;
+
+/// What there is to spread, and over what.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Step {
+    pub(super) kv_heads: u32,
+    pub(super) query_tiles: u32,
+    /// Warps of a thread block.
+    pub(super) warps: u32,
+    pub(super) multiprocessors: u64,
+    /// Thread blocks that fit a multiprocessor at once.
+    pub(super) blocks_each: u64,
+    /// Bytes of K and V of a key of one KV head.
+    pub(super) key_bytes: u64,
+}
+
+impl Step {
+    /// Thread blocks that fit the GPU at once.
+    pub(super) fn slots(&self) -> u64 {
+        self.multiprocessors * self.blocks_each
+    }
+
+    /// Thread blocks of a work item.
+    pub(super) fn blocks_per_item(&self, block_heads: u32) -> u64 {
+        u64::from(self.kv_heads / block_heads.max(1)) * u64::from(self.query_tiles)
+    }
+
+    /// Keys that a thread block's warps take at a time.
+    pub(super) fn round(&self, block_heads: u32) -> u32 {
+        self.warps / block_heads.max(1) * TILE_KEYS
+    }
+
+    /// Numbers of KV heads that a thread block can have.
+    fn head_choices(&self, fixed: Option<u32>) -> impl Iterator<Item = u32> {
+        let Self { kv_heads, warps, .. } = *self;
+        let fits = move |heads: &u32| *heads <= warps && kv_heads.is_multiple_of(*heads);
+        let free = [1, 2, 4, 8].into_iter().filter(move |heads| fixed.is_none() && fits(heads));
+        free.chain(fixed)
+    }
+}
+
+/// The lengths of the rows, as far as the model asks.
+struct Lengths {
+    rows: f64,
+    total: f64,
+    longest: f64,
+}
+
+/// How a step is spread.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Choice {
+    pub(super) block_heads: u32,
+    pub(super) cut: Cut,
+    /// What it takes, in bytes that a multiprocessor reads in that time at its share of the bandwidth.
+    pub(super) cost: f64,
+}
+
+/// KV heads of a thread block, and how rows are cut.
+pub(super) fn choose(rows: &[Keys], step: &Step, block_heads: Option<u32>, shrink: Option<Shrink>) -> Choice {
+    let lengths =
+        rows.iter().map(Keys::span).fold(Lengths { rows: 0.0, total: 0.0, longest: 0.0 }, |so_far, span| {
+            Lengths {
+                rows: so_far.rows + f64::from(u8::from(span > 0)),
+                total: so_far.total + f64::from(span),
+                longest: so_far.longest.max(f64::from(span)),
+            }
+        });
+    let (slots, each) = (step.slots() as f64, step.blocks_each as f64);
+    // The bytes of a multiprocessor's share, the floor of every choice.
+    let bytes = lengths.total * (step.key_bytes * step.blocks_per_item(1)) as f64;
+    let share = bytes / step.multiprocessors as f64;
+    // The most that one thread block draws, as long as others share its multiprocessor.
+    let most = MOST_SHARES / each;
+    let scattered = |heads: u32| share * (1.0 + SCATTER * (1.0 - f64::from(heads).log2() / 3.0));
+    let (next, merge) = (NEXT / each, MERGE * (1.0 + each) / 2.0);
+
+    let cut_heads = block_heads.unwrap_or(1);
+    let shrinking = Choice {
+        block_heads: cut_heads,
+        cut: Cut::shrinking(shrink.unwrap_or_default(), lengths.total as u64, step, cut_heads),
+        cost: scattered(cut_heads) + merge + 2.0 * next,
+    };
+    if shrink.is_some() {
+        return shrinking;
+    }
+
+    // Whole rows need no merge.
+    let whole = |heads: u32| {
+        let key = (u64::from(heads) * step.key_bytes) as f64;
+        let blocks = lengths.rows * step.blocks_per_item(heads) as f64;
+        let waves = (blocks / slots).ceil().max(1.0);
+        let mean = key * lengths.total / lengths.rows.max(1.0);
+        // The last thread blocks have the memory to themselves and still need their time.
+        let last = mean * (blocks - (waves - 1.0) * slots) / step.multiprocessors as f64;
+        let tail = match waves > 1.0 {
+            true => (mean / MOST_SHARES - last).max(0.0) + (next + WAVE * mean) * (waves - 1.0),
+            false => 0.0,
+        };
+        let cost = (scattered(heads) + tail).max(key * lengths.longest / most);
+        Choice { block_heads: heads, cut: Cut::Equal(u32::MAX), cost }
+    };
+    let whole = step.head_choices(block_heads).map(whole).reduce(cheaper).unwrap_or(shrinking);
+    if whole.cost <= scattered(cut_heads) + merge {
+        return whole;
+    }
+    // Equal pieces that fill the GPU once; or pieces that shrink with what is left.
+    let key = (u64::from(cut_heads) * step.key_bytes) as f64;
+    let equal = one_wave(rows, step, cut_heads).map(|keys| Choice {
+        block_heads: cut_heads,
+        cut: Cut::Equal(keys),
+        cost: scattered(cut_heads).max(f64::from(keys) * key / most) + merge,
+    });
+    [Some(whole), equal].into_iter().flatten().fold(shrinking, cheaper)
+}
+
+/// The cheaper of two choices, the second if they are equal.
+fn cheaper(a: Choice, b: Choice) -> Choice {
+    if a.cost < b.cost { a } else { b }
+}
+
+/// The smallest pieces, in whole rounds, that are no more than there are slots for.
+fn one_wave(rows: &[Keys], step: &Step, block_heads: u32) -> Option<u32> {
+    let most = step.slots() / step.blocks_per_item(block_heads).max(1);
+    let round = step.round(block_heads);
+    let pieces = |rounds: u32| {
+        rows.iter()
+            .map(|keys| u64::from(keys.span().max(1).div_ceil(rounds.saturating_mul(round))))
+            .sum::<u64>()
+    };
+    let longest = rows.iter().map(Keys::span).max()?.max(1).div_ceil(round);
+    if most == 0 || pieces(longest) > most {
+        return None;
+    }
+    // No fewer than would be enough if all rows were as long as they are together.
+    let total: u64 = rows.iter().map(|keys| u64::from(keys.span())).sum();
+    let (mut low, mut high) = (total.div_ceil(most).div_ceil(u64::from(round)).max(1) as u32, longest);
+    low = low.min(high);
+    while low < high {
+        let middle = low + (high - low) / 2;
+        match pieces(middle) <= most {
+            true => high = middle,
+            false => low = middle + 1,
+        }
+    }
+    Some(high * round)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rows(lens: &[u32]) -> Vec<Keys> {
+        let number =
+            |(row, &end): (usize, &u32)| Keys { table: 0, row: row as u32, begin: 0, end, position: 0 };
+        lens.iter().enumerate().map(number).collect()
+    }
+
+    /// An H100 with one thread block of 8 warps a multiprocessor, head_dim 128 in 16 bits.
+    fn h100(kv_heads: u32) -> Step {
+        Step { kv_heads, query_tiles: 1, warps: 8, multiprocessors: 132, blocks_each: 1, key_bytes: 512 }
+    }
+
+    #[test]
+    fn what_measured_best_is_chosen() {
+        let choice = |kv_heads, lens: &[u32]| {
+            let Choice { block_heads, cut, .. } = choose(&rows(lens), &h100(kv_heads), None, None);
+            (block_heads, cut)
+        };
+        let whole = Cut::Equal(u32::MAX);
+        // Enough rows: whole ones, with as many heads to a thread block as leave one for every multiprocessor.
+        assert_eq!(choice(8, &[4096; 64]), (4, whole));
+        assert_eq!(choice(32, &[1024; 8]), (2, whole));
+        assert_eq!(choice(8, &[512; 256]), (8, whole));
+        assert_eq!(choice(1, &[1024; 128]), (1, whole));
+        // Half the multiprocessors are enough for short rows; a merge would take longer.
+        assert_eq!(choice(8, &[1024; 8]), (1, whole));
+        // Few rows: one wave of equal pieces.
+        assert_eq!(choice(8, &[8192]), (1, Cut::Equal(512)));
+        assert_eq!(choice(8, &[32768]), (1, Cut::Equal(2048)));
+        assert_eq!(choice(1, &[8192; 8]), (1, Cut::Equal(512)));
+        // Two long waves end raggedly: better pieces that shrink.
+        assert!(matches!(choice(32, &[4096; 64]), (1, Cut::Shrinking { .. })));
+    }
+
+    #[test]
+    fn two_thread_blocks_a_multiprocessor_take_what_would_be_two_waves() {
+        let two = Step { warps: 4, blocks_each: 2, ..h100(1) };
+        let cost = |step: &Step, lens: &[u32]| choose(&rows(lens), step, None, None).cost;
+        assert!(cost(&two, &[512; 256]) < cost(&h100(1), &[512; 256]));
+        assert!(cost(&two, &[8192; 8]) > cost(&h100(1), &[8192; 8]));
+    }
+
+    #[test]
+    fn nothing_to_do_is_no_special_case() {
+        for lens in [&[][..], &[0], &[0, 0, 1]] {
+            let choice = choose(&rows(lens), &h100(8), None, None);
+            assert!([1, 2, 4, 8].contains(&choice.block_heads));
+        }
+    }
+}

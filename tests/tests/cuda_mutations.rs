@@ -1,0 +1,146 @@
+//! Faults planted in the kernels, one at a time: on a GPU each must make a small set of cases fail. Skipped, loudly,
+//! without one. `docs/kernel-testing.md` lists the faults.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    unreachable_pub,
+    dead_code,
+    reason = "a test"
+)]
+
+#[path = "gpu/cuda.rs"]
+mod cuda;
+#[path = "gpu/cuda_machine.rs"]
+mod cuda_machine;
+#[path = "gpu/cuda_subject.rs"]
+mod cuda_subject;
+#[path = "gpu/encode.rs"]
+mod encode;
+#[path = "gpu/faults.rs"]
+mod faults;
+#[path = "gpu/machine.rs"]
+mod machine;
+#[path = "gpu/merge.rs"]
+mod merge;
+#[path = "gpu/random.rs"]
+mod random;
+#[path = "gpu/rotary.rs"]
+mod rotary;
+#[path = "gpu/write_kv.rs"]
+mod write_kv;
+
+use std::sync::atomic::Ordering;
+
+use cuda_machine::Gpu;
+use cuda_subject::Cuda;
+use faults::Fault;
+use machine::{check_merge, check_rotary, check_write};
+use merge::MergeCase;
+use pagewise_attention::DType;
+use pagewise_attention::conformance::{Case as ConformanceCase, Outcome, run_case};
+use pagewise_attention::cuda::ptx::decode::Ring;
+use pagewise_attention::cuda::{Context, PlanOptions};
+use random::{Random, run_cases, run_seed};
+use write_kv::Case;
+
+/// A fault that every case takes for the truth, or why a case does not.
+type Verdict = Result<(), String>;
+
+/// Plants each fault and runs `cases`, which say what was wrong. The cases must pass without a fault.
+fn every_fault_is_found(faults: &[Fault], cases: impl Fn(&Context) -> Verdict) {
+    let Some(context) = cuda::context() else { return };
+    cases(&context).unwrap_or_else(|error| panic!("without any fault: {error}"));
+    // Under a sanitizer, which is slow, a few are enough.
+    let count = run_cases(faults.len()).min(faults.len());
+    let mut survivors = Vec::new();
+    for fault in &faults[..count] {
+        let (alter, planted) = fault.planted();
+        let context = cuda::context().unwrap().with_altered_kernels(alter);
+        let verdict = cases(&context);
+        assert!(planted.load(Ordering::Relaxed) > 0, "{}: no kernel has the line {}", fault.name, fault.line);
+        match verdict {
+            Ok(()) => survivors.push(format!("{}: {}", fault.name, fault.breaks)),
+            // A fault must not stop the kernel from loading or running: that would find anything.
+            Err(error) => {
+                let is_wrong_result = !error.contains("CUDA_ERROR") && !error.contains("could not compile");
+                assert!(is_wrong_result, "{}: {error}", fault.name);
+                eprintln!("found: {} ({}): {}", fault.name, fault.breaks, error.lines().next().unwrap_or(""));
+            }
+        }
+    }
+    assert!(survivors.is_empty(), "no case finds: {survivors:#?}");
+    eprintln!("{}: {count} faults found", context.device());
+}
+
+/// Random cases of one variant each, so that a fault costs few compilations.
+#[test]
+fn faults_of_write_kv_are_found() {
+    every_fault_is_found(faults::WRITE_KV, |context| {
+        let mut machine = Gpu::new(context);
+        let mut random = Random::new(run_seed());
+        for cache in [DType::Bf16, DType::F32] {
+            for _ in 0..4 {
+                let case = Case { source: DType::Bf16, cache, unit: 8, seed: random.next() };
+                check_write(&mut machine, &case)?;
+                check_rotary(&mut machine, &case)?;
+            }
+        }
+        let capability = context.device().compute_capability;
+        if (capability.major, capability.minor) >= (8, 9) {
+            let case = Case { source: DType::F16, cache: DType::F8E4M3, unit: 8, seed: random.next() };
+            check_write(&mut machine, &case)?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn faults_of_merge_states_are_found() {
+    every_fault_is_found(faults::MERGE_STATES, |context| {
+        let mut machine = Gpu::new(context);
+        let mut random = Random::new(run_seed());
+        for _ in 0..30 {
+            let case = MergeCase { part: DType::F32, out: DType::F32, unit: 4, seed: random.next() };
+            check_merge(&mut machine, &case)?;
+        }
+        Ok(())
+    });
+}
+
+/// What decode's faults must fail: few keys and many, windows, groups that fill no tile, empty rows, and splits.
+const DECODE_CASES: &[(&str, Option<u32>)] = &[
+    (
+        "attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal sequences=1:1,1:17,1:130,1:511,1:0",
+        None,
+    ),
+    (
+        "attention q=bf16 kv=bf16 heads=20/2 dim=128 block=32 mask=window:37 layout=hnd sequences=1:300,0:9,1:40",
+        None,
+    ),
+    ("attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal sequences=1:900,1:33", Some(64)),
+    ("attention q=bf16 kv=bf16 heads=4/4 dim=128 block=16 mask=causal scores=60 sequences=1:3000", Some(64)),
+    // Many tiles to a warp, and maxima that rise late.
+    (
+        "attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal scores=60 sequences=1:2000,1:700",
+        Some(4096),
+    ),
+];
+
+#[test]
+fn faults_of_decode_are_found() {
+    every_fault_is_found(faults::DECODE, |context| {
+        let mut subject = Cuda::new(context);
+        for &(line, item_keys) in DECODE_CASES {
+            subject.options = PlanOptions { item_keys, ring: Some(Ring::Large), ..PlanOptions::default() };
+            let case: ConformanceCase = line.parse().unwrap();
+            let case = ConformanceCase { seed: run_seed() % 1_000_000_000, ..case };
+            match run_case(&mut subject, &case).outcome {
+                Outcome::Passed(_) => {}
+                Outcome::Failed(reason) => return Err(format!("PAGEWISE_CASE=\"{case}\": {reason}")),
+                Outcome::Skipped(reason) => panic!("{case} is not taken: {reason}"),
+            }
+        }
+        Ok(())
+    });
+}

@@ -1,0 +1,292 @@
+//! Faults of one line each, planted in kernels to see that the tests find them.
+//!
+//! Owns the table and how a fault gets into a text. A fault must end (no endless loop) and stay within the memory that
+//! the kernel may touch, so that it shows as a wrong result and not as a dead GPU.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// One line of a kernel family's text that becomes another.
+#[derive(Clone, Copy, Debug)]
+pub struct Fault {
+    pub name: &'static str,
+    /// The kernels that it is planted in: their entry points begin so.
+    pub family: &'static str,
+    /// The line as it is rendered, without indentation and comment. Its first occurrence is meant.
+    pub line: &'static str,
+    /// What stands there instead; may be nothing, or several lines.
+    pub instead: &'static str,
+    /// What is wrong then.
+    pub breaks: &'static str,
+}
+
+impl Fault {
+    /// A function that plants the fault wherever its line is, and a count of the kernels that had it.
+    pub fn planted(self) -> (impl Fn(&str, &str) -> String + Send + Sync + 'static, Arc<AtomicUsize>) {
+        let count = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&count);
+        let alter = move |entry: &str, text: &str| {
+            if !entry.starts_with(self.family) {
+                return text.to_owned();
+            }
+            let mut found = false;
+            let mut altered = String::with_capacity(text.len());
+            for line in text.split_inclusive('\n') {
+                let code = line.split_once("//").map_or(line, |(code, _)| code).trim();
+                if !found && code == self.line {
+                    found = true;
+                    altered.push_str(self.instead);
+                    altered.push('\n');
+                } else {
+                    altered.push_str(line);
+                }
+            }
+            counted.fetch_add(usize::from(found), Ordering::Relaxed);
+            altered
+        };
+        (alter, count)
+    }
+}
+
+/// Faults of `write_kv`.
+pub const WRITE_KV: &[Fault] = &[
+    Fault {
+        name: "place in the block",
+        family: "write_kv",
+        line: "sub.u32 %r_place, %r_slot, %r_place;",
+        instead: "mov.u32 %r_place, 0;",
+        breaks: "every token goes to the first place of its block",
+    },
+    Fault {
+        name: "skipped token",
+        family: "write_kv",
+        line: "setp.lt.and.u64 %p_store, %rd_slot0, %rd_num_slots, %p_token0;",
+        instead: "setp.ge.u64 %p_move, %rd_slot0, %rd_num_slots;\n@%p_move mov.u64 %rd_slot0, 0;\nand.pred %p_store, %p_token0, %p_token0;",
+        breaks: "a token without a slot goes to slot 0",
+    },
+    Fault {
+        name: "head of new K",
+        family: "write_kv",
+        line: "mad.lo.u64 %rd_offset, %rd_head, %rd_stride, %rd_element;",
+        instead: "mov.u64 %rd_offset, %rd_element;",
+        breaks: "every head stores K of head 0",
+    },
+    Fault {
+        name: "second vector",
+        family: "write_kv",
+        line: "add.u64 %rd_to, %rd_to, %rd_key_out_b;",
+        instead: "",
+        breaks: "the second vector of a thread lands on its first",
+    },
+    Fault {
+        name: "row too long",
+        family: "write_kv",
+        line: "setp.lt.u32 %p_value_b, %r_b, %r_limit;",
+        instead: "setp.lt.u32 %p_value_b, %r_b, 0;",
+        breaks: "the second half of V is not stored",
+    },
+    Fault {
+        name: "scale the wrong way",
+        family: "write_kv",
+        line: "rcp.rn.f32 %f_key_scale, %f_key_scale;",
+        instead: "",
+        breaks: "an fp8 cache holds K times its scale",
+    },
+    Fault {
+        name: "sense of turning",
+        family: "write_kv",
+        line: "neg.f32 %f_x, %f_x;",
+        instead: "",
+        breaks: "rotary embedding mirrors instead of turning",
+    },
+    Fault {
+        name: "position",
+        family: "write_kv",
+        line: "mad.lo.u64 %rd_offset, %rd_position, %rd_stride, %rd_offset;",
+        instead: "",
+        breaks: "rotary embedding turns by the angles of position 0",
+    },
+];
+
+/// Faults of `merge_states`.
+pub const MERGE_STATES: &[Fault] = &[
+    Fault {
+        name: "rescaling of the sum",
+        family: "merge_states",
+        line: "mul.f32 %f_total, %f_total, %f_alpha;",
+        instead: "",
+        breaks: "a maximum that rises late leaves the sum of weights too large",
+    },
+    Fault {
+        name: "rescaling of the output",
+        family: "merge_states",
+        line: "mul.f32 %f_sum0, %f_sum0, %f_alpha;",
+        instead: "",
+        breaks: "the same of the outputs",
+    },
+    Fault {
+        name: "empty part",
+        family: "merge_states",
+        line: "setp.neu.f32 %p_full0, %f_lse0, 0fFF800000;",
+        instead: "setp.eq.u32 %p_full0, %r_part, %r_part;",
+        breaks: "the output of an empty part counts with weight 0, and 0 * NaN is NaN",
+    },
+    Fault {
+        name: "empty row",
+        family: "merge_states",
+        line: "selp.f32 %f_safe, 0f00000000, %f_new, %p_empty;",
+        instead: "mov.f32 %f_safe, %f_new;",
+        breaks: "-inf - -inf is NaN where every part is empty",
+    },
+    Fault {
+        name: "base of the exponential",
+        family: "merge_states",
+        line: "mul.f32 %f_weight1, %f_weight1, 0f3FB8AA3B;",
+        instead: "",
+        breaks: "the second part is weighed in base 2",
+    },
+    Fault {
+        name: "base of the logarithm",
+        family: "merge_states",
+        line: "fma.rn.f32 %f_x, %f_x, 0f3F317218, %f_max;",
+        instead: "add.f32 %f_x, %f_x, %f_max;",
+        breaks: "lse counts its sum in base 2",
+    },
+    Fault {
+        name: "next part",
+        family: "merge_states",
+        line: "add.u64 %rd_out, %rd_out, %rd_out_step;",
+        instead: "",
+        breaks: "outputs and weights belong to different parts",
+    },
+];
+
+/// Faults of `decode`, of the variant that the cases of its test take: bf16 with head_dim 128 and the large ring.
+pub const DECODE: &[Fault] = &[
+    Fault {
+        name: "log-sum-exp of a row",
+        family: "decode",
+        line: "lg2.approx.f32 %f_x, %f_sum0;",
+        instead: "mov.f32 %f_x, %f_sum0;",
+        breaks: "lse adds the sum and not its logarithm",
+    },
+    Fault {
+        name: "block of a tile",
+        family: "decode",
+        line: "shfl.sync.idx.b32 %r_page, %r_entries, %r_x, 31, 0xffffffff;",
+        instead: "xor.b32 %r_z, %r_x, 1;\nshfl.sync.idx.b32 %r_page, %r_entries, %r_z, 31, 0xffffffff;",
+        breaks: "neighbouring tiles swap their blocks",
+    },
+    Fault {
+        name: "place in the block",
+        family: "decode",
+        line: "and.b32 %r_place, %r_ahead, %r_block_mask;",
+        instead: "mov.u32 %r_place, 0;",
+        breaks: "every tile of a block is its first",
+    },
+    Fault {
+        name: "keys before the window",
+        family: "decode",
+        line: "sub.s32 %r_x, %r_begin, %r_base;",
+        instead: "mov.u32 %r_x, 0;",
+        breaks: "keys of the first tile that the window hides weigh as zeros do",
+    },
+    Fault {
+        name: "mask",
+        family: "decode",
+        line: "setp.eq.u32 %p_a, %r_x, 0;",
+        instead: "setp.ne.u32 %p_a, %r_lane, %r_lane;",
+        breaks: "keys past the end weigh as zeros do",
+    },
+    Fault {
+        name: "scale",
+        family: "decode",
+        line: "mul.f32 %f_s0, %f_s0, %f_scale0;",
+        instead: "",
+        breaks: "half of the scores are not scaled",
+    },
+    Fault {
+        name: "query of a lane",
+        family: "decode",
+        line: "add.u32 %r_y, %r_x, %r_g;",
+        instead: "mov.u32 %r_y, %r_x;",
+        breaks: "every query is the first of its group",
+    },
+    Fault {
+        name: "arrival of a tile",
+        family: "decode",
+        line: "cp.async.wait_group 1;",
+        instead: "cp.async.wait_group 2;",
+        breaks: "a tile is read before it has arrived",
+    },
+    Fault {
+        name: "next tile of the ring",
+        family: "decode",
+        line: "add.u32 %r_use, %r_use, 8192;",
+        instead: "",
+        breaks: "every tile is read from the first place of the ring",
+    },
+    Fault {
+        name: "place of a chunk",
+        family: "decode",
+        line: "xor.b32 %r_x, %r_copy_chunk, %r_copy_row;",
+        instead: "mov.b32 %r_x, %r_copy_chunk;",
+        breaks: "chunks are not where the fragments look for them",
+    },
+    Fault {
+        name: "rescaling of the output",
+        family: "decode",
+        line: "mul.f32 %f_o0, %f_o0, %f_alpha0;",
+        instead: "",
+        breaks: "a maximum that rises late leaves an element too large",
+    },
+    Fault {
+        name: "rescaling of the sum",
+        family: "decode",
+        line: "mul.f32 %f_sum0, %f_sum0, %f_alpha0;",
+        instead: "",
+        breaks: "the same of the sum of probabilities",
+    },
+    Fault {
+        name: "turning of P",
+        family: "decode",
+        line: "movmatrix.sync.aligned.m8n8.trans.b16 %r_p0, %r_x;",
+        instead: "mov.b32 %r_p0, %r_x;",
+        breaks: "probabilities meet the values of other keys",
+    },
+    Fault {
+        name: "barrier before the warps meet",
+        family: "decode",
+        line: "bar.sync 0;",
+        instead: "",
+        breaks: "a warp's sums are read before they are there",
+    },
+    Fault {
+        name: "empty row",
+        family: "decode",
+        line: "selp.f32 %f_weight0, 0f00000000, %f_weight0, %p_b;",
+        instead: "",
+        breaks: "0 / 0 is NaN where a row sees no key",
+    },
+    Fault {
+        name: "place of a split",
+        family: "decode",
+        line: "add.u32 %r_key, %r_first_partial, %r_split;",
+        instead: "mov.u32 %r_key, %r_first_partial;",
+        breaks: "all splits of a row store their results in one place",
+    },
+    Fault {
+        name: "last to arrive",
+        family: "decode",
+        line: "setp.ne.u32 %p_last, %r_x, %r_y;",
+        instead: "setp.ne.u32 %p_last, %r_x, 0;",
+        breaks: "the first thread block merges what the others have not stored yet",
+    },
+    Fault {
+        name: "weight of a split",
+        family: "decode",
+        line: "sub.f32 %f_weight0, %f_x, %f_safe0;",
+        instead: "sub.f32 %f_weight0, %f_safe0, %f_safe0;",
+        breaks: "splits count alike, whatever their maxima",
+    },
+];
