@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode, cuLaunchKernel};
-use cudarc::driver::{CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr};
+use cudarc::driver::{CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, result};
 use cudarc::nvrtc::Ptx;
 use pagewise_attention::DType;
 use pagewise_attention::cuda::{Context, RawStream, cudarc};
@@ -80,8 +80,13 @@ impl<'a> Gpu<'a> {
     /// So many elements, element `i` being that of the pattern at `i` modulo its length.
     pub fn filled(&self, dtype: DType, elements: usize) -> CudaSlice<u8> {
         let (size, pattern) = (dtype.size(), self.pattern(dtype));
-        // SAFETY: every element is written below.
-        let mut slice = unsafe { self.stream.alloc::<u8>(elements * size) }.unwrap();
+        // One plain allocation, as engines make for a cache: memory from the driver's stream-ordered pool may lie in
+        // other pages, which matters to the TLB.
+        // SAFETY: the pointer is new and as long as said; every element is written below.
+        let mut slice = unsafe {
+            let pointer = result::malloc_sync(elements * size).unwrap();
+            self.stream.upgrade_device_ptr::<u8>(pointer, elements * size)
+        };
         let mut from = 0;
         while from < elements {
             let len = PATTERN.min(elements - from);
