@@ -56,6 +56,7 @@ impl Engine {
         self.read_logits(&schedule, &output, events)?;
         let times = [started, scheduled, executed, (self.clock)()];
         self.note_step(&schedule, times);
+        self.scheduler.recycle(schedule);
         Ok(())
     }
 

@@ -71,13 +71,14 @@ impl Scheduler {
     ) -> Result<Admitted, CacheError> {
         let Some(id) = self.waiting.first().map(|rank| rank.id()) else { return Ok(Admitted::No) };
         let (alone, most, salt) = (self.resident.is_empty(), self.most_sequences(), self.salt);
+        let seats = self.groups.get(&id).map_or(0, |head| head.seats);
+        if self.resident_sequences + seats > most {
+            return Ok(Admitted::No);
+        }
         // Samples that wait for their group's prompt have been promised their blocks.
         let residents = self.resident.iter().filter_map(|rank| self.groups.get(&rank.id()));
         let promised: usize = residents.map(|group| growth(group, cache)).sum();
         let Some(head) = self.groups.get_mut(&id) else { return Ok(Admitted::No) };
-        if self.resident_sequences + head.seats > most {
-            return Ok(Admitted::No);
-        }
         // Alone, it may use what the watermark or its own growth would keep free.
         if !alone && !has_room(head, promised, salt, cache) {
             return Ok(Admitted::No);

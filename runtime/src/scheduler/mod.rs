@@ -45,6 +45,7 @@ use order::Rank;
 use pagewise_kvcache::{CacheError, CacheManager, SequenceId};
 use rustc_hash::FxHashMap;
 use std::collections::BTreeSet;
+use steps::Buffers;
 
 /// Limits of a step and of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,6 +132,8 @@ pub struct Scheduler {
     resident_sequences: usize,
     /// Cancelled while they held blocks, which come free at the next step.
     cancelled: Vec<Group>,
+    /// For the next step's chunks.
+    buffers: Vec<Buffers>,
     next_sequence: u64,
     next_step: u64,
     salt: u64,
@@ -149,6 +152,7 @@ impl Scheduler {
             resident: BTreeSet::new(),
             resident_sequences: 0,
             cancelled: Vec::new(),
+            buffers: Vec::new(),
             next_sequence: 0,
             next_step: 0,
             salt: 0,

@@ -5,12 +5,20 @@ use super::group::Group;
 use super::preemption::{Reserved, append_missing};
 use super::{Schedule, ScheduledChunk, Scheduler, rebuild};
 use crate::plan::{Chunk, LogitRows, TokenInput, TokenPlace};
-use pagewise_kvcache::{CacheError, CacheManager};
+use pagewise_kvcache::{BlockId, CacheError, CacheManager, SequenceId};
 
 /// What is left of a step.
 struct Budget {
     tokens: usize,
     prompt_logit_rows: usize,
+    buffers: Vec<Buffers>,
+}
+
+/// Memory of an earlier step's chunk, used again: asking for it anew was a fifth of what a step costs.
+#[derive(Debug, Default)]
+pub(super) struct Buffers {
+    tokens: Vec<TokenInput>,
+    block_tables: Vec<Vec<BlockId>>,
 }
 
 impl Scheduler {
@@ -34,14 +42,20 @@ impl Scheduler {
         let mut budget = Budget {
             tokens: self.config.max_batch_tokens,
             prompt_logit_rows: self.config.max_prompt_logit_rows.max(1),
+            buffers: std::mem::take(&mut self.buffers),
         };
         schedule.plan.chunks.reserve(self.resident_sequences);
         schedule.chunks.reserve(self.resident_sequences);
-        for decodes in [true, false] {
-            for rank in &self.resident {
-                let Some(group) = self.groups.get_mut(&rank.id()) else { continue };
-                add_chunks(group, decodes, &mut budget, &mut schedule, cache);
+        let mut with_prompts = Vec::new();
+        for rank in &self.resident {
+            let Some(group) = self.groups.get_mut(&rank.id()) else { continue };
+            if add_chunks(group, true, &mut budget, &mut schedule, cache) == Others::Remain {
+                with_prompts.push(rank.id());
             }
+        }
+        for id in with_prompts {
+            let Some(group) = self.groups.get_mut(&id) else { continue };
+            add_chunks(group, false, &mut budget, &mut schedule, cache);
         }
         // In the step of a preemption blocks are short; whoever came in now would be the next to go.
         if reserved == Reserved::All {
@@ -66,6 +80,16 @@ impl Scheduler {
             self.next_step += 1;
         }
         Ok(schedule)
+    }
+
+    /// Takes back a schedule that is done with: the next ones are made in its memory. Nothing is lost where a schedule
+    /// is dropped instead.
+    pub fn recycle(&mut self, schedule: Schedule) {
+        // Only that of decodes, of which there are as many in the next step; a prompt's would hold memory for long.
+        let decodes = schedule.plan.chunks.into_iter().filter(|chunk| chunk.tokens.len() == 1);
+        self.buffers.clear();
+        self.buffers
+            .extend(decodes.map(|Chunk { tokens, block_tables, .. }| Buffers { tokens, block_tables }));
     }
 
     /// Lets the next step be planned before this one is computed: every sequence whose next token this step
@@ -114,6 +138,29 @@ impl Scheduler {
     }
 }
 
+impl Buffers {
+    /// Puts a sequence's block tables, the first `blocks` of each, in the place of those that are here.
+    fn set_block_tables(&mut self, sequence: SequenceId, blocks: usize, cache: &dyn CacheManager) {
+        let groups = cache.config().groups.len();
+        self.block_tables.resize_with(groups, Vec::new);
+        let tables = (0..groups).filter_map(|group| cache.block_table(sequence, group));
+        let mut filled = 0;
+        for (buffer, table) in self.block_tables.iter_mut().zip(tables) {
+            buffer.clear();
+            buffer.extend_from_slice(table.get(..blocks).unwrap_or(table));
+            filled += 1;
+        }
+        self.block_tables.truncate(filled);
+    }
+}
+
+/// Whether a group has chunks of the other kind than the one that was asked for.
+#[derive(PartialEq, Eq)]
+enum Others {
+    None,
+    Remain,
+}
+
 /// Adds chunks of a group's sequences: those with one token to compute (decodes), or the others.
 fn add_chunks(
     group: &mut Group,
@@ -121,16 +168,21 @@ fn add_chunks(
     budget: &mut Budget,
     schedule: &mut Schedule,
     cache: &dyn CacheManager,
-) {
+) -> Others {
     let rebuilding = group.rebuilding();
     let request = group.id();
+    let mut others = Others::None;
     for index in 0..group.sequences.len() {
         let goal = if rebuilding { Some(group.goal(index)) } else { None };
         let Some(sequence) = group.sequences.get_mut(index) else { break };
         let goal = goal.unwrap_or_else(|| sequence.len());
         let start = sequence.planned;
         let remaining = goal.min(sequence.slots).saturating_sub(start);
-        if sequence.finished || remaining == 0 || (remaining == 1) != decodes {
+        if sequence.finished || remaining == 0 {
+            continue;
+        }
+        if (remaining == 1) != decodes {
+            others = Others::Remain;
             continue;
         }
         let mut count = remaining.min(budget.tokens);
@@ -154,12 +206,12 @@ fn add_chunks(
         };
         budget.tokens -= count;
         let blocks = end.div_ceil(cache.config().block_size.max(1));
-        let groups = cache.config().groups.len();
-        let mut block_tables = Vec::with_capacity(groups);
-        let tables = (0..groups).filter_map(|kv_group| cache.block_table(sequence.id, kv_group));
-        block_tables.extend(tables.map(|table| table.get(..blocks).unwrap_or(table).to_vec()));
+        let mut buffers = budget.buffers.pop().unwrap_or_default();
+        buffers.set_block_tables(sequence.id, blocks, cache);
+        let Buffers { mut tokens, block_tables } = buffers;
+        tokens.clear();
         let known = sequence.tokens.get(start..end.min(sequence.tokens.len())).unwrap_or_default();
-        let mut tokens: Vec<TokenInput> = known.iter().map(|&token| TokenInput::Known(token)).collect();
+        tokens.extend(known.iter().map(|&token| TokenInput::Known(token)));
         if next_token {
             tokens.extend(sequence.placeholder.map(TokenInput::Placeholder));
         }
@@ -167,4 +219,5 @@ fn add_chunks(
         schedule.plan.chunks.push(Chunk { sequence: sequence.id, tokens, start, block_tables, logits });
         schedule.chunks.push(ScheduledChunk { request, index, next_token });
     }
+    others
 }
