@@ -28,7 +28,7 @@ fn main() -> Result<(), CudaError> {
     let Some(engine) = context.cudarc() else { return Ok(()) };
     let stream = engine.default_stream();
 
-    // Eight query heads share two key-value heads; K and V of a block lie side by side, which GPUs read faster.
+    // Eight query heads share two key-value heads; K and V of a block lie side by side, which an H100 reads faster.
     let config = AttentionConfig::new(8, 2, 128, DType::Bf16);
     let apart = CacheLayout::nhd(8, BLOCK_SIZE, &config);
     let layout = apart.interleaved();

@@ -91,7 +91,7 @@ pub fn shapes() -> Vec<Shape> {
 #[derive(Clone, Copy)]
 pub struct Layout {
     pub hnd: bool,
-    /// K and V each in a buffer of their own, and not block by block side by side, as most peers have them.
+    /// K and V each in a buffer of their own, and not block by block side by side.
     pub apart: bool,
 }
 
