@@ -28,7 +28,7 @@ use pagewise_attention::conformance::{
 use pagewise_attention::cuda::ptx::all_kernels;
 use pagewise_attention::cuda::ptx::decode::{DecodeTuning, Prefetch, Ring};
 use pagewise_attention::cuda::{
-    CudaError, DecodeCall, DecodePlan, DecodeSlices, DecodeWorkspace, PlanOptions, Shrink, StepLimits, cudarc,
+    CudaError, AttentionCall, DecodePlan, AttentionSlices, AttentionWorkspace, PlanOptions, Shrink, StepLimits, cudarc,
 };
 use pagewise_attention::{BlockTables, DType, HostTensorMut, MAX_HEAD_DIM};
 use random::{Random, run_cases, run_seed};
@@ -290,7 +290,7 @@ fn replay(
     let tickets = upload(&vec![0; sizes.tickets as usize]);
     let subject =
         Cuda { context, stream: stream.clone(), options: PlanOptions::default(), variants: Vec::new() };
-    let call = DecodeCall {
+    let call = AttentionCall {
         q: subject.address(&q),
         k_cache: subject.address(&k),
         v_cache: subject.address(&v),
@@ -300,7 +300,7 @@ fn replay(
         partial_out: subject.address(&partial_out),
         partial_max: subject.address(&partial_max),
         tickets: subject.address(&tickets),
-        ..DecodeCall::default()
+        ..AttentionCall::default()
     };
     context.prepare_decode(&plan).unwrap();
     stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
@@ -353,7 +353,7 @@ fn one_graph_serves_steps_of_changing_lengths() {
     let partial_out = room(bound.workspace.partial_out as usize);
     let partial_max = room(bound.workspace.partial_max as usize);
     let tickets = stream.clone_htod(&vec![0u8; bound.workspace.tickets as usize]).unwrap();
-    let call = DecodeCall {
+    let call = AttentionCall {
         q: subject.address(&q),
         k_cache: subject.address(&k),
         v_cache: subject.address(&v),
@@ -363,7 +363,7 @@ fn one_graph_serves_steps_of_changing_lengths() {
         partial_out: subject.address(&partial_out),
         partial_max: subject.address(&partial_max),
         tickets: subject.address(&tickets),
-        ..DecodeCall::default()
+        ..AttentionCall::default()
     };
     let plan = DecodePlan::new(&largest.problem().unwrap(), context.device(), options).unwrap();
     context.prepare_decode(&plan).unwrap();
@@ -414,7 +414,7 @@ fn slices_are_checked_and_give_the_same_bits() {
     let plan = DecodePlan::new(&problem, context.device(), PlanOptions::default()).unwrap();
     let limits = StepLimits { rows: 8, keys: 8 * 3000 };
     let bound = DecodePlan::bound(&data.config, context.device(), limits, PlanOptions::default()).unwrap();
-    let mut workspace = DecodeWorkspace::new(&stream, &bound).unwrap();
+    let mut workspace = AttentionWorkspace::new(&stream, &bound).unwrap();
     workspace.upload(&stream, &plan).unwrap();
     let BlockTables::Padded { entries, .. } = problem.batch().block_tables else { unreachable!() };
     let numbers = |bytes: Vec<u8>| -> Vec<half::bf16> {
@@ -427,7 +427,7 @@ fn slices_are_checked_and_give_the_same_bits() {
     let slopes = stream.clone_htod(data.alibi_slopes.as_deref().unwrap()).unwrap();
     let mut out = stream.clone_htod(&vec![half::bf16::NAN; q.len()]).unwrap();
     let mut decode = |q, alibi_slopes| {
-        let args = DecodeSlices {
+        let args = AttentionSlices {
             q,
             k_cache: k.as_view(),
             v_cache: v.as_view(),

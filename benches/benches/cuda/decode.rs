@@ -2,7 +2,7 @@
 
 use cudarc::driver::CudaSlice;
 use pagewise_attention::cuda::cudarc;
-use pagewise_attention::cuda::{DecodeCall, DecodePlan, PlanOptions, WriteKvCall};
+use pagewise_attention::cuda::{AttentionCall, DecodePlan, PlanOptions, WriteKvCall};
 use pagewise_attention::{AttentionConfig, CacheLayout, DType, PagedBatch, Problem, RowStrides};
 use serde_json::{Value, json};
 
@@ -286,7 +286,7 @@ impl<'a, 'b> Prepared<'a, 'b> {
         let partial_out = stream.alloc_zeros::<u8>(sizes.partial_out.max(16) as usize).unwrap();
         let partial_max = stream.alloc_zeros::<u8>(sizes.partial_max.max(16) as usize).unwrap();
         let tickets = stream.alloc_zeros::<u8>(sizes.tickets.max(16) as usize).unwrap();
-        let call = |set: usize| DecodeCall {
+        let call = |set: usize| AttentionCall {
             q: gpu.address(&self.q),
             k_cache: gpu.address(&self.k_cache),
             v_cache: gpu.address(self.v_cache.as_ref().unwrap_or(&self.k_cache))
@@ -297,7 +297,7 @@ impl<'a, 'b> Prepared<'a, 'b> {
             partial_out: gpu.address(&partial_out),
             partial_max: gpu.address(&partial_max),
             tickets: gpu.address(&tickets),
-            ..DecodeCall::default()
+            ..AttentionCall::default()
         };
         let launch = |set: usize| {
             // SAFETY: all addresses are those of live slices that hold what the plan reaches, on one stream.

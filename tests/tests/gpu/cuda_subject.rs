@@ -8,7 +8,7 @@ use pagewise_attention::conformance::{
     AttentionTask, CopyTask, MergeTask, ProbabilityRounding, Refusal, Scale, Subject, SwapTask, WriteTask,
 };
 use pagewise_attention::cuda::{
-    CacheScales, Context, CudaError, DecodeCall, DecodePlan, KvScales, PlanOptions, WriteKvCall, cudarc,
+    CacheScales, Context, CudaError, AttentionCall, DecodePlan, KvScales, PlanOptions, WriteKvCall, cudarc,
 };
 use pagewise_attention::{AttentionConfig, BlockTables, DType, HostTensor, HostTensorMut};
 
@@ -145,7 +145,7 @@ impl Subject for Cuda<'_> {
         let partial_max = self.upload(&vec![0xff; sizes.partial_max as usize]);
         let tickets = self.upload(&vec![0; sizes.tickets as usize]);
         let or_null = |slice: &Option<CudaSlice<u8>>| slice.as_ref().map_or(0, |slice| self.address(slice));
-        let call = DecodeCall {
+        let call = AttentionCall {
             q: self.address(&q),
             k_cache: self.address(&k),
             v_cache: self.address(&v),
