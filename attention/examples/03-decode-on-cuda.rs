@@ -6,7 +6,7 @@
 use half::bf16;
 use pagewise_attention::cpu::{Inputs, Outputs, Plan};
 use pagewise_attention::cuda::{
-    Context, CudaError, DecodePlan, AttentionSlices, AttentionWorkspace, PlanOptions, StepLimits,
+    AttentionSlices, AttentionWorkspace, Context, CudaError, DecodePlan, PlanOptions, StepLimits,
 };
 use pagewise_attention::{
     AttentionConfig, CacheLayout, DType, HostTensor, HostTensorMut, PagedBatch, Problem,

@@ -58,7 +58,8 @@ pub fn all_kernels() -> Result<Vec<Kernel>, Error> {
     let page_read =
         [false, true].into_iter().map(|merges| Ok(page_read::PageRead::new(merges)?.into_kernel()));
     let prefill = prefill::PrefillSpec::all().map(|spec| Ok(prefill::Prefill::new(spec)?.into_kernel()));
-    let prefill_merge = prefill::PrefillMerge::all().map(|spec| Ok(prefill::PrefillMerge::new(spec)?.into_kernel()));
+    let prefill_merge =
+        prefill::PrefillMerge::all().map(|spec| Ok(prefill::PrefillMerge::new(spec)?.into_kernel()));
     let attention = decode.chain(prefill).chain(prefill_merge);
     write_kv.chain(merge_states).chain(counter).chain(attention).chain(page_read).collect()
 }

@@ -18,7 +18,7 @@ mod cuda_subject;
 mod random;
 
 use cuda::Receipts;
-use cuda_subject::{Cuda, bytes};
+use cuda_subject::{Cuda, by_rows, bytes};
 use cudarc::driver::CudaSlice;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use pagewise_attention::conformance::{
@@ -28,7 +28,8 @@ use pagewise_attention::conformance::{
 use pagewise_attention::cuda::ptx::all_kernels;
 use pagewise_attention::cuda::ptx::decode::{DecodeTuning, Prefetch, Ring};
 use pagewise_attention::cuda::{
-    CudaError, AttentionCall, DecodePlan, AttentionSlices, AttentionWorkspace, PlanOptions, Shrink, StepLimits, cudarc,
+    AttentionCall, AttentionSlices, AttentionWorkspace, CudaError, DecodePlan, PlanOptions, Shrink,
+    StepLimits, cudarc,
 };
 use pagewise_attention::{BlockTables, DType, HostTensorMut, MAX_HEAD_DIM};
 use random::{Random, run_cases, run_seed};
@@ -167,13 +168,13 @@ fn random_cases_agree_with_the_oracle() {
     let (mut ran, mut skipped) = (0, 0);
     for turn in 0..run_cases(252) {
         let case = decode_case(&mut random, turn);
-        subject.options = random_options(&mut random, &case);
+        subject.options = by_rows(random_options(&mut random, &case));
         match check(&mut subject, &case) {
             true => ran += 1,
             false => skipped += 1,
         }
     }
-    subject.options = PlanOptions::default();
+    subject.options = by_rows(PlanOptions::default());
     // What of the suite's own table this backend takes.
     for case in quick(random.next()) {
         match check(&mut subject, &case) {
@@ -202,7 +203,7 @@ fn long_sequences_and_many_splits_agree_with_the_oracle() {
         ("attention q=f16 kv=f16 heads=32/8 dim=128 block=16 mask=causal sequences=20*1:300,3*1:2000", None),
         ("attention q=bf16 kv=bf16 heads=8/8 dim=64 block=256 mask=causal sequences=1:9000,1:1", Some(2048)),
     ] {
-        subject.options = PlanOptions { item_keys, ..PlanOptions::default() };
+        subject.options = by_rows(PlanOptions { item_keys, ..PlanOptions::default() });
         let case = Case { seed: run_seed() % 1_000_000_000, ..line.parse().unwrap() };
         let outcome = run_case(&mut subject, &case).outcome;
         assert!(
@@ -222,7 +223,7 @@ fn run(subject: &mut Cuda<'_>, data: &AttentionData) -> Result<Buffer, Refusal> 
 fn with_a_fixed_split_a_row_does_not_depend_on_its_batch() {
     let Some(context) = cuda::context() else { return };
     let mut subject = Cuda::new(&context);
-    subject.options = PlanOptions { item_keys: Some(128), ..PlanOptions::default() };
+    subject.options = by_rows(PlanOptions { item_keys: Some(128), ..PlanOptions::default() });
     let batch: Case =
         "attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal sequences=1:700,1:90,1:1500"
             .parse()
@@ -288,8 +289,12 @@ fn replay(
     let partial_out = upload(&vec![0xff; sizes.partial_out as usize]);
     let partial_max = upload(&vec![0xff; sizes.partial_max as usize]);
     let tickets = upload(&vec![0; sizes.tickets as usize]);
-    let subject =
-        Cuda { context, stream: stream.clone(), options: PlanOptions::default(), variants: Vec::new() };
+    let subject = Cuda {
+        context,
+        stream: stream.clone(),
+        options: by_rows(PlanOptions::default()),
+        variants: Vec::new(),
+    };
     let call = AttentionCall {
         q: subject.address(&q),
         k_cache: subject.address(&k),
@@ -327,7 +332,7 @@ fn one_graph_serves_steps_of_changing_lengths() {
     let subject = Cuda {
         context: &context,
         stream: stream.clone(),
-        options: PlanOptions::default(),
+        options: by_rows(PlanOptions::default()),
         variants: Vec::new(),
     };
     let line = "attention q=bf16 kv=bf16 heads=16/4 dim=128 block=16 mask=causal";
@@ -395,7 +400,7 @@ fn one_graph_serves_steps_of_changing_lengths() {
         graph.launch().unwrap();
         let found = stream.clone_dtoh(&out).unwrap();
         let mut expecting = Cuda::new(&context);
-        expecting.options = options;
+        expecting.options = by_rows(options);
         let expected = bytes(run(&mut expecting, &data).unwrap().as_ref());
         assert!(found.starts_with(&expected), "step {turn} with {lens:?} gave other bits");
         assert!(found[expected.len()..].iter().all(|&byte| byte == 0xff), "step {turn} wrote past its rows");

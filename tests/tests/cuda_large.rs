@@ -21,7 +21,7 @@ use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, LaunchConfig, PushKernelA
 use cudarc::nvrtc::Ptx;
 use half::bf16;
 use pagewise_attention::cuda::ptx::counter::{Counter, number};
-use pagewise_attention::cuda::{Context, AttentionCall, DecodePlan, PlanOptions, cudarc, ptx};
+use pagewise_attention::cuda::{AttentionCall, Context, DecodePlan, PlanOptions, cudarc, ptx};
 use pagewise_attention::{AttentionConfig, CacheLayout, DType, KvStrides, PagedBatch, Problem};
 use random::{Random, run_seed};
 

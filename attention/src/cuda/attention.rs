@@ -43,11 +43,7 @@ impl AttentionPlan {
     ///
     /// # Errors
     /// [`CudaError::Unsupported`] for what neither kernel does, [`CudaError::TooLarge`] beyond their 32-bit sizes.
-    pub fn new(
-        problem: &Problem<'_>,
-        device: &Device,
-        options: AttentionOptions,
-    ) -> Result<Self, CudaError> {
+    pub fn new(problem: &Problem<'_>, device: &Device, options: AttentionOptions) -> Result<Self, CudaError> {
         let AttentionOptions { decode, form, prefill_keys, tiles_from } = options;
         let config = problem.config();
         let spec = PrefillPart::spec(config, device, form);

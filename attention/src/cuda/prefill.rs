@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use pagewise_ptx::decode::WorkspaceSizes;
 use pagewise_ptx::prefill::{
-    Form, MergeItem, NO_PARTIAL, Prefill, PrefillArgs, PrefillItem, PrefillMerge, PrefillMergeArgs, PrefillSpec,
+    Form, MergeItem, NO_PARTIAL, Prefill, PrefillArgs, PrefillItem, PrefillMerge, PrefillMergeArgs,
+    PrefillSpec,
 };
 
 use super::call::{Planned, Tensors};
@@ -112,7 +113,8 @@ impl PrefillPart {
         }
         // The longest first, heads of one tile side by side.
         tiles.sort_by_key(|tile| Reverse(tile.keys));
-        let blocks = u64::from(spec.blocks_per_multiprocessor().min(device.blocks_that_fit(spec.shared_bytes())));
+        let blocks =
+            u64::from(spec.blocks_per_multiprocessor().min(device.blocks_that_fit(spec.shared_bytes())));
         let slots = u64::from(device.multiprocessors.max(1)) * blocks.max(1);
         let piece = match item_keys {
             Some(keys) => u64::from(keys.div_ceil(spec.tile_keys()).max(1)),
@@ -179,7 +181,8 @@ impl PrefillPart {
 
     /// Words of [`PrefillPart::add_work`].
     pub(super) fn work_words(&self) -> u64 {
-        (self.items.len() * PrefillItem::WORDS + self.merges.len() * MergeItem::WORDS + self.ranges.len() * 4) as u64
+        (self.items.len() * PrefillItem::WORDS + self.merges.len() * MergeItem::WORDS + self.ranges.len() * 4)
+            as u64
     }
 
     /// Puts items, merges and ranges behind other work.
@@ -192,7 +195,11 @@ impl PrefillPart {
     /// Bytes of workspace that a run needs.
     pub(super) fn workspace(&self) -> WorkspaceSizes {
         let rows = u64::from(self.partials) * u64::from(self.spec.tile_rows());
-        WorkspaceSizes { partial_out: rows * u64::from(self.spec.head_dim) * 4, partial_max: rows * 8, tickets: 0 }
+        WorkspaceSizes {
+            partial_out: rows * u64::from(self.spec.head_dim) * 4,
+            partial_max: rows * 8,
+            tickets: 0,
+        }
     }
 }
 

@@ -17,6 +17,13 @@ pub enum Form {
 impl Form {
     /// All forms.
     pub const ALL: [Self; 2] = [Self::Large, Self::Small];
+
+    /// Whether GPUs of a compute capability run it; Hopper's instructions are Hopper's alone.
+    pub const fn runs_on(self, major: u32, minor: u32) -> bool {
+        match self {
+            Self::Large | Self::Small => major * 10 + minor >= 80,
+        }
+    }
 }
 
 /// Which variant: fixed when the text is rendered.
