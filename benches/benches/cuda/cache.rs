@@ -6,6 +6,7 @@ use pagewise_attention::{AttentionConfig, CacheLayout, KvStrides};
 
 use crate::gpu::{Gpu, ROTATION, Random};
 
+/// Keys of a block, where nothing else is said.
 pub const BLOCK: usize = 16;
 
 /// V begins elsewhere in the pattern, so that it is not K.
@@ -15,6 +16,8 @@ const V_SHIFT: usize = 16 * 1001;
 #[derive(Clone, Copy)]
 pub struct Layout {
     pub hnd: bool,
+    /// Keys of a block.
+    pub block: usize,
     /// K and V each in a buffer of their own, and not block by block side by side.
     pub apart: bool,
 }
@@ -47,14 +50,15 @@ impl Cache {
     /// For sequences of such lengths; blocks in random order.
     pub fn new(gpu: &Gpu<'_>, config: &AttentionConfig, lens: &[i32], layout: Layout) -> Self {
         let kv_dtype = config.kv_dtype;
-        let blocks_of = |len: i32| (len as usize).div_ceil(BLOCK);
+        let block = layout.block;
+        let blocks_of = |len: i32| (len as usize).div_ceil(block);
         let blocks_per_set: usize = lens.iter().map(|len| blocks_of(*len)).sum();
         let token = config.kv_heads * (config.head_dim_qk + config.head_dim_v) * kv_dtype.size();
-        let sets = (ROTATION / (blocks_per_set * BLOCK * token)).clamp(1, 128);
+        let sets = (ROTATION / (blocks_per_set * block * token)).clamp(1, 128);
         let blocks = sets * blocks_per_set;
         let apart = match layout.hnd {
-            false => CacheLayout::nhd(blocks, BLOCK, config),
-            true => CacheLayout::hnd(blocks, BLOCK, config),
+            false => CacheLayout::nhd(blocks, block, config),
+            true => CacheLayout::hnd(blocks, block, config),
         };
         // Where V begins in K's buffer, or in the pattern of its own.
         let (layout, v_start) = match layout.apart {
@@ -106,11 +110,12 @@ impl Cache {
         len: usize,
         head: usize,
     ) -> Vec<f64> {
+        let block = self.layout.block_size;
         let table = &self.tables[0][sequence * self.max_blocks..][..self.max_blocks];
         let element = |index| gpu.element(config.kv_dtype, index);
         let place = |strides: KvStrides, key: usize| {
-            table[key / BLOCK] as usize * strides.block as usize
-                + key % BLOCK * strides.token as usize
+            table[key / block] as usize * strides.block as usize
+                + key % block * strides.token as usize
                 + head * strides.head as usize
         };
         let scores: Vec<f64> = (0..len)

@@ -91,8 +91,9 @@ fn layouts(shape: &Shape) -> Vec<Layout> {
     let also_apart =
         shape.q_heads == 32 && ["8x1024", "64x4096"].iter().any(|name| shape.name.ends_with(name));
     let orders = [false, true];
-    let list = orders.map(|hnd| Layout { hnd, apart: false }).into_iter();
-    list.chain(orders.map(|hnd| Layout { hnd, apart: true }).into_iter().filter(|_| also_apart)).collect()
+    let list = orders.map(|hnd| Layout { hnd, apart: false, block: BLOCK }).into_iter();
+    list.chain(orders.map(|hnd| Layout { hnd, apart: true, block: BLOCK }).into_iter().filter(|_| also_apart))
+        .collect()
 }
 
 pub fn all_shapes(gpu: &Gpu<'_>, yardsticks: &Yardsticks, wanted: impl Fn(&str) -> bool) -> Vec<Value> {

@@ -6,7 +6,7 @@ use pagewise_attention::cuda::{AttentionCall, AttentionOptions, AttentionPlan, c
 use pagewise_attention::{AttentionConfig, DType, PagedBatch, Problem};
 use serde_json::{Value, json};
 
-use crate::cache::{Cache, Layout};
+use crate::cache::{BLOCK, Cache, Layout};
 use crate::gpu::Gpu;
 
 /// 32 query heads over 8 KV heads of 128 elements, causal.
@@ -35,14 +35,19 @@ fn shapes() -> Vec<Shape> {
 }
 
 pub fn all_shapes(gpu: &Gpu<'_>) -> Vec<Value> {
-    println!("prefill bf16, 32/8 heads, d128, block 16, causal: us, TFLOP/s");
+    println!("prefill bf16, 32/8 heads, d128, causal: us, TFLOP/s");
     let capability = gpu.context.device().compute_capability;
     let forms = Form::ALL.into_iter().filter(|form| form.runs_on(capability.major, capability.minor));
     let forms: Vec<Form> = forms.collect();
     let mut results = Vec::new();
     for Shape { name, sequences, peers } in shapes() {
-        let prepared = Prepared::new(gpu, &sequences);
-        for form in &forms {
+        for (block, form) in
+            std::iter::once(BLOCK).chain([128]).flat_map(|block| forms.iter().map(move |form| (block, form)))
+        {
+            if block != BLOCK && *form != Form::Hopper {
+                continue;
+            }
+            let prepared = Prepared::new(gpu, &sequences, block);
             let options = AttentionOptions { form: Some(*form), ..AttentionOptions::default() };
             let (us, error, variants) = prepared.measure(options);
             let rate = prepared.flops() / us / 1e6;
@@ -50,11 +55,11 @@ pub fn all_shapes(gpu: &Gpu<'_>) -> Vec<Value> {
                 format!("  x{:.2} FA3 paged, x{:.2} FI fa2", rate / fa3, rate / fa2)
             });
             println!(
-                "{name:12} {form:?} {us:9.1} us {rate:6.0} TFLOP/s{over}  error {error:.1e}  {}",
+                "{name:12} block {block:3} {form:7?} {us:9.1} us {rate:6.0} TFLOP/s{over}  error {error:.1e}  {}",
                 variants.join(" + ")
             );
             results.push(json!({
-                "shape": name, "form": format!("{form:?}"), "us": us, "tflop_s": rate, "relative_error": error,
+                "shape": name, "block": block, "form": format!("{form:?}"), "us": us, "tflop_s": rate, "relative_error": error,
                 "variants": variants, "fa3_paged_tflop_s": peers.map(|p| p[0]), "fi_fa2_tflop_s": peers.map(|p| p[1]),
                 "fi_fa3_tflop_s": peers.map(|p| p[2]),
             }));
@@ -64,7 +69,7 @@ pub fn all_shapes(gpu: &Gpu<'_>) -> Vec<Value> {
     let (decodes, chunk) = (vec![(1, 2048); 64], vec![(2048, 2048)]);
     let mixture = [decodes.clone(), chunk.clone()].concat();
     let [alone, prefill, together] = [decodes, chunk, mixture]
-        .map(|sequences| Prepared::new(gpu, &sequences).measure(AttentionOptions::default()).0);
+        .map(|sequences| Prepared::new(gpu, &sequences, BLOCK).measure(AttentionOptions::default()).0);
     let ratio = together / (alone + prefill);
     println!(
         "mixture: 64 decodes of 2048 keys {alone:.1} us, one prompt of 2048 {prefill:.1} us, in one plan {together:.1} us: x{ratio:.3} of the sum"
@@ -88,7 +93,7 @@ struct Prepared<'a, 'b> {
 }
 
 impl<'a, 'b> Prepared<'a, 'b> {
-    fn new(gpu: &'a Gpu<'b>, sequences: &[(i32, i32)]) -> Self {
+    fn new(gpu: &'a Gpu<'b>, sequences: &[(i32, i32)], block: usize) -> Self {
         let (q_heads, kv_heads, dim) = HEADS;
         let config = AttentionConfig::new(q_heads, kv_heads, dim, DType::Bf16);
         let lens: Vec<i32> = sequences.iter().map(|sequence| sequence.1).collect();
@@ -97,7 +102,7 @@ impl<'a, 'b> Prepared<'a, 'b> {
             query_start.push(query_start.last().unwrap() + queries);
         }
         let rows = *query_start.last().unwrap() as usize;
-        let cache = Cache::new(gpu, &config, &lens, Layout { hnd: false, apart: false });
+        let cache = Cache::new(gpu, &config, &lens, Layout { hnd: false, apart: false, block });
         let q = gpu.filled(DType::Bf16, rows * q_heads * dim);
         let mut expected = Vec::new();
         // Of the first and the last sequence: first, last and two rows between, each with another head.

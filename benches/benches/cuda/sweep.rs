@@ -9,7 +9,7 @@ use pagewise_attention::cuda::ptx::decode::{DecodeTuning, Prefetch, Ring};
 use pagewise_attention::cuda::{PlanOptions, Shrink};
 use serde_json::{Value, json};
 
-use crate::cache::Layout;
+use crate::cache::{BLOCK, Layout};
 use crate::decode::{Measured, Prepared, shapes};
 use crate::gpu::Gpu;
 
@@ -56,7 +56,7 @@ pub fn run(gpu: &Gpu<'_>) -> Vec<Value> {
             break;
         }
         let shape = all.iter().find(|shape| shape.name == name).expect("a shape of the table");
-        let prepared = Prepared::new(gpu, shape, Layout { hnd, apart: false });
+        let prepared = Prepared::new(gpu, shape, Layout { hnd, apart: false, block: BLOCK });
         let usual = DecodeTuning::for_row_bytes(shape.row_bytes(), Ring::Large);
         let mut tried: Vec<(f64, PlanOptions)> = Vec::new();
         let mut attempt = |tried: &mut Vec<(f64, PlanOptions)>, options: PlanOptions| {

@@ -135,13 +135,17 @@ impl PrefillSpec {
         }
     }
 
-    /// Those of Q, and of the tiles of K and V; on Hopper also two tables of rows and the barriers, from the first
+    /// Those of Q, and of the tiles of K and V; on Hopper Q twice, two tables of rows and the barriers, from the first
     /// multiple of 1024 on.
     pub(super) const fn dynamic_bytes(self) -> u32 {
-        let tiles = (self.tile_rows() + 2 * self.stages() * self.tile_keys()) * self.head_dim * 2;
+        let tiles = 2 * self.stages() * self.tile_keys();
+        let row = self.head_dim * 2;
         match self.form {
-            Form::Hopper => 1024 + tiles + 2 * self.tile_rows() * 32 + 5 * 8 * self.stages() + 32,
-            Form::Large | Form::Small => tiles,
+            Form::Hopper => {
+                let barriers = 5 * 8 * self.stages() + 2 * 8 * 4;
+                1024 + (2 * self.tile_rows() + tiles) * row + 2 * self.tile_rows() * 32 + barriers
+            }
+            Form::Large | Form::Small => (self.tile_rows() + tiles) * row,
         }
     }
 }
