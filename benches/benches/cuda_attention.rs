@@ -33,23 +33,6 @@ fn main() {
         return;
     }
     let context = Context::primary(0).unwrap();
-    let context = match std::env::var("ALTER") {
-        Ok(rules) => context.with_altered_kernels(move |entry, text| {
-            let mut text = text.to_owned();
-            if entry.starts_with("prefill") {
-                for rule in rules.split('|') {
-                    let (a, b) = rule.split_once("=>").unwrap();
-                    let n = text.matches(a).count();
-                    if entry.contains("bf16_d128_hopper") {
-                        println!("ALTER {entry}: {n} x {a}");
-                    }
-                    text = text.replace(a, b);
-                }
-            }
-            text
-        }),
-        Err(_) => context,
-    };
     println!("{}", context.device());
     let gpu = Gpu::new(&context);
     let wanted = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word.as_str()));

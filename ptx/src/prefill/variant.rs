@@ -142,7 +142,7 @@ impl PrefillSpec {
         let row = self.head_dim * 2;
         match self.form {
             Form::Hopper => {
-                let barriers = 5 * 8 * self.stages() + 2 * 8 * 4;
+                let barriers = 4 * 8 * self.stages() + 8 + 2 * 8 * 4;
                 1024 + (2 * self.tile_rows() + tiles) * row + 2 * self.tile_rows() * 32 + barriers
             }
             Form::Large | Form::Small => (self.tile_rows() + tiles) * row,
