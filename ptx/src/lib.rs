@@ -52,8 +52,8 @@ pub fn all_kernels() -> Result<Vec<Kernel>, Error> {
     let write_kv = write_kv::WriteKvSpec::all().map(|spec| Ok(write_kv::WriteKv::new(spec)?.into_kernel()));
     let merge_states = merge_states::MergeStatesSpec::all()
         .map(|spec| Ok(merge_states::MergeStates::new(spec)?.into_kernel()));
-    let copy_blocks = copy_blocks::CopyBlocksSpec::all()
-        .map(|spec| Ok(copy_blocks::CopyBlocks::new(spec)?.into_kernel()));
+    let copy_blocks =
+        copy_blocks::CopyBlocksSpec::all().map(|spec| Ok(copy_blocks::CopyBlocks::new(spec)?.into_kernel()));
     let counter =
         counter::Counter::TYPES.into_iter().map(|dtype| Ok(counter::Counter::new(dtype)?.into_kernel()));
     let decode = decode::DecodeSpec::all().map(|spec| Ok(decode::Decode::new(spec)?.into_kernel()));

@@ -7,6 +7,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use cudarc::driver::{CudaContext, result, sys};
 use pagewise_ptx::Kernel;
+use pagewise_ptx::copy_blocks::{CopyBlocks, CopyBlocksSpec};
 use pagewise_ptx::decode::{Decode, DecodeSpec};
 use pagewise_ptx::merge_states::{MergeStates, MergeStatesSpec};
 use pagewise_ptx::write_kv::{WriteKv, WriteKvSpec};
@@ -28,6 +29,7 @@ pub struct Context {
     pub(super) write_kv: Cache<WriteKvSpec, WriteKv>,
     pub(super) decode: Cache<DecodeSpec, Decode>,
     pub(super) merge_states: Cache<MergeStatesSpec, MergeStates>,
+    pub(super) copy_blocks: Cache<CopyBlocksSpec, CopyBlocks>,
     #[cfg(feature = "conformance")]
     alteration: Option<Alteration>,
 }
@@ -121,6 +123,7 @@ impl Context {
             write_kv: Cache::default(),
             decode: Cache::default(),
             merge_states: Cache::default(),
+            copy_blocks: Cache::default(),
             #[cfg(feature = "conformance")]
             alteration: None,
         }
@@ -155,6 +158,7 @@ impl Context {
         self.write_kv.clear();
         self.decode.clear();
         self.merge_states.clear();
+        self.copy_blocks.clear();
     }
 
     /// The GPU.

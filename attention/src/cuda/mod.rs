@@ -12,7 +12,10 @@
 //! keeps it. Nothing is global: dropping the context unloads its kernels.
 
 mod balance;
+mod block_rows;
 mod context;
+mod copy_blocks;
+mod copy_engine;
 mod decode;
 mod decode_slices;
 mod device;
@@ -22,9 +25,12 @@ mod merge_states;
 mod plan;
 mod rotary;
 mod split;
+mod swap_blocks;
 mod write_kv;
 
+pub use block_rows::{CacheBlocks, LayerAddresses};
 pub use context::Context;
+pub use copy_blocks::{BlockNumberType, BlockPairs, CopyBlocksCall, CopyBlocksVariant};
 pub use cudarc;
 pub use decode::{CacheScales, DecodeCall};
 pub use decode_slices::{DecodeSlices, DecodeWorkspace};
@@ -39,4 +45,5 @@ pub use pagewise_ptx as ptx;
 pub use plan::{DecodePlan, PlanBound, PlanOptions, StepLimits};
 pub use rotary::{PositionType, Rotary, RotaryQueries, RotaryTables};
 pub use split::Shrink;
+pub use swap_blocks::{SwapBlocksCall, SwapMethod};
 pub use write_kv::{Element, KvScales, WriteKvCall, WriteKvSlices, WriteKvVariant};
