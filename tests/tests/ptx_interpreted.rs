@@ -113,9 +113,9 @@ fn copy_blocks_moves_every_byte_and_no_other() {
     }
     let mut random = Random::new(run_seed());
     let mut ran = BTreeSet::new();
-    for dtype in DType::ALL {
+    for dtype in DType::ALL.repeat(3) {
         // 16 bytes, and what the elements themselves are aligned to.
-        for unit in [16 / dtype.size(), 16 / dtype.size(), 4, 1] {
+        for unit in [16 / dtype.size(), 4, 1] {
             for within in [true, false] {
                 let case = BlocksCase { dtype, unit, within, seed: random.next() };
                 let (variant, _) =

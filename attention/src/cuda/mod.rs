@@ -13,6 +13,7 @@
 
 mod balance;
 mod block_rows;
+mod block_slices;
 mod context;
 mod copy_blocks;
 mod copy_engine;
@@ -29,6 +30,9 @@ mod swap_blocks;
 mod write_kv;
 
 pub use block_rows::{CacheBlocks, LayerAddresses};
+pub use block_slices::{
+    BlocksWorkspace, CopyBlocksSlices, HostCache, LayerSlices, SwapBlocksSlices, SwapDirection,
+};
 pub use context::Context;
 pub use copy_blocks::{BlockNumberType, BlockPairs, CopyBlocksCall, CopyBlocksVariant};
 pub use cudarc;

@@ -25,7 +25,7 @@ pub fn check_block_pairs(
     }
     let mut written: Vec<u32> = pairs.iter().map(|&(_, target)| target).collect();
     written.sort_unstable();
-    if let Some([twice, _]) = written.array_windows().find(|[a, b]| a == b) {
+    if let Some([twice, _]) = written.windows(2).find(|pair| pair[0] == pair[1]) {
         return wrong(format!("block {twice} is written twice; a block can take one copy a step"));
     }
     let both = pairs.iter().find(|pair| target_blocks.is_none() && written.binary_search(&pair.0).is_ok());
