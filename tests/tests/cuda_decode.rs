@@ -288,8 +288,7 @@ fn replay(
     let partial_out = upload(&vec![0xff; sizes.partial_out as usize]);
     let partial_max = upload(&vec![0xff; sizes.partial_max as usize]);
     let tickets = upload(&vec![0; sizes.tickets as usize]);
-    let subject =
-        Cuda { context, stream: stream.clone(), options: PlanOptions::default(), variants: Vec::new() };
+    let subject = Cuda { stream: stream.clone(), ..Cuda::new(context) };
     let call = DecodeCall {
         q: subject.address(&q),
         k_cache: subject.address(&k),
@@ -324,12 +323,7 @@ fn one_graph_serves_steps_of_changing_lengths() {
     let engine = context.cudarc().unwrap();
     engine.bind_to_thread().unwrap();
     let stream = engine.new_stream().unwrap();
-    let subject = Cuda {
-        context: &context,
-        stream: stream.clone(),
-        options: PlanOptions::default(),
-        variants: Vec::new(),
-    };
+    let subject = Cuda { stream: stream.clone(), ..Cuda::new(&context) };
     let line = "attention q=bf16 kv=bf16 heads=16/4 dim=128 block=16 mask=causal";
     let (rows, longest) = (6, 3000);
     let case = |lens: &[usize], seed| -> Case {
