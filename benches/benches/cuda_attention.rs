@@ -10,12 +10,16 @@
 
 #[path = "cuda/blocks.rs"]
 mod blocks;
+#[path = "cuda/cache.rs"]
+mod cache;
 #[path = "cuda/decode.rs"]
 mod decode;
 #[path = "cuda/gpu.rs"]
 mod gpu;
 #[path = "cuda/host.rs"]
 mod host;
+#[path = "cuda/prefill.rs"]
+mod prefill;
 #[path = "cuda/sweep.rs"]
 mod sweep;
 #[path = "cuda/yardsticks.rs"]
@@ -49,6 +53,7 @@ fn main() {
     let copies = if wanted("copy_blocks") { Some(blocks::copy_blocks(&gpu)) } else { None };
     let swaps = if wanted("swap_blocks") { Some(blocks::swap_blocks(&gpu)) } else { None };
     let shapes = decode::all_shapes(&gpu, &yardsticks, wanted);
+    let prefill = if wanted("prefill") { prefill::all_shapes(&gpu) } else { Vec::new() };
 
     if let Some(path) = std::env::var_os("PAGEWISE_BENCH_JSON") {
         let json = serde_json::json!({
@@ -62,6 +67,7 @@ fn main() {
             "copy_blocks": copies,
             "swap_blocks": swaps,
             "decode": shapes,
+            "prefill": prefill,
         });
         std::fs::write(path, serde_json::to_string_pretty(&json).unwrap() + "\n").unwrap();
     }

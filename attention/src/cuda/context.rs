@@ -10,6 +10,7 @@ use pagewise_ptx::Kernel;
 use pagewise_ptx::copy_blocks::{CopyBlocks, CopyBlocksSpec};
 use pagewise_ptx::decode::{Decode, DecodeSpec};
 use pagewise_ptx::merge_states::{MergeStates, MergeStatesSpec};
+use pagewise_ptx::prefill::{Prefill, PrefillMerge, PrefillSpec};
 use pagewise_ptx::write_kv::{WriteKv, WriteKvSpec};
 
 use super::launch::LoadedKernel;
@@ -30,6 +31,8 @@ pub struct Context {
     pub(super) decode: Cache<DecodeSpec, Decode>,
     pub(super) merge_states: Cache<MergeStatesSpec, MergeStates>,
     pub(super) copy_blocks: Cache<CopyBlocksSpec, CopyBlocks>,
+    pub(super) prefill: Cache<PrefillSpec, Prefill>,
+    pub(super) prefill_merge: Cache<PrefillSpec, PrefillMerge>,
     #[cfg(feature = "conformance")]
     alteration: Option<Alteration>,
 }
@@ -124,6 +127,8 @@ impl Context {
             decode: Cache::default(),
             merge_states: Cache::default(),
             copy_blocks: Cache::default(),
+            prefill: Cache::default(),
+            prefill_merge: Cache::default(),
             #[cfg(feature = "conformance")]
             alteration: None,
         }
@@ -159,6 +164,8 @@ impl Context {
         self.decode.clear();
         self.merge_states.clear();
         self.copy_blocks.clear();
+        self.prefill.clear();
+        self.prefill_merge.clear();
     }
 
     /// The GPU.

@@ -11,33 +11,38 @@
 //! [`devices`] says which GPUs are there and whether they can be used; a [`Context`] loads each kernel once and
 //! keeps it. Nothing is global: dropping the context unloads its kernels.
 
+mod attention;
 mod balance;
 mod block_rows;
 mod block_slices;
+mod call;
 mod context;
 mod copy_blocks;
 mod copy_engine;
 mod decode;
-mod decode_slices;
 mod device;
 mod error;
 mod launch;
 mod merge_states;
 mod plan;
+mod prefill;
 mod rotary;
+mod slices;
 mod split;
 mod swap_blocks;
+mod tensor_map;
 mod write_kv;
 
+pub use attention::{AttentionOptions, AttentionPlan};
 pub use block_rows::{CacheBlocks, LayerAddresses};
 pub use block_slices::{
     BlocksWorkspace, CopyBlocksSlices, HostCache, LayerSlices, SwapBlocksSlices, SwapDirection,
 };
+pub use call::{AttentionCall, CacheScales};
 pub use context::Context;
 pub use copy_blocks::{BlockNumberType, BlockPairs, CopyBlocksCall, CopyBlocksVariant};
 pub use cudarc;
-pub use decode::{CacheScales, DecodeCall};
-pub use decode_slices::{DecodeSlices, DecodeWorkspace};
+
 pub use device::{
     ComputeCapability, CudaVersion, Device, MIN_COMPUTE_CAPABILITY, MIN_CUDA_VERSION, devices,
     driver_release, driver_version,
@@ -48,6 +53,7 @@ pub use merge_states::{MergeStatesCall, MergeStatesVariant};
 pub use pagewise_ptx as ptx;
 pub use plan::{DecodePlan, PlanBound, PlanOptions, StepLimits};
 pub use rotary::{PositionType, Rotary, RotaryQueries, RotaryTables};
+pub use slices::{AttentionSlices, AttentionWorkspace};
 pub use split::Shrink;
 pub use swap_blocks::{SwapBlocksCall, SwapMethod};
 pub use write_kv::{Element, KvScales, WriteKvCall, WriteKvSlices, WriteKvVariant};
