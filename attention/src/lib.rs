@@ -30,5 +30,5 @@ pub use dtype::{DType, ParseDTypeError};
 pub use host::{HostTensor, HostTensorMut};
 pub use problem::{
     AttentionConfig, BlockTables, CacheLayout, KvStrides, MAX_BLOCK_SIZE, MAX_HEAD_DIM, Mask, MaskBits,
-    PagedBatch, Problem, ProblemError, RowStrides, SequenceView, WriteKv,
+    PagedBatch, Problem, ProblemError, RowStrides, SequenceView, WriteKv, check_block_pairs,
 };

@@ -21,6 +21,7 @@
 //!
 //! | module | kernel |
 //! |---|---|
+//! | [`mod@copy_blocks`] | copies blocks of all layers within a cache or between two, of which one may be host memory |
 //! | [`mod@counter`] | fills memory with numbers that a host can recompute: for tests |
 //! | [`mod@decode`] | one query row a sequence over a paged cache, keys split over thread blocks |
 //! | [`mod@merge_states`] | puts attention over parts of the keys together, by their log-sum-exp |
@@ -28,6 +29,7 @@
 //! | [`mod@prefill`] | tiles of query rows over a paged cache: prefill, chunked prefill |
 //! | [`mod@write_kv`] | stores new K and V rows into cache blocks, given by a slot mapping; turns K and queries on the way |
 
+pub mod copy_blocks;
 pub mod counter;
 pub mod decode;
 mod dtype;
@@ -52,6 +54,8 @@ pub fn all_kernels() -> Result<Vec<Kernel>, Error> {
     let write_kv = write_kv::WriteKvSpec::all().map(|spec| Ok(write_kv::WriteKv::new(spec)?.into_kernel()));
     let merge_states = merge_states::MergeStatesSpec::all()
         .map(|spec| Ok(merge_states::MergeStates::new(spec)?.into_kernel()));
+    let copy_blocks =
+        copy_blocks::CopyBlocksSpec::all().map(|spec| Ok(copy_blocks::CopyBlocks::new(spec)?.into_kernel()));
     let counter =
         counter::Counter::TYPES.into_iter().map(|dtype| Ok(counter::Counter::new(dtype)?.into_kernel()));
     let decode = decode::DecodeSpec::all().map(|spec| Ok(decode::Decode::new(spec)?.into_kernel()));
@@ -61,5 +65,5 @@ pub fn all_kernels() -> Result<Vec<Kernel>, Error> {
     let prefill_merge =
         prefill::PrefillMerge::all().map(|spec| Ok(prefill::PrefillMerge::new(spec)?.into_kernel()));
     let attention = decode.chain(prefill).chain(prefill_merge);
-    write_kv.chain(merge_states).chain(counter).chain(attention).chain(page_read).collect()
+    write_kv.chain(merge_states).chain(copy_blocks).chain(counter).chain(attention).chain(page_read).collect()
 }

@@ -3,6 +3,9 @@
 
 use std::collections::HashSet;
 
+use pagewise_ptx::copy_blocks::{
+    BlockRows, BlockStrides, CopyBlocks, CopyBlocksShape, CopyBlocksSpec, CopyBlocksTuning,
+};
 use pagewise_ptx::write_kv::{WriteKv, WriteKvShape, WriteKvSpec};
 use pagewise_ptx::{DType, Error, all_kernels};
 
@@ -133,4 +136,31 @@ fn what_cannot_be_had_is_a_typed_error() {
     assert!(matches!(none, Error::Zero { field: "tokens", .. }), "{none}");
     let huge = write_kv.launch(WriteKvShape { kv_heads: 3_000_000, ..shape }).unwrap_err();
     assert!(matches!(huge, Error::GridTooLarge { field: "heads", .. }), "{huge}");
+}
+
+#[test]
+fn copies_take_a_thread_block_an_item_or_as_many_as_they_may() {
+    let strides = BlockStrides { block: 32 << 10, outer: 0, inner: 0 };
+    let rows = BlockRows { outer: 1, inner: 1, row_bytes: 32 << 10, from: strides, to: strides };
+    let shape = CopyBlocksShape { pairs: 7, layers: 32, key: rows, value: rows };
+    let copy = CopyBlocks::new(CopyBlocksSpec::for_alignment(48)).unwrap();
+    assert_eq!(copy.kernel().entry(), "copy_blocks_b16");
+    // 8 KiB an item.
+    let launch = copy.launch(shape, None).unwrap();
+    assert_eq!((launch.grid, launch.block), ([7 * 32 * 2 * 4, 1, 1], [128, 1, 1]));
+    assert_eq!(copy.launch(shape, Some(16)).unwrap().grid, [16, 1, 1]);
+    for (alignment, entry) in [(0, "b16"), (16, "b16"), (8, "b4"), (6, "b2"), (7, "b1")] {
+        assert_eq!(CopyBlocksSpec::for_alignment(alignment).entry(), format!("copy_blocks_{entry}"));
+    }
+
+    let refused = |shape| copy.launch(shape, None).unwrap_err();
+    let none = refused(CopyBlocksShape { pairs: 0, ..shape });
+    assert!(matches!(none, Error::Zero { field: "pairs", .. }), "{none}");
+    let odd = refused(CopyBlocksShape { value: BlockRows { row_bytes: 24, ..rows }, ..shape });
+    assert!(matches!(odd, Error::NotDivisible { value: 24, .. }), "{odd}");
+    let many = refused(CopyBlocksShape { pairs: 1 << 28, ..shape });
+    assert!(matches!(many, Error::TooLarge { .. }), "{many}");
+    let tuning = CopyBlocksTuning { threads: 100, in_flight: 4 };
+    let odd = CopyBlocks::new(CopyBlocksSpec { bytes: 16, tuning }).unwrap_err();
+    assert!(matches!(odd, Error::UnsupportedTuning { .. }), "{odd}");
 }

@@ -4,6 +4,7 @@
 mod common;
 
 use common::{ARCHS, Job, Ptxas, assemble_jobs, faults};
+use pagewise_ptx::copy_blocks::{CopyBlocks, CopyBlocksSpec, CopyBlocksTuning};
 use pagewise_ptx::decode::{Decode, DecodeSpec, DecodeTuning, Prefetch, Ring};
 use pagewise_ptx::write_kv::{self, StoreHint, WriteKv, WriteKvSpec, WriteKvTuning};
 use pagewise_ptx::{DType, Kernel};
@@ -47,5 +48,16 @@ fn other_tunings_of_write_kv_assemble_without_spills() {
     });
     let kernels: Vec<Kernel> =
         tunings.map(|tuning| WriteKv::new(WriteKvSpec { tuning, ..spec }).unwrap().into_kernel()).collect();
+    assemble_for_hopper(&kernels);
+}
+
+#[test]
+fn other_tunings_of_copy_blocks_assemble_without_spills() {
+    let tunings = [64, 128, 256, 512]
+        .into_iter()
+        .flat_map(|threads| [1, 2, 4, 8].map(|in_flight| CopyBlocksTuning { threads, in_flight }));
+    let kernels: Vec<Kernel> = tunings
+        .map(|tuning| CopyBlocks::new(CopyBlocksSpec { bytes: 16, tuning }).unwrap().into_kernel())
+        .collect();
     assemble_for_hopper(&kernels);
 }

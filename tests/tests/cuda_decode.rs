@@ -289,12 +289,8 @@ fn replay(
     let partial_out = upload(&vec![0xff; sizes.partial_out as usize]);
     let partial_max = upload(&vec![0xff; sizes.partial_max as usize]);
     let tickets = upload(&vec![0; sizes.tickets as usize]);
-    let subject = Cuda {
-        context,
-        stream: stream.clone(),
-        options: by_rows(PlanOptions::default()),
-        variants: Vec::new(),
-    };
+    let subject =
+        Cuda { stream: stream.clone(), options: by_rows(PlanOptions::default()), ..Cuda::new(context) };
     let call = AttentionCall {
         q: subject.address(&q),
         k_cache: subject.address(&k),
@@ -329,12 +325,8 @@ fn one_graph_serves_steps_of_changing_lengths() {
     let engine = context.cudarc().unwrap();
     engine.bind_to_thread().unwrap();
     let stream = engine.new_stream().unwrap();
-    let subject = Cuda {
-        context: &context,
-        stream: stream.clone(),
-        options: by_rows(PlanOptions::default()),
-        variants: Vec::new(),
-    };
+    let subject =
+        Cuda { stream: stream.clone(), options: by_rows(PlanOptions::default()), ..Cuda::new(&context) };
     let line = "attention q=bf16 kv=bf16 heads=16/4 dim=128 block=16 mask=causal";
     let (rows, longest) = (6, 3000);
     let case = |lens: &[usize], seed| -> Case {

@@ -1,4 +1,4 @@
-//! Decode over a cache of more than 2^31 elements and 2^32 bytes, with 40,000 keys: K and V are made on the device by
+//! Decode and copies of blocks over a cache of more than 2^31 elements and 2^32 bytes, with 40,000 keys: K and V are made on the device by
 //! the counter kernel, and sampled rows are checked by plain f64 code that makes the same numbers again. Skipped,
 //! loudly, without an NVIDIA GPU or with too little memory on it.
 #![allow(
@@ -21,7 +21,10 @@ use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, LaunchConfig, PushKernelA
 use cudarc::nvrtc::Ptx;
 use half::bf16;
 use pagewise_attention::cuda::ptx::counter::{Counter, number};
-use pagewise_attention::cuda::{AttentionCall, Context, DecodePlan, PlanOptions, cudarc, ptx};
+use pagewise_attention::cuda::{
+    AttentionCall, BlockNumberType, BlockPairs, CacheBlocks, Context, CopyBlocksCall, DecodePlan,
+    LayerAddresses, PlanOptions, cudarc, ptx,
+};
 use pagewise_attention::{AttentionConfig, CacheLayout, DType, KvStrides, PagedBatch, Problem};
 use random::{Random, run_seed};
 
@@ -222,4 +225,61 @@ fn the_reference_reads_the_layouts_as_they_are_defined() {
         assert_eq!(*out, f64::from(number(SEEDS[1], (first + d) as u64)));
     }
     assert_eq!(one_key.lse, 0.0);
+}
+
+#[test]
+fn blocks_beyond_32_bits_are_copied_from_and_to_where_they_should() {
+    let Some(context) = cuda::context() else { return };
+    let config = AttentionConfig::new(KV_HEADS * GROUP, KV_HEADS, DIM, DType::Bf16);
+    let layout = CacheLayout::nhd(NUM_BLOCKS, BLOCK, &config);
+    let block = layout.k.block as usize;
+    let elements = NUM_BLOCKS * block;
+    if context.device().memory < 5 * elements as u64 || std::env::var_os("PAGEWISE_SMALL").is_some() {
+        eprintln!("SKIPPED: caches of {} GiB are too large here", (4 * elements) >> 30);
+        return;
+    }
+    let stream = context.cudarc().unwrap().default_stream();
+    let tensors = SEEDS.map(|seed| counted(&context, &stream, elements, seed));
+    let layers = LayerAddresses::new([(address(&tensors[0], &stream), address(&tensors[1], &stream))]);
+    let table = stream.clone_htod(layers.words()).unwrap();
+    let last = NUM_BLOCKS as i64 - 1;
+    // Across 2^31 elements, which are block 131,072, and 2^32 bytes, which are the same; from either side.
+    let pairs = [(last, 0), (1, last - 1), (131_071, 131_072), (131_073, 5), (last - 2, last - 3)];
+    let flat: Vec<i64> = pairs.iter().flat_map(|&(from, to)| [from, to]).collect();
+    let device_pairs = stream.clone_htod(&flat).unwrap();
+    let cache = CacheBlocks { layout: &layout, layers: &layers, table: address(&table, &stream) };
+    let call = CopyBlocksCall {
+        config: &config,
+        from: cache,
+        to: cache,
+        pairs: BlockPairs {
+            address: address(&device_pairs, &stream),
+            number_type: BlockNumberType::I64,
+            count: pairs.len(),
+            count_at: 0,
+        },
+        thread_blocks: None,
+        tuning: None,
+    };
+    // SAFETY: all addresses are those of live slices that hold what the layout reaches; the pairs are independent.
+    unsafe { context.copy_blocks_raw(&call, stream.cu_stream().into()) }.unwrap();
+    for (tensor, seed) in tensors.iter().zip(SEEDS) {
+        let check = |at: i64, holds: i64| {
+            let first = at as usize * block;
+            let found = stream.clone_dtoh(&tensor.slice(first..first + block)).unwrap();
+            for (index, bits) in found.into_iter().enumerate() {
+                let expected = number(seed, holds as u64 * block as u64 + index as u64);
+                assert_eq!(bf16::from_bits(bits).to_f32(), expected, "block {at}, element {index}");
+            }
+        };
+        for (from, to) in pairs {
+            check(to, from);
+            check(from, from);
+            // What lies beside it is as it was.
+            let beside = if to == last { to - 1 } else { to + 1 };
+            if pairs.iter().all(|&(_, to)| to != beside) {
+                check(beside, beside);
+            }
+        }
+    }
 }

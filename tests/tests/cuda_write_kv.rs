@@ -10,6 +10,8 @@
     reason = "a test"
 )]
 
+#[path = "gpu/blocks.rs"]
+mod blocks;
 #[path = "gpu/cuda.rs"]
 mod cuda;
 #[path = "gpu/cuda_machine.rs"]

@@ -1,6 +1,7 @@
 //! `copy_blocks` and `swap_blocks`: whole blocks from one place of a cache to another, or between two caches.
 
 use super::io::{self, KvPair};
+use crate::problem::{check_block_pairs, check_block_sizes};
 use crate::{AttentionConfig, CacheLayout, HostTensor, HostTensorMut, KvStrides, ProblemError};
 
 /// Copies blocks within a cache (copy-on-write): for each pair, block `pair.0` to block `pair.1`.
@@ -21,7 +22,7 @@ pub fn copy_blocks(
     let needed = io::extents(layout, config);
     io::check_cache("K", k, config, needed.k)?;
     io::check_cache("V", v, config, needed.v)?;
-    check_pairs(pairs, layout.num_blocks, layout.num_blocks, true)?;
+    check_block_pairs(pairs, layout.num_blocks, None)?;
     for (strides, dim, cache) in
         [(layout.k, config.head_dim_qk, k.reborrow()), (layout.v, config.head_dim_v, v.reborrow())]
     {
@@ -56,22 +57,13 @@ pub fn swap_blocks(
     config.validate()?;
     source_layout.validate(config)?;
     target_layout.validate(config)?;
-    if source_layout.block_size != target_layout.block_size {
-        return Err(ProblemError::Input {
-            input: "target_layout",
-            problem: format!(
-                "its blocks hold {} tokens, those of the source {}; blocks can only be moved between caches of \
-                 one block size",
-                target_layout.block_size, source_layout.block_size
-            ),
-        });
-    }
+    check_block_sizes(source_layout, target_layout)?;
     let (from, to) = (io::extents(source_layout, config), io::extents(target_layout, config));
     io::check_tensor("source K", source.k.dtype(), config.kv_dtype, source.k.len(), from.k)?;
     io::check_tensor("source V", source.v.dtype(), config.kv_dtype, source.v.len(), from.v)?;
     io::check_cache("target K", &target.k, config, to.k)?;
     io::check_cache("target V", &target.v, config, to.v)?;
-    check_pairs(pairs, source_layout.num_blocks, target_layout.num_blocks, false)?;
+    check_block_pairs(pairs, source_layout.num_blocks, Some(target_layout.num_blocks))?;
     for (from, to, dim, source, target) in [
         (source_layout.k, target_layout.k, config.head_dim_qk, source.k, target.k),
         (source_layout.v, target_layout.v, config.head_dim_v, source.v, target.v),
@@ -94,32 +86,6 @@ pub fn swap_blocks(
             // Both have the cache's type, as checked above.
             _ => {}
         }
-    }
-    Ok(())
-}
-
-fn check_pairs(
-    pairs: &[(u32, u32)],
-    source_blocks: usize,
-    target_blocks: usize,
-    one_cache: bool,
-) -> Result<(), ProblemError> {
-    let wrong = |problem: String| Err(ProblemError::Input { input: "pairs", problem });
-    for (i, &(source, target)) in pairs.iter().enumerate() {
-        if source as usize >= source_blocks || target as usize >= target_blocks {
-            return wrong(format!(
-                "pair {i} is ({source}, {target}), but there are {source_blocks} blocks to read and \
-                 {target_blocks} to write"
-            ));
-        }
-    }
-    let mut written: Vec<u32> = pairs.iter().map(|&(_, target)| target).collect();
-    written.sort_unstable();
-    if let Some(twice) = written.windows(2).find(|pair| pair[0] == pair[1]) {
-        return wrong(format!("block {} is written twice; a block can take one copy a step", twice[0]));
-    }
-    if one_cache && let Some((both, _)) = pairs.iter().find(|pair| written.binary_search(&pair.0).is_ok()) {
-        return wrong(format!("block {both} is read and written; the copies of a step must be independent"));
     }
     Ok(())
 }

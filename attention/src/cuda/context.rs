@@ -7,6 +7,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use cudarc::driver::{CudaContext, result, sys};
 use pagewise_ptx::Kernel;
+use pagewise_ptx::copy_blocks::{CopyBlocks, CopyBlocksSpec};
 use pagewise_ptx::decode::{Decode, DecodeSpec};
 use pagewise_ptx::merge_states::{MergeStates, MergeStatesSpec};
 use pagewise_ptx::prefill::{Prefill, PrefillMerge, PrefillSpec};
@@ -29,6 +30,7 @@ pub struct Context {
     pub(super) write_kv: Cache<WriteKvSpec, WriteKv>,
     pub(super) decode: Cache<DecodeSpec, Decode>,
     pub(super) merge_states: Cache<MergeStatesSpec, MergeStates>,
+    pub(super) copy_blocks: Cache<CopyBlocksSpec, CopyBlocks>,
     pub(super) prefill: Cache<PrefillSpec, Prefill>,
     pub(super) prefill_merge: Cache<PrefillSpec, PrefillMerge>,
     #[cfg(feature = "conformance")]
@@ -124,6 +126,7 @@ impl Context {
             write_kv: Cache::default(),
             decode: Cache::default(),
             merge_states: Cache::default(),
+            copy_blocks: Cache::default(),
             prefill: Cache::default(),
             prefill_merge: Cache::default(),
             #[cfg(feature = "conformance")]
@@ -160,6 +163,7 @@ impl Context {
         self.write_kv.clear();
         self.decode.clear();
         self.merge_states.clear();
+        self.copy_blocks.clear();
         self.prefill.clear();
         self.prefill_merge.clear();
     }

@@ -130,6 +130,14 @@ pub enum CudaError {
         /// Bytes.
         size: u64,
     },
+    /// Host memory that the GPU cannot reach.
+    #[error(
+        "the host memory at {address:#x} is not pinned: allocate it with cuMemHostAlloc (cudarc's alloc_pinned), or register it with cuMemHostRegister"
+    )]
+    NotPinned {
+        /// Its address.
+        address: u64,
+    },
     /// An input that the configuration asks for.
     #[error("the configuration uses {what}, but the call gives no address for them")]
     Missing {

@@ -13,8 +13,12 @@
 
 mod attention;
 mod balance;
+mod block_rows;
+mod block_slices;
 mod call;
 mod context;
+mod copy_blocks;
+mod copy_engine;
 mod decode;
 mod device;
 mod error;
@@ -25,12 +29,18 @@ mod prefill;
 mod rotary;
 mod slices;
 mod split;
+mod swap_blocks;
 mod tensor_map;
 mod write_kv;
 
 pub use attention::{AttentionOptions, AttentionPlan};
+pub use block_rows::{CacheBlocks, LayerAddresses};
+pub use block_slices::{
+    BlocksWorkspace, CopyBlocksSlices, HostCache, LayerSlices, SwapBlocksSlices, SwapDirection,
+};
 pub use call::{AttentionCall, CacheScales};
 pub use context::Context;
+pub use copy_blocks::{BlockNumberType, BlockPairs, CopyBlocksCall, CopyBlocksVariant};
 pub use cudarc;
 
 pub use device::{
@@ -45,4 +55,5 @@ pub use plan::{DecodePlan, PlanBound, PlanOptions, StepLimits};
 pub use rotary::{PositionType, Rotary, RotaryQueries, RotaryTables};
 pub use slices::{AttentionSlices, AttentionWorkspace};
 pub use split::Shrink;
+pub use swap_blocks::{SwapBlocksCall, SwapMethod};
 pub use write_kv::{Element, KvScales, WriteKvCall, WriteKvSlices, WriteKvVariant};

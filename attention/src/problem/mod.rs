@@ -5,12 +5,15 @@ mod batch;
 mod config;
 mod error;
 mod layout;
+mod pairs;
 mod write;
 
 pub use batch::{BlockTables, MaskBits, PagedBatch, SequenceView};
 pub use config::{AttentionConfig, MAX_HEAD_DIM, Mask};
 pub use error::ProblemError;
 pub use layout::{CacheLayout, KvStrides, MAX_BLOCK_SIZE, RowStrides};
+pub use pairs::check_block_pairs;
+pub(crate) use pairs::check_block_sizes;
 pub use write::WriteKv;
 
 /// A checked problem: what a layer computes, where its cache lies, and what this step asks for.

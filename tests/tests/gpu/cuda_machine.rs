@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
-use pagewise_attention::cuda::{Context, MergeStatesCall, Rotary, WriteKvCall, cudarc};
+use pagewise_attention::cuda::{Context, CopyBlocksCall, MergeStatesCall, Rotary, WriteKvCall, cudarc};
 
 use super::machine::Machine;
 
@@ -53,6 +53,13 @@ impl Machine for Gpu<'_> {
         let stream = self.stream.cu_stream().into();
         // SAFETY: all addresses are those of live slices that hold what shapes and strides reach.
         let variant = unsafe { self.context.merge_states_raw(call, stream) };
+        Ok(variant.map_err(|error| error.to_string())?.name())
+    }
+
+    fn copy_blocks(&mut self, call: &CopyBlocksCall<'_>) -> Result<String, String> {
+        let stream = self.stream.cu_stream().into();
+        // SAFETY: all addresses are those of live slices that hold what shapes and strides reach.
+        let variant = unsafe { self.context.copy_blocks_raw(call, stream) };
         Ok(variant.map_err(|error| error.to_string())?.name())
     }
 }

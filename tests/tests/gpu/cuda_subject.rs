@@ -3,12 +3,13 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, PinnedHostSlice};
 use pagewise_attention::conformance::{
     AttentionTask, CopyTask, MergeTask, ProbabilityRounding, Refusal, Scale, Subject, SwapTask, WriteTask,
 };
 use pagewise_attention::cuda::{
-    AttentionCall, AttentionOptions, AttentionPlan, CacheScales, Context, CudaError, KvScales, PlanOptions,
+    AttentionCall, AttentionOptions, AttentionPlan, BlockNumberType, BlockPairs, CacheBlocks, CacheScales,
+    Context, CopyBlocksCall, CudaError, KvScales, LayerAddresses, PlanOptions, SwapBlocksCall, SwapMethod,
     WriteKvCall, cudarc,
 };
 use pagewise_attention::{AttentionConfig, BlockTables, DType, HostTensor, HostTensorMut};
@@ -21,6 +22,8 @@ pub struct Cuda<'a> {
     pub stream: Arc<CudaStream>,
     /// Makes the plans of the next cases.
     pub options: AttentionOptions,
+    /// Moves the blocks of the next cases.
+    pub swap: SwapMethod,
     /// Kernel variants that ran since this was last emptied.
     pub variants: Vec<String>,
 }
@@ -28,7 +31,13 @@ pub struct Cuda<'a> {
 impl<'a> Cuda<'a> {
     pub fn new(context: &'a Context) -> Self {
         let stream = context.cudarc().unwrap().default_stream();
-        Self { context, stream, options: AttentionOptions::default(), variants: Vec::new() }
+        Self {
+            context,
+            stream,
+            options: AttentionOptions::default(),
+            swap: SwapMethod::default(),
+            variants: Vec::new(),
+        }
     }
 
     /// A tensor in device memory, never empty, so that it has an address.
@@ -97,6 +106,36 @@ fn refusal(error: CudaError) -> Refusal {
 
 fn unsupported<T>(what: &str) -> Result<T, Refusal> {
     Err(Refusal::Unsupported(what.to_owned()))
+}
+
+/// Pairs of blocks as i32 `[pairs, 2]`.
+pub fn pair_bytes(pairs: &[(u32, u32)]) -> Vec<u8> {
+    pairs.iter().flat_map(|&(from, to)| [from, to]).flat_map(u32::to_le_bytes).collect()
+}
+
+/// Pinned host memory with some bytes in it, never empty.
+pub struct Pinned {
+    memory: PinnedHostSlice<u8>,
+    /// As the GPU sees it.
+    pub address: u64,
+}
+
+impl Pinned {
+    pub fn new(context: &Context, bytes: &[u8]) -> Self {
+        let len = bytes.len().max(16);
+        // SAFETY: every byte is written before anything reads it.
+        let mut memory = unsafe { context.cudarc().unwrap().alloc_pinned_with_flags::<u8>(len, 0) }.unwrap();
+        let slice = memory.as_mut_slice().unwrap();
+        slice.fill(0xff);
+        slice[..bytes.len()].copy_from_slice(bytes);
+        let address = context.pinned_address(memory.as_ptr().unwrap()).unwrap();
+        Self { memory, address }
+    }
+
+    /// What is there, once the streams that write it have been waited for.
+    pub fn bytes(&self) -> &[u8] {
+        self.memory.as_slice().unwrap()
+    }
 }
 
 impl Subject for Cuda<'_> {
@@ -230,20 +269,66 @@ impl Subject for Cuda<'_> {
 
     fn copy_blocks(
         &mut self,
-        _: &CopyTask<'_>,
-        _: HostTensorMut<'_>,
-        _: HostTensorMut<'_>,
+        task: &CopyTask<'_>,
+        mut k: HostTensorMut<'_>,
+        mut v: HostTensorMut<'_>,
     ) -> Result<(), Refusal> {
-        unsupported("copy_blocks")
+        let (k_cache, v_cache) = (self.upload(&bytes(k.as_ref())), self.upload(&bytes(v.as_ref())));
+        let layers = LayerAddresses::new([(self.address(&k_cache), self.address(&v_cache))]);
+        let table = self.stream.clone_htod(layers.words()).unwrap();
+        let pairs = self.upload(&pair_bytes(task.pairs));
+        let cache = CacheBlocks { layout: &task.layout, layers: &layers, table: self.address(&table) };
+        let call = CopyBlocksCall {
+            config: task.config,
+            from: cache,
+            to: cache,
+            pairs: BlockPairs {
+                address: self.address(&pairs),
+                number_type: BlockNumberType::I32,
+                count: task.pairs.len(),
+                count_at: 0,
+            },
+            thread_blocks: None,
+            tuning: None,
+        };
+        // SAFETY: all addresses are those of live slices that hold what shapes and strides reach; the suite's pairs are
+        // independent.
+        let variant = unsafe { self.context.copy_blocks_raw(&call, self.stream.cu_stream().into()) };
+        self.variants.push(variant.map_err(refusal)?.name());
+        set(k.reborrow(), &self.stream.clone_dtoh(&k_cache).unwrap());
+        set(v.reborrow(), &self.stream.clone_dtoh(&v_cache).unwrap());
+        Ok(())
     }
 
+    /// From device memory to pinned host memory.
     fn swap_blocks(
         &mut self,
-        _: &SwapTask<'_>,
-        _: HostTensorMut<'_>,
-        _: HostTensorMut<'_>,
+        task: &SwapTask<'_>,
+        mut k: HostTensorMut<'_>,
+        mut v: HostTensorMut<'_>,
     ) -> Result<(), Refusal> {
-        unsupported("swap_blocks")
+        let (source_k, source_v) = (self.upload(&bytes(task.k)), self.upload(&bytes(task.v)));
+        let pinned = |tensor: HostTensor<'_>| Pinned::new(self.context, &bytes(tensor));
+        let (target_k, target_v) = (pinned(k.as_ref()), pinned(v.as_ref()));
+        let source = LayerAddresses::new([(self.address(&source_k), self.address(&source_v))]);
+        let target = LayerAddresses::new([(target_k.address, target_v.address)]);
+        let tables = [&source, &target].map(|layers| self.stream.clone_htod(layers.words()).unwrap());
+        let pairs = self.upload(&pair_bytes(task.pairs));
+        let side = |layout, layers, table| CacheBlocks { layout, layers, table: self.address(table) };
+        let call = SwapBlocksCall {
+            config: task.config,
+            from: side(&task.source_layout, &source, &tables[0]),
+            to: side(&task.target_layout, &target, &tables[1]),
+            pairs: task.pairs,
+            device_pairs: self.address(&pairs),
+            method: self.swap,
+        };
+        // SAFETY: all addresses are those of live memory that holds what shapes and strides reach.
+        unsafe { self.context.swap_blocks_raw(&call, self.stream.cu_stream().into()) }.map_err(refusal)?;
+        self.stream.synchronize().unwrap();
+        set(k.reborrow(), target_k.bytes());
+        set(v.reborrow(), target_v.bytes());
+        Ok(())
     }
 
     fn merge_states(

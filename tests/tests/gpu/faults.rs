@@ -161,6 +161,94 @@ pub const MERGE_STATES: &[Fault] = &[
     },
 ];
 
+/// Faults of `copy_blocks`, some of them of the variant that moves 16 bytes at once.
+pub const COPY_BLOCKS: &[Fault] = &[
+    Fault {
+        name: "number of pairs",
+        family: "copy_blocks",
+        line: "min.u32 %r_count, %r_count, %r_x;",
+        instead: "",
+        breaks: "all pairs are copied, whatever number stands in device memory",
+    },
+    Fault {
+        name: "last chunk",
+        family: "copy_blocks",
+        line: "add.u32 %r_x, %r_x, 8191;",
+        instead: "max.u32 %r_x, %r_x, 8192;",
+        breaks: "the end of a block that is no multiple of a chunk is not copied",
+    },
+    Fault {
+        name: "pair of an item",
+        family: "copy_blocks",
+        line: "sub.u32 %r_pair, %r_x, %r_y;",
+        instead: "mov.u32 %r_pair, 0;",
+        breaks: "only the first pair is copied",
+    },
+    Fault {
+        name: "wide numbers",
+        family: "copy_blocks",
+        line: "@%p_wide ld.global.u32 %r_from_high, [%rd_x + 4];",
+        instead: "",
+        breaks: "2^32 of an s64 counts as block 0",
+    },
+    Fault {
+        name: "skipped pair",
+        family: "copy_blocks",
+        line: "setp.lt.and.u32 %p_there, %r_to, %r_to_blocks, %p_there;",
+        instead: "min.u32 %r_to, %r_to, 0;",
+        breaks: "every pair, skipped ones too, is copied to block 0",
+    },
+    Fault {
+        name: "stride of V",
+        family: "copy_blocks",
+        line: "selp.b64 %rd_to_block, %rd_x, %rd_to_block, %p_value;",
+        instead: "min.u64 %rd_to_block, %rd_x, %rd_to_block;",
+        breaks: "blocks of the longer of K and V are written too close to each other",
+    },
+    Fault {
+        name: "length of V",
+        family: "copy_blocks",
+        line: "selp.b32 %r_units, %r_x, %r_units, %p_value;",
+        instead: "min.u32 %r_units, %r_x, %r_units;",
+        breaks: "the longer of K and V is cut",
+    },
+    Fault {
+        name: "chunk of an item",
+        family: "copy_blocks",
+        line: "mad.lo.u32 %r_unit, %r_chunk, 512, %r_tid;",
+        instead: "mov.u32 %r_unit, %r_tid;",
+        breaks: "only the first chunk of a block is copied",
+    },
+    Fault {
+        name: "gaps between rows",
+        family: "copy_blocks",
+        line: "@%p_whole bra WHOLE;",
+        instead: "min.u32 %r_units, %r_units, %r_row_units;\n    bra WHOLE;",
+        breaks: "of a block with gaps only the first row is copied",
+    },
+    Fault {
+        name: "outer row",
+        family: "copy_blocks",
+        line: "mad.lo.u64 %rd_to1, %rd_x, %rd_to_outer, %rd_to1;",
+        instead: "",
+        breaks: "all outer rows are written over the first",
+    },
+    Fault {
+        name: "move under way",
+        family: "copy_blocks",
+        line: "mad.wide.u32 %rd_from2, %r_unit, 16, %rd_from;",
+        instead: "mov.u64 %rd_from2, %rd_from1;",
+        breaks: "the third move of a thread stores what the second has loaded",
+    },
+    Fault {
+        name: "next item",
+        family: "copy_blocks",
+        line: "add.u32 %r_item, %r_item, %r_step;",
+        instead: "ret;",
+        breaks: "a thread block that has several items does the first",
+    },
+];
+
 /// Faults of `decode`, of the variant that the cases of its test take: bf16 with head_dim 128 and the large ring.
 pub const DECODE: &[Fault] = &[
     Fault {

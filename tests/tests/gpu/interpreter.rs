@@ -7,10 +7,11 @@
 use std::collections::HashMap;
 
 use pagewise_attention::DType;
+use pagewise_attention::cuda::ptx::copy_blocks::CopyBlocks;
 use pagewise_attention::cuda::ptx::merge_states::MergeStates;
 use pagewise_attention::cuda::ptx::write_kv::WriteKv;
 use pagewise_attention::cuda::ptx::{Arg, Kernel, Launch};
-use pagewise_attention::cuda::{MergeStatesCall, Rotary, WriteKvCall};
+use pagewise_attention::cuda::{CopyBlocksCall, MergeStatesCall, Rotary, WriteKvCall};
 
 use super::encode::encode;
 use super::machine::Machine;
@@ -623,5 +624,16 @@ impl Machine for Interpreter {
         let descriptor = MergeStates::new(variant.spec()).map_err(text)?;
         let launch = descriptor.launch(args.shape).map_err(text)?;
         self.run(descriptor.kernel(), launch, &args.values())
+    }
+
+    fn copy_blocks(&mut self, call: &CopyBlocksCall<'_>) -> Result<String, String> {
+        let variant = call.variant().map_err(text)?;
+        let args = call.args().map_err(text)?;
+        let descriptor = CopyBlocks::new(variant.spec()).map_err(text)?;
+        if call.pairs.count > 0 {
+            let launch = descriptor.launch(args.shape, call.thread_blocks).map_err(text)?;
+            self.run(descriptor.kernel(), launch, &args.values())?;
+        }
+        Ok(variant.name())
     }
 }

@@ -1,7 +1,11 @@
-//! What runs a kernel, a GPU or the interpreter, and the checks of `write_kv` and `merge_states` over either.
+//! What runs a kernel, a GPU or the interpreter, and the checks of `write_kv`, `merge_states` and `copy_blocks` over
+//! either.
 
-use pagewise_attention::cuda::{KvScales, MergeStatesCall, Rotary, WriteKvCall};
+use pagewise_attention::cuda::{
+    CopyBlocksCall, KvScales, LayerAddresses, MergeStatesCall, Rotary, WriteKvCall,
+};
 
+use super::blocks::{BlocksCase, Side, compare_bytes};
 use super::merge::{MergeAddresses, MergeCase};
 use super::rotary::{RotaryAddresses, RotaryTensors};
 use super::write_kv::{Case, Tensors};
@@ -22,6 +26,9 @@ pub trait Machine {
 
     /// Runs the call; the name of the kernel variant.
     fn merge_states(&mut self, call: &MergeStatesCall) -> Result<String, String>;
+
+    /// Runs the call; the name of the kernel variant.
+    fn copy_blocks(&mut self, call: &CopyBlocksCall<'_>) -> Result<String, String>;
 }
 
 /// The variant that ran, and the largest error.
@@ -107,4 +114,30 @@ pub fn check_merge(machine: &mut dyn Machine, case: &MergeCase) -> Checked {
         .compare(&machine.download(addresses.out), &lse)
         .map_err(|error| format!("merge_states {case} ({variant}): {error}"))?;
     Ok((variant, error))
+}
+
+/// A `copy_blocks` case: every byte of both sides is compared.
+pub fn check_blocks(machine: &mut dyn Machine, case: &BlocksCase) -> Checked {
+    machine.clear();
+    let tensors = case.build();
+    let mut buffers = Vec::new();
+    let mut upload = |side: &Side| -> LayerAddresses {
+        let addresses: Vec<u64> = side.buffers.iter().map(|buffer| machine.upload(buffer)).collect();
+        let layers = side.layers(&addresses);
+        buffers.push(addresses);
+        layers
+    };
+    let layers: Vec<LayerAddresses> = tensors.sides.iter().map(&mut upload).collect();
+    let bytes = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
+    let tables: Vec<u64> = layers.iter().map(|layers| machine.upload(&bytes(layers.words()))).collect();
+    let pairs = machine.upload(&tensors.pair_bytes());
+    let count_at = tensors.count_at.map_or(0, |count| machine.upload(&count.to_le_bytes()));
+    let variant = machine.copy_blocks(&tensors.call(&layers, &tables, pairs, count_at))?;
+    let found = |side: usize| -> Vec<Vec<u8>> {
+        buffers[side].iter().map(|&address| machine.download(address)).collect()
+    };
+    let read = if case.within { Ok(()) } else { compare_bytes(&tensors.sides[0].buffers, &found(0)) };
+    read.and_then(|()| compare_bytes(&tensors.expected(), &found(buffers.len() - 1)))
+        .map_err(|error| format!("PAGEWISE_BLOCKS_CASE=\"{case}\" ({variant}): {error}"))?;
+    Ok((variant, 0.0))
 }
