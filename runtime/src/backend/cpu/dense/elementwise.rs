@@ -186,7 +186,17 @@ fn tanh<L: Lanes>(x: f32) -> f32 {
 /// `t · exp(-z²) · P(t)` with `t = 1 / (1 + z / 2)`, P fitted to the least relative error for z up to 10.
 #[inline(always)]
 fn erfc<L: Lanes>(z: f32) -> f32 {
-    const P: [f32; 9] = [PLACEHOLDER];
+    const P: [f32; 9] = [
+        -0.059_066_35,
+        0.284_563_2,
+        -0.487_177_6,
+        0.278_043_96,
+        -0.026_611_252,
+        0.202_681_4,
+        0.243_104_98,
+        0.282_375_16,
+        0.282_086_43,
+    ];
     let t = 1.0 / (1.0 + 0.5 * z);
     let mut p = 0.0;
     for c in P {
