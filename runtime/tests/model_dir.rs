@@ -5,7 +5,8 @@ use pagewise_attention::{DType, HostTensor};
 use pagewise_runtime::model_dir::{Architecture, ModelDir, RopeScaling, Weights};
 use std::path::{Path, PathBuf};
 
-const MODELS: [&str; 4] = ["llama_gqa", "llama_rope3", "qwen2", "mistral_swa"];
+/// Those whose embedding is called as Llama's.
+const MODELS: [&str; 7] = ["llama_gqa", "llama_rope3", "qwen2", "mistral_swa", "qwen3", "phi3", "gemma2"];
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(name)
@@ -33,7 +34,7 @@ fn configurations_are_read_as_meant() {
     assert_eq!(llama.architecture, Architecture::Llama);
     assert_eq!((llama.vocab_size, llama.hidden_size, llama.intermediate_size), (256, 64, 96));
     assert_eq!((llama.q_heads, llama.kv_heads, llama.head_dim, llama.num_layers()), (4, 2, 16, 2));
-    assert_eq!((llama.max_positions, llama.rms_norm_eps, llama.rope.theta), (128, 1e-5, 10_000.0));
+    assert_eq!((llama.max_positions, llama.norm_eps, llama.rope.unwrap().theta), (128, 1e-5, 10_000.0));
     assert_eq!((llama.qkv_bias, llama.output_bias, llama.mlp_bias), (false, false, false));
     assert!(!llama.tie_word_embeddings);
     assert_eq!((llama.bos_token_id, llama.eos_token_ids.as_slice()), (Some(1), [237].as_slice()));
@@ -45,13 +46,13 @@ fn configurations_are_read_as_meant() {
         high_freq_factor: 4.0,
         original_max_positions: 32,
     };
-    assert_eq!(rope3.rope.scaling, scaling);
+    assert_eq!(rope3.rope.unwrap().scaling, scaling);
     assert!(rope3.tie_word_embeddings);
 
     let qwen2 = open("qwen2");
     assert_eq!(qwen2.architecture, Architecture::Qwen2);
     assert_eq!((qwen2.qkv_bias, qwen2.output_bias), (true, false));
-    assert_eq!((qwen2.layer_windows, qwen2.rope.theta, qwen2.head_dim), (vec![None; 2], 1e6, 16));
+    assert_eq!((qwen2.layer_windows, qwen2.rope.unwrap().theta, qwen2.head_dim), (vec![None; 2], 1e6, 16));
 
     let mistral = open("mistral_swa");
     assert_eq!(mistral.architecture, Architecture::Mistral);
@@ -70,6 +71,6 @@ fn weights_are_found_by_name_and_shape() {
         let length = fixture(name).join("model.safetensors").metadata().unwrap().len();
         assert_eq!(weights.file_bytes(), length);
         assert!(weights.contains("model.norm.weight") && !weights.contains("model.norm"));
-        assert_eq!(weights.contains("lm_head.weight"), name == "llama_gqa");
+        assert_eq!(weights.contains("lm_head.weight"), ["llama_gqa", "phi3"].contains(&name));
     }
 }

@@ -1,9 +1,6 @@
 //! The families of models: how each spells its `config.json`, and the defaults of its class in `transformers`.
 
-use super::{
-    Activation, Architecture, ModelError,
-    json::Object,
-};
+use super::{Activation, Architecture, ModelError, json::Object};
 
 /// What differs between the families in reading their configuration.
 pub(super) struct Family {

@@ -1,11 +1,6 @@
 //! Which keys the layers of a model see: `sliding_window`, `layer_types` and what goes with them.
 
-use super::{
-    Architecture, ModelError,
-    families::Family,
-    json::Object,
-    parse_config::MAX_POSITIONS,
-};
+use super::{Architecture, ModelError, families::Family, json::Object, parse_config::MAX_POSITIONS};
 
 const DEFAULT_WINDOW: usize = 4096;
 

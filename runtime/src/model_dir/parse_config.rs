@@ -196,12 +196,7 @@ fn kv_heads(file: &Object, q_heads: usize, family: &Family) -> Result<usize, Mod
     Ok(kv_heads)
 }
 
-fn head_dim(
-    file: &Object,
-    hidden_size: usize,
-    q_heads: usize,
-    family: &Family,
-) -> Result<usize, ModelError> {
+fn head_dim(file: &Object, hidden_size: usize, q_heads: usize, family: &Family) -> Result<usize, ModelError> {
     // Rotary embeddings pair the elements of a head.
     let (step, kind) = if family.rotary { (2, "an even number") } else { (1, "a number") };
     let rule = format!("{kind} up to {MAX_HEAD_DIM}");
@@ -209,15 +204,13 @@ fn head_dim(
     let absent = family.default_head_dim.filter(|_| !file.has("head_dim"));
     let Some(explicit) = file.size("head_dim", usize::MAX)?.or(absent) else {
         if !hidden_size.is_multiple_of(q_heads) {
-            let rule =
-                format!("a multiple of '{heads}' = {q_heads} where 'head_dim' is not given");
+            let rule = format!("a multiple of '{heads}' = {q_heads} where 'head_dim' is not given");
             return Err(file.invalid(name, &rule));
         }
         let implied = hidden_size / q_heads;
         if !implied.is_multiple_of(step) || implied > MAX_HEAD_DIM {
-            let rule = format!(
-                "such that '{name}' / '{heads}' = {implied}, the dimension of a head, is {rule}"
-            );
+            let rule =
+                format!("such that '{name}' / '{heads}' = {implied}, the dimension of a head, is {rule}");
             return Err(file.invalid(name, &rule));
         }
         return Ok(implied);

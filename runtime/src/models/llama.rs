@@ -70,8 +70,7 @@ fn attention<B: Backend>(
     match loader.config.architecture {
         Architecture::Phi3 => {
             let [queries, keys, values] = loader.qkv_widths();
-            let mut qkv =
-                loader.fused(&format!("{layer}.self_attn.qkv_proj"), queries + keys + values)?;
+            let mut qkv = loader.fused(&format!("{layer}.self_attn.qkv_proj"), queries + keys + values)?;
             Ok(Attention {
                 q: qkv.next(queries)?,
                 k: qkv.next(keys)?,

@@ -87,8 +87,7 @@ impl<'a, B: Backend> Loader<'a, B> {
     /// `name.weight` and, where the shape has one, `name.bias`.
     pub(super) fn linear(&self, name: &str, shape: Shape) -> Result<Linear<B::Weight>> {
         let Shape { out_features, in_features, bias } = shape;
-        let bias =
-            bias.then(|| self.weight(&format!("{name}.bias"), &[out_features])).transpose()?;
+        let bias = bias.then(|| self.weight(&format!("{name}.bias"), &[out_features])).transpose()?;
         let weight = self.weight(&format!("{name}.weight"), &[out_features, in_features])?;
         Ok(Linear { weight, bias, out_features })
     }

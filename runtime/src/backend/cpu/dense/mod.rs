@@ -80,7 +80,9 @@ pub enum DenseError {
         vocabulary: usize,
     },
     /// A position for which nothing was learned.
-    #[error("position {position} is outside of the table, which has {places} rows, the first {offset} of them unused; use shorter sequences")]
+    #[error(
+        "position {position} is outside of the table, which has {places} rows, the first {offset} of them unused; use shorter sequences"
+    )]
     Position {
         /// The position.
         position: i32,

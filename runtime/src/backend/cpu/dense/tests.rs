@@ -1,8 +1,9 @@
 //! Dense layers against plain f64 loops, and their bits against themselves.
 
-use super::elementwise::silu_mul_on;
-use super::norm::rms_norm_on;
+use super::elementwise::{activate_on, softcap_on};
+use super::norm::{layer_norm_on, rms_norm_on};
 use super::*;
+use crate::model_dir::Activation;
 use half::{bf16, f16};
 use pagewise_attention::HostTensor;
 
@@ -281,7 +282,7 @@ fn silu_agrees_with_f64_at_any_size_of_its_argument() {
     let mut before: Option<Vec<f32>> = None;
     for set in InstructionSet::available() {
         let mut out = vec![f32::NAN; gate.len()];
-        silu_mul_on(*set, &gate, &up, &mut out).unwrap();
+        activate_on(*set, Activation::Silu, &gate, Some(&up), &mut out).unwrap();
         for ((g, u), got) in gate.iter().zip(&up).zip(&out) {
             let (g, u) = (f64::from(*g), f64::from(*u));
             let expected = g / (1.0 + (-g).exp()) * u;
@@ -291,14 +292,14 @@ fn silu_agrees_with_f64_at_any_size_of_its_argument() {
         }
         for i in [0, 1, 17, 4999] {
             let mut alone = [f32::NAN];
-            silu_mul_on(*set, &gate[i..=i], &up[i..=i], &mut alone).unwrap();
+            activate_on(*set, Activation::Silu, &gate[i..=i], Some(&up[i..=i]), &mut alone).unwrap();
             assert_eq!(alone[0].to_bits(), out[i].to_bits(), "{set} [{i}]");
         }
         if set.fused() {
             assert_eq!(bits(before.get_or_insert_with(|| out.clone())), bits(&out), "{set}");
         }
         let mut out = [0.0];
-        silu_mul_on(*set, &[f32::NAN], &[1.0], &mut out).unwrap();
+        activate_on(*set, Activation::Silu, &[f32::NAN], Some(&[1.0]), &mut out).unwrap();
         assert!(out[0].is_nan(), "{set}");
     }
 }
@@ -393,6 +394,11 @@ fn what_does_not_fit_is_refused_and_nothing_written() {
     linear(&[], 2, HostTensor::F32(&[]), Some(HostTensor::F32(&[3.0, 4.0])), &mut out).unwrap();
     assert_eq!(out, [3.0, 4.0, 3.0, 4.0]);
     assert!(rms_norm(&x, HostTensor::F32(&w[..5]), 1e-5, &mut [0.0; 12]).is_err());
-    assert!(silu_mul(&x, &w, &mut [0.0; 12]).is_err() && add(&x, &mut [0.0; 11]).is_err());
+    assert!(gated_activation(Activation::Silu, &x, &w, &mut [0.0; 12]).is_err());
+    assert!(activate(Activation::Relu, &x, &mut [0.0; 11]).is_err());
+    assert!(
+        layer_norm(&x, HostTensor::F32(&w[..4]), HostTensor::F32(&w[..3]), 1e-5, &mut [0.0; 12]).is_err()
+    );
+    assert!(add(&x, &mut [0.0; 11]).is_err());
     assert!(rope(&mut [0.0; 12], 1, &RopeAngles::new(&[1.0], &[0])).is_err());
 }
