@@ -189,6 +189,20 @@ impl Object {
         self.get(name).map(|value| value.as_str().ok_or_else(|| self.invalid(name, "a string"))).transpose()
     }
 
+    /// A token: a string, or an object with its content.
+    pub(crate) fn special_token(&self, name: &str) -> Result<Option<&str>, ModelError> {
+        let Some(value) = self.get(name) else { return Ok(None) };
+        match value.as_str().or_else(|| value.get("content")?.as_str()) {
+            Some(token) => Ok(Some(token)),
+            None => Err(self.invalid(name, "a string or an object with a string 'content'")),
+        }
+    }
+
+    /// The object itself.
+    pub(crate) fn to_value(&self) -> Value {
+        Value::Object(self.fields.clone())
+    }
+
     /// A list of strings.
     pub(crate) fn strings(&self, name: &str) -> Result<Option<Vec<&str>>, ModelError> {
         let Some(value) = self.get(name) else { return Ok(None) };
