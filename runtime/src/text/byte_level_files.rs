@@ -36,10 +36,8 @@ pub(super) fn tokenizer_json(directory: &Path) -> Result<Option<Vec<u8>>, ModelE
     let (add_prefix_space, add_bos_token) = (flag("add_prefix_space")?, flag("add_bos_token")?);
 
     // The first line names the format's version.
-    let lines = merges
-        .lines()
-        .enumerate()
-        .filter(|(i, line)| !line.is_empty() && !(*i == 0 && line.starts_with('#')));
+    let is_version = |i: usize, line: &str| i == 0 && line.starts_with('#');
+    let lines = merges.lines().enumerate().filter(|&(i, line)| !(line.is_empty() || is_version(i, line)));
     let merges = lines.map(|(i, line)| match line.split(' ').collect::<Vec<_>>().as_slice() {
         [left, right] => Ok(json!([left, right])),
         _ => {

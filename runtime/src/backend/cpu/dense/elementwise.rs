@@ -81,14 +81,19 @@ pub(super) fn activate_on(
 
 fn share_activation<F: Function>(set: InstructionSet, x: &[f32], factor: Option<&[f32]>, out: &mut [f32]) {
     share_rows(out, 1, |start, out| {
-        let part = |x: &'_ [f32]| -> std::ops::Range<usize> { start..x.len().min(start + out.len()) };
-        let x = &x[part(x)];
-        // SAFETY: the dispatch's instruction set is there; all else is slices.
-        match factor.map(|factor| &factor[part(factor)]) {
-            Some(factor) => unsafe {
-                dispatch!(set, gated_block::<F: Function>(x: &[f32], factor: &[f32], out: &mut [f32]))
-            },
-            None => unsafe { dispatch!(set, plain_block::<F: Function>(x: &[f32], out: &mut [f32])) },
+        let x = &x[start..start + out.len()];
+        match factor {
+            Some(factor) => {
+                let factor = &factor[start..start + out.len()];
+                // SAFETY: the dispatch's instruction set is there; all else is slices.
+                unsafe {
+                    dispatch!(set, gated_block::<F: Function>(x: &[f32], factor: &[f32], out: &mut [f32]));
+                }
+            }
+            None => {
+                // SAFETY: the dispatch's instruction set is there; all else is slices.
+                unsafe { dispatch!(set, plain_block::<F: Function>(x: &[f32], out: &mut [f32])) }
+            }
         }
     });
 }
@@ -162,7 +167,7 @@ impl Function for GeluTanh {
     #[inline(always)]
     fn of<L: Lanes>(x: f32) -> f32 {
         /// 2 · sqrt(2 / π)
-        const FACTOR: f32 = 1.595_769_1;
+        const FACTOR: f32 = 1.595_769;
         let cubic = L::multiply_add_scalar(0.044_715 * x * x, x, x);
         x / (1.0 + exp::<L>(-FACTOR * cubic))
     }

@@ -133,7 +133,7 @@ fn share_layer_norm<W: Weight, V: Weight>(
                 layer_norm_rows::<W: Weight, V: Weight>(
                     x: &[f32], weight: &[W], bias: &[V], eps: f32, out: &mut [f32],
                 )
-            )
+            );
         }
     });
 }
