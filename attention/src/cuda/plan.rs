@@ -108,8 +108,17 @@ impl DecodePlan {
     /// [`CudaError::Unsupported`] for what the decode kernel does not do, [`CudaError::TooLarge`] beyond its
     /// 32-bit sizes or the items of a fixed grid.
     pub fn new(problem: &Problem<'_>, device: &Device, options: PlanOptions) -> Result<Self, CudaError> {
+        Self::of_rows(problem, &visible_rows(problem, |_| true)?, device, options)
+    }
+
+    /// Plans some of a step's rows.
+    pub(super) fn of_rows(
+        problem: &Problem<'_>,
+        rows: &[Keys],
+        device: &Device,
+        options: PlanOptions,
+    ) -> Result<Self, CudaError> {
         let (config, layout) = (problem.config(), *problem.layout());
-        let rows = visible_rows(problem)?;
         let choices = Kind::choices(config, device, options)?;
         // The heads of a thread block are part of a launch, which a captured graph repeats.
         let heads = options.block_heads.or(options.grid_items.map(|_| 1));
@@ -117,7 +126,7 @@ impl DecodePlan {
             Some(keys) => {
                 Choice { block_heads: heads.unwrap_or(1), cut: Cut::Equal(keys), cost: 0.0, floor: 0.0 }
             }
-            None => choose(&rows, &kind.step, heads, options.shrink),
+            None => choose(rows, &kind.step, heads, options.shrink),
         };
         let mut best: Option<(&Kind, Choice)> = None;
         for kind in &choices {
@@ -132,7 +141,7 @@ impl DecodePlan {
         let Some((kind, Choice { block_heads, cut, .. })) = best else {
             return Err(unsupported("this tuning", "see DecodeTuning for its bounds"));
         };
-        let (items, partials) = split(&rows, kind.step.blocks_per_item(block_heads), cut)?;
+        let (items, partials) = split(rows, kind.step.blocks_per_item(block_heads), cut)?;
         let grid = match options.grid_items {
             Some(most) if items.len() > most as usize => {
                 let (value, max) = (items.len() as u64, u64::from(most));
@@ -281,16 +290,24 @@ impl Kind {
     }
 }
 
-/// Every query row with the keys that it sees.
-fn visible_rows(problem: &Problem<'_>) -> Result<Vec<Keys>, CudaError> {
+/// The first entry of a sequence's block table, counted from the beginning of all tables.
+pub(super) fn first_entry(problem: &Problem<'_>, index: usize) -> usize {
+    match problem.batch().block_tables {
+        BlockTables::Padded { max_blocks, .. } => index * max_blocks,
+        BlockTables::Csr { indptr, .. } => indptr.get(index).map_or(0, |&start| start.max(0) as usize),
+    }
+}
+
+/// The query rows of the sequences that are asked for, with the keys that they see.
+pub(super) fn visible_rows(
+    problem: &Problem<'_>,
+    wanted: impl Fn(usize) -> bool,
+) -> Result<Vec<Keys>, CudaError> {
     let batch = problem.batch();
     let mut rows = Vec::with_capacity(problem.total_queries());
-    for index in 0..problem.num_sequences() {
+    for index in (0..problem.num_sequences()).filter(|&index| wanted(index)) {
         let sequence = problem.sequence(index);
-        let table = match batch.block_tables {
-            BlockTables::Padded { max_blocks, .. } => index * max_blocks,
-            BlockTables::Csr { indptr, .. } => indptr.get(index).map_or(0, |&start| start.max(0) as usize),
-        };
+        let table = first_entry(problem, index);
         for query in 0..sequence.query_len {
             let keys = batch.visible(problem.config().mask, &sequence, query);
             let position = batch.position(&sequence, query);
@@ -340,7 +357,7 @@ fn unsupported(what: &str, advice: &'static str) -> CudaError {
     CudaError::Unsupported { kernel: "decode", what: what.to_owned(), advice }
 }
 
-fn small(what: &'static str, value: usize) -> Result<u32, CudaError> {
+pub(super) fn small(what: &'static str, value: usize) -> Result<u32, CudaError> {
     // The kernel adds tiles to these, so that some room is left below 2^31.
     let max = i32::MAX as u32 - MAX_ITEM_KEYS;
     match u32::try_from(value) {
