@@ -176,15 +176,13 @@ pub(super) fn family(file: &Object) -> Result<&'static Family, ModelError> {
 /// The function inside of the MLP, by any of its names in `transformers`.
 pub(super) fn activation(file: &Object, family: &Family) -> Result<Activation, ModelError> {
     let name = family.names.activation;
-    // Gemma 2 has both; its class reads only its own.
-    if family.architecture != Architecture::Gemma2
-        && let Some(other) = ["hidden_act", "hidden_activation", "activation_function"]
-            .into_iter()
-            .find(|other| *other != name && file.get(other).is_some() && file.get(other) != file.get(name))
-    {
-        return Err(file.unsupported(other, &format!("{} reads '{name}'", family.class)));
+    for other in ["hidden_act", "hidden_activation", "activation_function"] {
+        let differs = file.get(other).is_some() && file.get(other) != file.get(name);
+        // Files of Gemma 2 have both, and its class in transformers reads only its own.
+        if differs && family.architecture != Architecture::Gemma2 {
+            return Err(file.unsupported(other, &format!("{} reads '{name}'", family.class)));
+        }
     }
-    let _ = file.get("hidden_act");
     match file.string(name)? {
         None => Ok(family.default_activation),
         Some("silu" | "swish") => Ok(Activation::Silu),
