@@ -5,7 +5,7 @@ use crate::backend::{AttentionSpec, BackendError};
 use crate::engine::{Engine, EngineConfig};
 use crate::executor::ModelExecutor;
 use crate::model_dir::{GenerationConfig, ModelConfig, ModelDir, ModelError, Weights, resolve_model};
-use crate::models::{LoadModelError, WeightSource, load_model};
+use crate::models::{LoadModelError, WeightSource, load_model, weight_dtype};
 use crate::scheduler::Preemption;
 use crate::text::{ChatTemplate, Tokenizer};
 use pagewise_attention::{DType, MAX_BLOCK_SIZE};
@@ -183,7 +183,8 @@ pub fn load(
         progress(LoadProgress::Download { file: &fetched.file, done: fetched.bytes, total: fetched.total });
     })?;
     progress(LoadProgress::Stage("reading the configuration"));
-    let ModelDir { config, generation, .. } = ModelDir::open(&path)?;
+    let ModelDir { config, generation, notes, .. } = ModelDir::open(&path)?;
+    notes.iter().for_each(|note| tracing::warn!("{note}"));
     let max_model_len = max_model_len(options, &config)?;
 
     let weights = match options.load_format {
@@ -203,8 +204,7 @@ pub fn load(
 
     progress(LoadProgress::Stage("mapping the weights"));
     let backend = CpuBackend::new(options.threads)?;
-    let embedding = [config.vocab_size, config.hidden_size];
-    let weight_dtype = weights.dtype("model.embed_tokens.weight", &embedding)?;
+    let weight_dtype = weight_dtype(&config, &weights)?;
     let model = load_model(&config, &weights, &backend)?;
 
     progress(LoadProgress::Stage("making the KV cache"));

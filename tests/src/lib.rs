@@ -1,6 +1,27 @@
-//! What the cross-crate tests share: where the models that are too large for the repository lie.
+//! What the cross-crate tests share: where the reference models lie.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+/// The small random models of `tests/fixtures`, each with golden values of transformers.
+pub const FIXTURES: [&str; 12] = [
+    "llama_gqa",
+    "llama_rope3",
+    "qwen2",
+    "mistral_swa",
+    "qwen3",
+    "phi3",
+    "gemma2",
+    "opt_preln",
+    "opt_postln_proj",
+    "opt_heads80",
+    "opt_heads128",
+    "gpt2",
+];
+
+/// The directory of a fixture.
+pub fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
+}
 
 /// SmolLM2-135M-Instruct in f32, as `scripts/fetch-smollm2` leaves it, or in the directory that
 /// `PAGEWISE_SMOLLM2` names. `None` after saying on stderr that the test is skipped.

@@ -4,15 +4,15 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use pagewise_attention::DType;
 use pagewise_runtime::engine::Engine;
 use pagewise_runtime::load::{CacheSize, LoadOptions, load};
+use pagewise_runtime::model_dir::ModelDir;
 use pagewise_runtime::request::{EarlyStopping, FinishReason, Request, RequestOutput, SamplingParams};
 use pagewise_runtime::scheduler::Preemption;
+use pagewise_tests::{FIXTURES, fixture};
 use serde::Deserialize;
 use serde_json::Value;
-use std::path::{Path, PathBuf};
-
-const FIXTURES: [&str; 4] = ["llama_gqa", "llama_rope3", "qwen2", "mistral_swa"];
 
 #[derive(Deserialize)]
 struct Golden {
@@ -38,10 +38,6 @@ struct GoldenBeam {
     eos_token_id: Value,
     sequences: Vec<Vec<u32>>,
     scores: Vec<f64>,
-}
-
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
 }
 
 /// Every case of a fixture with its request.
@@ -82,6 +78,8 @@ fn cases(name: &str) -> Vec<(GoldenBeam, Request)> {
 
 fn engine(name: &str, change: impl FnOnce(&mut LoadOptions)) -> Engine {
     let mut options = LoadOptions::new(fixture(name).to_str().unwrap());
+    // That of the goldens, whatever type the weights are stored in.
+    options.kv_dtype = Some(DType::F32);
     change(&mut options);
     load(&options, &mut |_| {}).unwrap().engine
 }
@@ -122,10 +120,11 @@ fn all_searches_of_a_fixture_in_one_batch() {
 #[test]
 fn preempted_searches_end_the_same() {
     for name in FIXTURES {
+        let groups = ModelDir::open(&fixture(name)).unwrap().config.kv_groups().0.len();
         for preemption in [Preemption::Recompute, Preemption::Swap] {
             let mut engine = engine(name, |options| {
                 options.block_size = 4;
-                options.cache_size = CacheSize::Blocks(56);
+                options.cache_size = CacheSize::Blocks(56 * groups);
                 options.swap_space = 4 << 20;
                 options.preemption = preemption;
                 options.max_batch_tokens = 40;

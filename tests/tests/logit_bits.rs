@@ -11,7 +11,7 @@ use pagewise_runtime::executor::{Executor, ModelExecutor};
 use pagewise_runtime::model_dir::{ModelDir, Weights};
 use pagewise_runtime::models::{WeightSource, load_model};
 use pagewise_runtime::plan::{BlockId, Chunk, LogitRows, SequenceId, StepPlan, TokenInput};
-use pagewise_tests::smollm2_f32;
+use pagewise_tests::{FIXTURES, fixture, smollm2_f32};
 use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
@@ -254,10 +254,13 @@ fn prompts(lengths: impl Fn(usize) -> usize, vocab_size: u64) -> Vec<Vec<u32>> {
 }
 
 /// One prompt is longer than a segment of attention, one longer than the largest block, some longer than a chunk
-/// of attention; most are shorter than the model's 128 positions.
-fn fixture(name: &str) {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name);
+/// of attention; most are shorter than the model's 128 positions. Learned positions end there.
+fn check_fixture(name: &str) {
+    let dir = fixture(name);
+    let learned = ModelDir::open(&dir).unwrap().config.rope.is_none();
     let lengths = |i: usize| match i {
+        0 if learned => 128,
+        1 | 3 if learned => 101 + i,
         0 => 530,
         1 => 270,
         2 => 1,
@@ -272,24 +275,30 @@ fn fixture(name: &str) {
     }
 }
 
-#[test]
-fn llama_gqa() {
-    fixture("llama_gqa");
+/// A test for each fixture, so that they run side by side.
+macro_rules! fixtures {
+    ($($name:ident)*) => {
+        $(
+            #[test]
+            fn $name() {
+                check_fixture(stringify!($name));
+            }
+        )*
+
+        #[test]
+        fn no_fixture_is_left_out() {
+            let mut here = [$(stringify!($name)),*];
+            let mut all = FIXTURES;
+            here.sort_unstable();
+            all.sort_unstable();
+            assert_eq!(here, all);
+        }
+    };
 }
 
-#[test]
-fn llama_rope3() {
-    fixture("llama_rope3");
-}
-
-#[test]
-fn qwen2() {
-    fixture("qwen2");
-}
-
-#[test]
-fn mistral_swa() {
-    fixture("mistral_swa");
+fixtures! {
+    llama_gqa llama_rope3 qwen2 mistral_swa qwen3 phi3 gemma2
+    opt_preln opt_postln_proj opt_heads80 opt_heads128 gpt2
 }
 
 /// Fewer, as a step of this model takes its time; every value of every setting occurs.

@@ -8,7 +8,7 @@ mod rope;
 pub use batch::{BatchLimits, GroupBatch, StepBatch};
 pub use rope::Rope;
 
-use crate::model_dir::{ModelConfig, WeightTensor};
+use crate::model_dir::{Activation, ModelConfig, WeightTensor};
 use pagewise_attention::{AttentionConfig, DType, Mask, ProblemError};
 use pagewise_kvcache::BlockOps;
 
@@ -23,8 +23,8 @@ pub struct AttentionSpec {
     pub layer_groups: Vec<usize>,
     /// One entry a KV group: what its layers compute. They differ in their masks only.
     pub groups: Vec<AttentionConfig>,
-    /// Rotary embedding of queries and keys.
-    pub rope: Rope,
+    /// Rotary embedding of queries and keys; `None` where positions are learned.
+    pub rope: Option<Rope>,
     /// Tokens a block.
     pub block_size: usize,
     /// Blocks on the device.
@@ -40,10 +40,12 @@ impl AttentionSpec {
         let attention = |window: Option<usize>| AttentionConfig {
             kv_dtype,
             mask: window.map_or(Mask::Causal, |size| Mask::Window { size }),
+            scale: config.attention_scale,
+            softcap: config.attention_softcap,
             ..AttentionConfig::new(config.q_heads, config.kv_heads, config.head_dim, DType::F32)
         };
         let groups = kv_groups.iter().map(|group| attention(group.window)).collect();
-        let rope = Rope::new(config.rope, config.head_dim);
+        let rope = config.rope.as_ref().map(|rope| Rope::new(rope, config.head_dim));
         Self { layer_groups, groups, rope, block_size, num_blocks, host_blocks: 0 }
     }
 
@@ -151,7 +153,20 @@ pub trait Backend: Send + Sync + Sized + 'static {
         out: &mut Self::Tensor,
     ) -> Result<(), BackendError>;
 
-    /// `out = x / sqrt(mean(x²) + eps) · weight` over each row (Zhang & Sennrich 2019).
+    /// `x[t] += table[offset + position of token t]`: learned positions.
+    ///
+    /// # Errors
+    /// As of [`linear`](Self::linear), and if the table has no such row.
+    fn add_positions(
+        &self,
+        step: &Self::Step<'_>,
+        table: &Self::Weight,
+        offset: usize,
+        x: &mut Self::Tensor,
+    ) -> Result<(), BackendError>;
+
+    /// `out = x / sqrt(mean(x²) + eps) · weight` over each row (Zhang & Sennrich 2019). A row of a tensor may hold
+    /// several rows of the norm, each as long as the weight: heads, for example.
     ///
     /// # Errors
     /// As of [`linear`](Self::linear).
@@ -159,6 +174,19 @@ pub trait Backend: Send + Sync + Sized + 'static {
         &self,
         x: &Self::Tensor,
         weight: &Self::Weight,
+        eps: f32,
+        out: &mut Self::Tensor,
+    ) -> Result<(), BackendError>;
+
+    /// `out = (x - mean(x)) / sqrt(variance(x) + eps) · weight + bias` over each row (Ba et al. 2016).
+    ///
+    /// # Errors
+    /// As of [`linear`](Self::linear).
+    fn layer_norm(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Weight,
+        bias: &Self::Weight,
         eps: f32,
         out: &mut Self::Tensor,
     ) -> Result<(), BackendError>;
@@ -173,7 +201,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
         outputs: &mut [(&Linear<Self::Weight>, &mut Self::Tensor)],
     ) -> Result<(), BackendError>;
 
-    /// Rotates queries and keys by their positions, pairing element `i` with `i + head_dim / 2`.
+    /// Rotates queries and keys by their positions, pairing element `i` of a head with `i + rotary_dim / 2`; without a
+    /// rotary embedding, nothing.
     ///
     /// # Errors
     /// As of [`linear`](Self::linear).
@@ -210,16 +239,40 @@ pub trait Backend: Send + Sync + Sized + 'static {
         out: &mut Self::Tensor,
     ) -> Result<(), BackendError>;
 
-    /// `out = silu(gate) · up`.
+    /// `out = f(x)`, element by element.
     ///
     /// # Errors
     /// As of [`linear`](Self::linear).
-    fn silu_mul(
+    fn activate(
         &self,
+        activation: Activation,
+        x: &Self::Tensor,
+        out: &mut Self::Tensor,
+    ) -> Result<(), BackendError>;
+
+    /// `out = f(gate) · up`, element by element (Shazeer 2020).
+    ///
+    /// # Errors
+    /// As of [`linear`](Self::linear).
+    fn gated_activation(
+        &self,
+        activation: Activation,
         gate: &Self::Tensor,
         up: &Self::Tensor,
         out: &mut Self::Tensor,
     ) -> Result<(), BackendError>;
+
+    /// `x *= factor`.
+    ///
+    /// # Errors
+    /// The device fails.
+    fn scale(&self, factor: f32, x: &mut Self::Tensor) -> Result<(), BackendError>;
+
+    /// `x = cap · tanh(x / cap)`.
+    ///
+    /// # Errors
+    /// The device fails.
+    fn softcap(&self, cap: f32, x: &mut Self::Tensor) -> Result<(), BackendError>;
 
     /// `x += y`.
     ///

@@ -8,33 +8,51 @@ use crate::model_dir::{RopeConfig, RopeScaling};
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rope {
     frequencies: Vec<f32>,
+    head_dim: usize,
+    magnitude: f32,
 }
 
 impl Rope {
-    /// Frequencies for heads of `head_dim` elements: `theta^(-2i / head_dim)` for `i < head_dim / 2`.
-    pub fn new(config: RopeConfig, head_dim: usize) -> Self {
-        let frequencies = (0..head_dim / 2).map(|i| {
-            let exponent = (2 * i) as f32 / head_dim as f32;
+    /// Frequencies for heads of `head_dim` elements, the first `dim = rotary_dim` of which are rotated:
+    /// `theta^(-2i / dim)` for `i < dim / 2`, stretched.
+    pub fn new(config: &RopeConfig, head_dim: usize) -> Self {
+        let dim = config.rotary_dim;
+        let frequencies = (0..dim / 2).map(|i| {
+            let exponent = (2 * i) as f32 / dim as f32;
             let wavelength = f64::from(config.theta as f32).powf(f64::from(exponent)) as f32;
-            stretch(1.0 / wavelength, config.scaling)
+            match &config.scaling {
+                RopeScaling::LongRope { short_factors, .. } => {
+                    1.0 / (short_factors.get(i).map_or(1.0, |&factor| factor as f32) * wavelength)
+                }
+                scaling => stretch(1.0 / wavelength, scaling),
+            }
         });
-        Self { frequencies: frequencies.collect() }
+        let magnitude = match config.scaling {
+            RopeScaling::LongRope { attention_factor, .. } => attention_factor as f32,
+            _ => 1.0,
+        };
+        Self { frequencies: frequencies.collect(), head_dim, magnitude }
     }
 
-    /// Radians per position of each pair of a head's elements, `[head_dim / 2]`.
+    /// Radians per position of each pair of a head's rotated elements, `[rotary_dim / 2]`.
     pub fn frequencies(&self) -> &[f32] {
         &self.frequencies
     }
 
     /// Elements of a head.
     pub fn head_dim(&self) -> usize {
-        2 * self.frequencies.len()
+        self.head_dim
+    }
+
+    /// Factor of the rotated elements.
+    pub fn magnitude(&self) -> f32 {
+        self.magnitude
     }
 }
 
-fn stretch(frequency: f32, scaling: RopeScaling) -> f32 {
-    match scaling {
-        RopeScaling::None => frequency,
+fn stretch(frequency: f32, scaling: &RopeScaling) -> f32 {
+    match *scaling {
+        RopeScaling::None | RopeScaling::LongRope { .. } => frequency,
         RopeScaling::Linear { factor } => frequency / factor as f32,
         RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_positions } => {
             let original = original_max_positions as f64;
@@ -57,7 +75,7 @@ mod tests {
     use super::*;
 
     fn rope(scaling: RopeScaling) -> Rope {
-        Rope::new(RopeConfig { theta: 10_000.0, scaling }, 16)
+        Rope::new(&RopeConfig { rotary_dim: 16, theta: 10_000.0, scaling }, 16)
     }
 
     #[test]
@@ -76,6 +94,24 @@ mod tests {
         for (a, b) in plain.frequencies.iter().zip(&scaled.frequencies) {
             assert!((a / b - 4.0).abs() < 1e-5);
         }
+    }
+
+    #[test]
+    fn long_rope_divides_each_frequency_by_its_own_factor() {
+        let short_factors = vec![1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5];
+        let scaling = RopeScaling::LongRope { short_factors: short_factors.clone(), attention_factor: 1.2 };
+        let (plain, scaled) = (rope(RopeScaling::None), rope(scaling));
+        assert_eq!((plain.magnitude(), scaled.magnitude()), (1.0, 1.2));
+        for ((a, b), factor) in plain.frequencies.iter().zip(&scaled.frequencies).zip(short_factors) {
+            assert!((f64::from(a / b) - factor).abs() < 1e-5);
+        }
+    }
+
+    #[test]
+    fn part_of_a_head_has_the_frequencies_of_a_smaller_head() {
+        let config = RopeConfig { rotary_dim: 16, theta: 10_000.0, scaling: RopeScaling::None };
+        let partial = Rope::new(&config, 24);
+        assert_eq!((partial.head_dim(), partial.frequencies()), (24, rope(RopeScaling::None).frequencies()));
     }
 
     #[test]

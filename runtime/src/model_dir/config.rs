@@ -11,6 +11,29 @@ pub enum Architecture {
     Qwen2,
     /// `MistralForCausalLM`
     Mistral,
+    /// `Qwen3ForCausalLM`
+    Qwen3,
+    /// `Phi3ForCausalLM`
+    Phi3,
+    /// `Gemma2ForCausalLM`
+    Gemma2,
+    /// `OPTForCausalLM`
+    Opt,
+    /// `GPT2LMHeadModel`
+    Gpt2,
+}
+
+/// The function inside of an MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x · sigmoid(x)`
+    Silu,
+    /// `max(x, 0)`
+    Relu,
+    /// `x · Φ(x)`
+    Gelu,
+    /// GELU with Φ approximated by a hyperbolic tangent.
+    GeluTanh,
 }
 
 /// The shape of a model. Sizes are positive and bounded, `q_heads` is a multiple of `kv_heads`.
@@ -20,22 +43,36 @@ pub struct ModelConfig {
     pub architecture: Architecture,
     /// Rows of the embedding.
     pub vocab_size: usize,
+    /// Width of the embedding. Where it is not `hidden_size`, projections lead from one to the other and back.
+    pub embedding_size: usize,
     /// Width of the residual stream.
     pub hidden_size: usize,
     /// Width inside of the MLP.
     pub intermediate_size: usize,
+    /// Function inside of the MLP.
+    pub activation: Activation,
     /// Query heads.
     pub q_heads: usize,
     /// Key-value heads.
     pub kv_heads: usize,
     /// Elements of a head.
     pub head_dim: usize,
-    /// Longest sequence the model was made for.
+    /// Longest sequence that is served as the model was made.
     pub max_positions: usize,
-    /// Added to the mean square in RMSNorm.
-    pub rms_norm_eps: f32,
-    /// Rotary embedding.
-    pub rope: RopeConfig,
+    /// Added to the mean square or the variance in norms.
+    pub norm_eps: f32,
+    /// Whether norms stand before attention and MLP; else behind the sums that follow these.
+    pub norm_before: bool,
+    /// Whether a norm stands before the output projection.
+    pub final_norm: bool,
+    /// Rotary embedding; without one, positions are learned.
+    pub rope: Option<RopeConfig>,
+    /// Factor of the attention scores.
+    pub attention_scale: f32,
+    /// `cap · tanh(score / cap)` is what the softmax gets.
+    pub attention_softcap: Option<f32>,
+    /// `cap · tanh(logit / cap)` is what the model gives.
+    pub logit_softcap: Option<f32>,
     /// Whether the query, key and value projections have a bias.
     pub qkv_bias: bool,
     /// Whether the attention's output projection has a bias.
@@ -53,8 +90,10 @@ pub struct ModelConfig {
 }
 
 /// Rotary position embedding (Su et al. 2021).
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct RopeConfig {
+    /// Elements of a head that are rotated, the first ones: an even number.
+    pub rotary_dim: usize,
     /// Base of the geometric series of wavelengths.
     pub theta: f64,
     /// How it is stretched beyond the trained context.
@@ -62,7 +101,7 @@ pub struct RopeConfig {
 }
 
 /// Stretching of the rotary embedding.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
     /// As trained.
     None,
@@ -81,6 +120,13 @@ pub enum RopeScaling {
         high_freq_factor: f64,
         /// Context of the training.
         original_max_positions: usize,
+    },
+    /// LongRoPE (Ding et al. 2024) within the context of the training.
+    LongRope {
+        /// `[rotary_dim / 2]` divisors of the frequencies.
+        short_factors: Vec<f64>,
+        /// Factor of what has been rotated.
+        attention_factor: f64,
     },
 }
 

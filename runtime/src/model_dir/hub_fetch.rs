@@ -37,6 +37,8 @@ const SMALL_FILES: [&str; 6] = [
     "special_tokens_map.json",
     "chat_template.jinja",
 ];
+/// What stands for `tokenizer.json` in older models.
+const OLDER_TOKENIZER: [&str; 2] = ["vocab.json", "merges.txt"];
 const SINGLE: &str = "model.safetensors";
 
 /// What the thread has to say.
@@ -52,7 +54,10 @@ enum Message {
 pub(super) fn from_hub(id: &str, progress: &mut dyn FnMut(FetchProgress)) -> Result<PathBuf, ModelError> {
     let cache = Cache::from_env();
     let cached = cached_snapshot(&cache, id);
-    if let Some(snapshot) = cached.clone().filter(|snapshot| snapshot.join("tokenizer.json").exists()) {
+    let has_tokenizer = |snapshot: &PathBuf| {
+        ["tokenizer.json", "merges.txt"].into_iter().any(|name| snapshot.join(name).exists())
+    };
+    if let Some(snapshot) = cached.clone().filter(has_tokenizer) {
         return Ok(snapshot);
     }
     let fetched = if std::env::var_os("HF_HUB_OFFLINE").is_some_and(|value| value != "0" && !value.is_empty())
@@ -137,7 +142,8 @@ fn download(repository: &ApiRepo, cache: &CacheRepo, sender: &Sender<Message>) -
         return Err("it has no config.json".to_owned());
     }
     let mut snapshot = PathBuf::new();
-    for name in SMALL_FILES.into_iter().filter(|name| has(name)) {
+    let older: &[&str] = if has("tokenizer.json") { &[] } else { &OLDER_TOKENIZER };
+    for name in SMALL_FILES.iter().chain(older).filter(|name| has(name)) {
         let file = get(name)?;
         snapshot = file.parent().map(Path::to_owned).unwrap_or_default();
     }
@@ -150,7 +156,13 @@ fn download(repository: &ApiRepo, cache: &CacheRepo, sender: &Sender<Message>) -
             get(&shard)?;
         }
     } else {
-        return Err(format!("it has neither {SINGLE} nor {}", index::INDEX));
+        let pickled = match has("pytorch_model.bin") || has("pytorch_model.bin.index.json") {
+            true => {
+                ", only weights in .bin files, which are not read: convert it with transformers' save_pretrained"
+            }
+            false => "",
+        };
+        return Err(format!("it has neither {SINGLE} nor {}{pickled}", index::INDEX));
     }
     Ok(snapshot)
 }

@@ -2,8 +2,10 @@
 //! file and the field. Knows nothing of what the fields mean.
 
 use super::ModelError;
+use rustc_hash::FxHashSet;
 use serde_json::{Map, Value};
 use std::{
+    cell::RefCell,
     fs::File,
     io::Read,
     path::{Path, PathBuf},
@@ -61,7 +63,7 @@ pub(crate) fn read_object(path: &Path) -> Result<Option<Object>, ModelError> {
     let value: Value = serde_json::from_str(&text)
         .map_err(|error| invalid(path, format!("it is not valid JSON: {error}")))?;
     match value {
-        Value::Object(fields) => Ok(Some(Object { path: path.to_owned(), prefix: String::new(), fields })),
+        Value::Object(fields) => Ok(Some(Object::new(path, String::new(), fields))),
         other => Err(invalid(path, format!("it must hold a JSON object, not {}", kind(&other)))),
     }
 }
@@ -78,16 +80,37 @@ pub(crate) struct Object {
     /// What stands before a field's name in messages: `rope_scaling.` inside of that object.
     prefix: String,
     fields: Map<String, Value>,
+    /// Names that somebody has asked for.
+    asked: RefCell<FxHashSet<String>>,
 }
 
 impl Object {
+    fn new(path: &Path, prefix: String, fields: Map<String, Value>) -> Self {
+        Self { path: path.to_owned(), prefix, fields, asked: RefCell::default() }
+    }
+
+    fn ask(&self, name: &str) {
+        if let Ok(mut asked) = self.asked.try_borrow_mut()
+            && !asked.contains(name)
+        {
+            asked.insert(name.to_owned());
+        }
+    }
+
+    /// Names of the fields that are not null and that nobody has asked for.
+    pub(crate) fn unasked(&self) -> impl Iterator<Item = &str> {
+        self.names().filter(|name| self.asked.try_borrow().is_ok_and(|asked| !asked.contains(*name)))
+    }
+
     /// The value of a field, if it is there and not null.
     pub(crate) fn get(&self, name: &str) -> Option<&Value> {
+        self.ask(name);
         self.fields.get(name).filter(|value| !value.is_null())
     }
 
     /// Whether the field is there, be it null.
     pub(crate) fn has(&self, name: &str) -> bool {
+        self.ask(name);
         self.fields.contains_key(name)
     }
 
@@ -166,12 +189,39 @@ impl Object {
         self.get(name).map(|value| value.as_str().ok_or_else(|| self.invalid(name, "a string"))).transpose()
     }
 
+    /// A token: a string, or an object with its content.
+    pub(crate) fn special_token(&self, name: &str) -> Result<Option<&str>, ModelError> {
+        let Some(value) = self.get(name) else { return Ok(None) };
+        match value.as_str().or_else(|| value.get("content")?.as_str()) {
+            Some(token) => Ok(Some(token)),
+            None => Err(self.invalid(name, "a string or an object with a string 'content'")),
+        }
+    }
+
+    /// The object itself.
+    pub(crate) fn to_value(&self) -> Value {
+        Value::Object(self.fields.clone())
+    }
+
     /// A list of strings.
     pub(crate) fn strings(&self, name: &str) -> Result<Option<Vec<&str>>, ModelError> {
         let Some(value) = self.get(name) else { return Ok(None) };
         let strings =
             value.as_array().and_then(|list| list.iter().map(Value::as_str).collect::<Option<Vec<_>>>());
         strings.ok_or_else(|| self.invalid(name, "a list of strings")).map(Some)
+    }
+
+    /// A list of finite numbers for each of which `accept` holds; `rule` says in words what they are.
+    pub(crate) fn numbers(
+        &self,
+        name: &str,
+        rule: &str,
+        accept: impl Fn(f64) -> bool,
+    ) -> Result<Option<Vec<f64>>, ModelError> {
+        let Some(value) = self.get(name) else { return Ok(None) };
+        let number = |value: &Value| value.as_f64().filter(|number| number.is_finite() && accept(*number));
+        let numbers = value.as_array().and_then(|list| list.iter().map(number).collect::<Option<Vec<_>>>());
+        numbers.ok_or_else(|| self.invalid(name, rule)).map(Some)
     }
 
     /// One token id or a list of them, each below `vocab_size`.
@@ -196,11 +246,9 @@ impl Object {
     pub(crate) fn object(&self, name: &str) -> Result<Option<Self>, ModelError> {
         match self.get(name) {
             None => Ok(None),
-            Some(Value::Object(fields)) => Ok(Some(Self {
-                path: self.path.clone(),
-                prefix: format!("{}{name}.", self.prefix),
-                fields: fields.clone(),
-            })),
+            Some(Value::Object(fields)) => {
+                Ok(Some(Self::new(&self.path, format!("{}{name}.", self.prefix), fields.clone())))
+            }
             Some(_) => Err(self.invalid(name, "an object")),
         }
     }

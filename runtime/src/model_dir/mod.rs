@@ -3,21 +3,24 @@
 
 mod config;
 mod error;
+mod families;
 mod generation;
 mod hub;
 #[cfg(feature = "hub")]
 mod hub_fetch;
 mod index;
 pub(crate) mod json;
+mod layer_windows;
 mod page_in;
 mod parse_config;
 mod parse_rope;
 pub(crate) mod quiet;
+mod refused;
 mod shard;
 mod weight_tensor;
 mod weights;
 
-pub use config::{Architecture, ModelConfig, RopeConfig, RopeScaling};
+pub use config::{Activation, Architecture, ModelConfig, RopeConfig, RopeScaling};
 pub use error::ModelError;
 pub use generation::GenerationConfig;
 pub use hub::{FetchProgress, resolve_model};
@@ -36,6 +39,9 @@ pub struct ModelDir {
     pub config: ModelConfig,
     /// `generation_config.json`, if there is one
     pub generation: GenerationConfig,
+    /// What somebody who uses the model should know of its configuration, a sentence each: fields that are not known
+    /// here, positions that are not served.
+    pub notes: Vec<String>,
 }
 
 impl ModelDir {
@@ -56,8 +62,8 @@ impl ModelDir {
             }
             Err(source) => return Err(ModelError::Io { path: path.to_owned(), source }),
         }
-        let config = parse_config::parse_config(path)?;
+        let (config, notes) = parse_config::parse_config(path)?;
         let generation = generation::parse_generation(path, &config)?;
-        Ok(Self { path: path.to_owned(), config, generation })
+        Ok(Self { path: path.to_owned(), config, generation, notes })
     }
 }

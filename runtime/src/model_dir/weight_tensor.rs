@@ -49,6 +49,46 @@ impl WeightTensor {
         Self { shape: shape.into(), data: Data::F32(elements.into()) }
     }
 
+    /// Some of the rows (of the slowest extent), as far as there are that many. Mapped elements stay where they are.
+    #[must_use]
+    pub fn rows(&self, rows: Range<usize>) -> Self {
+        let (count, rest) = self.shape.split_first().map_or((0, &[][..]), |(count, rest)| (*count, rest));
+        let rows = rows.start.min(count)..rows.end.clamp(rows.start.min(count), count);
+        let row: usize = rest.iter().product();
+        let elements = rows.start * row..rows.end * row;
+        let data = match &self.data {
+            Data::Mapped { map, bytes, dtype } => {
+                let at = |element: usize| bytes.start + element * dtype.size();
+                Data::Mapped { map: map.clone(), bytes: at(elements.start)..at(elements.end), dtype: *dtype }
+            }
+            Data::F32(x) => Data::F32(x.get(elements).unwrap_or_default().into()),
+            Data::F16(x) => Data::F16(x.get(elements).unwrap_or_default().into()),
+            Data::Bf16(x) => Data::Bf16(x.get(elements).unwrap_or_default().into()),
+        };
+        Self { shape: std::iter::once(rows.len()).chain(rest.iter().copied()).collect(), data }
+    }
+
+    /// A copy of a matrix with rows and columns exchanged; anything but a matrix stays as it is.
+    #[must_use]
+    pub fn transposed(self) -> Self {
+        let [rows, columns] = *self.shape else { return self };
+        let data = match self.host() {
+            HostTensor::F32(x) => Data::F32(transpose(x, rows, columns).into()),
+            HostTensor::F16(x) => Data::F16(transpose(x, rows, columns).into()),
+            HostTensor::Bf16(x) => Data::Bf16(transpose(x, rows, columns).into()),
+            // No constructor makes one.
+            HostTensor::F8E4M3(_) | HostTensor::F8E5M2(_) => return self,
+        };
+        Self { shape: [columns, rows].into(), data }
+    }
+
+    /// The numbers plus 1, in f32.
+    #[must_use]
+    pub fn plus_one(self) -> Self {
+        let elements: Vec<f32> = to_f32(self.host()).iter().map(|x| 1.0 + x).collect();
+        Self { shape: self.shape, data: Data::F32(elements.into()) }
+    }
+
     /// The elements.
     pub fn host(&self) -> HostTensor<'_> {
         match &self.data {
@@ -104,6 +144,24 @@ impl WeightTensor {
     }
 }
 
+/// In tiles, so that neither side is walked through a page at a time.
+fn transpose<T: Copy>(x: &[T], rows: usize, columns: usize) -> Vec<T> {
+    const TILE: usize = 32;
+    let mut out = x.to_vec();
+    for row in (0..rows).step_by(TILE) {
+        for column in (0..columns).step_by(TILE) {
+            for r in row..rows.min(row + TILE) {
+                for c in column..columns.min(column + TILE) {
+                    if let (Some(to), Some(from)) = (out.get_mut(c * rows + r), x.get(r * columns + c)) {
+                        *to = *from;
+                    }
+                }
+            }
+        }
+    }
+    out
+}
+
 /// The numbers in f32, which holds every f16 and bf16 exactly.
 fn to_f32(host: HostTensor<'_>) -> Vec<f32> {
     match host {
@@ -137,6 +195,28 @@ mod tests {
         let HostTensor::F16(x) = tensor.host() else { panic!("{:?}", tensor.dtype()) };
         assert_eq!((x[0].to_f32(), x[1].to_f32()), (1.0, 1.0 + 4.0 / 2048.0));
         assert_eq!(x[2], f16::INFINITY);
+    }
+
+    #[test]
+    fn rows_and_columns_are_taken_and_exchanged() {
+        let (rows, columns) = (37, 65);
+        let tensor =
+            WeightTensor::from_f32((0..rows * columns).map(|i| i as f32).collect(), &[rows, columns]);
+        for dtype in [DType::F32, DType::F16] {
+            let tensor = tensor.clone().to_dtype(dtype);
+            let turned = tensor.clone().transposed();
+            assert_eq!((turned.shape(), turned.dtype()), ([columns, rows].as_slice(), dtype));
+            let (x, y) = (to_f32(tensor.host()), to_f32(turned.host()));
+            assert!(
+                (0..rows).all(|r| (0..columns).all(|c| x[r * columns + c] == y[c * rows + r])),
+                "{dtype}"
+            );
+            let some = tensor.rows(5..9);
+            assert_eq!(some.shape(), [4, columns]);
+            assert_eq!(to_f32(some.host()), x[5 * columns..9 * columns]);
+            assert_eq!(tensor.rows(36..99).shape(), [1, columns]);
+            assert_eq!(tensor.rows(99..100).host().len(), 0);
+        }
     }
 
     #[test]

@@ -33,6 +33,7 @@ impl Weights {
             return Ok(Self { shards: vec![shard], shard_of });
         }
         let Some(index) = Index::open(directory)? else {
+            refuse_pickles(directory)?;
             let hint = format!("the weights are expected there or in shards named by {}", index::INDEX);
             return Err(ModelError::Missing { path: single, hint });
         };
@@ -125,4 +126,19 @@ impl Weights {
     pub fn file_bytes(&self) -> u64 {
         self.shards.iter().map(|shard| shard.map.len() as u64).sum()
     }
+}
+
+/// Weights that are there, but in files that run code when they are read.
+fn refuse_pickles(directory: &Path) -> Result<(), ModelError> {
+    let pickles = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
+    let Some(path) = pickles.map(|name| directory.join(name)).into_iter().find(|path| path.exists()) else {
+        return Ok(());
+    };
+    Err(ModelError::Unsupported {
+        path,
+        feature: "a model without safetensors weights".to_owned(),
+        hint: "write model.safetensors with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR), \
+               or take a revision of the model that has it"
+            .to_owned(),
+    })
 }

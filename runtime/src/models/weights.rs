@@ -21,6 +21,14 @@ pub enum WeightSource {
 }
 
 impl WeightSource {
+    /// Whether there is a weight of this name; of those that are made up, any.
+    pub fn contains(&self, name: &str) -> bool {
+        match self {
+            Self::Files { weights, .. } => weights.contains(name),
+            Self::Dummy { .. } => true,
+        }
+    }
+
     /// The type that the weight of this name comes out in; nothing is converted or made up to find it.
     ///
     /// # Errors
@@ -64,7 +72,7 @@ fn made_up(name: &str, shape: &[usize]) -> Vec<f32> {
         ((z ^ (z >> 31)) >> 40) as f32 / (1u64 << 23) as f32 - 1.0
     };
     match shape {
-        [_] if name.ends_with("norm.weight") => (0..count).map(|_| 1.0 + 0.1 * uniform()).collect(),
+        [_] if name.ends_with(".weight") => (0..count).map(|_| 1.0 + 0.1 * uniform()).collect(),
         [.., columns] => {
             let width = (3.0 / (*columns).max(1) as f32).sqrt();
             (0..count).map(|_| width * uniform()).collect()

@@ -198,13 +198,8 @@ fn template_of(config: &Object) -> Result<Option<String>, ModelError> {
 fn special_tokens(config: &Object) -> Result<Vec<(&'static str, String)>, ModelError> {
     let mut tokens = Vec::new();
     for name in SPECIAL_TOKENS {
-        match config.get(name) {
-            None => {}
-            Some(Json::String(token)) => tokens.push((name, token.clone())),
-            Some(value) => match value.get("content").and_then(Json::as_str) {
-                Some(token) => tokens.push((name, token.to_owned())),
-                None => return Err(config.invalid(name, "a string or an object with a string 'content'")),
-            },
+        if let Some(token) = config.special_token(name)? {
+            tokens.push((name, token.to_owned()));
         }
     }
     Ok(tokens)

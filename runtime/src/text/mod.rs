@@ -1,5 +1,6 @@
 //! Between text and tokens: tokenizer, streaming detokenisation, chat templates. Knows nothing of models.
 
+mod byte_level_files;
 mod chat_template;
 mod stream_decoder;
 mod template_json;

@@ -1,6 +1,7 @@
 //! `tokenizer.json`, read by the `tokenizers` crate. That crate trusts its file more than we do: panics inside of
 //! it become errors here, and its padding and truncation are switched off.
 
+use super::byte_level_files;
 use crate::model_dir::{ModelError, json, quiet};
 use std::{path::Path, sync::Arc};
 use tokenizers::Model as _;
@@ -27,13 +28,23 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Reads `tokenizer.json` of a model directory; `None` when it has none.
+    /// Reads `tokenizer.json` of a model directory, or else the `vocab.json` and `merges.txt` of GPT-2 and OPT; `None`
+    /// when it has neither.
     ///
     /// # Errors
     /// A file that the `tokenizers` crate does not accept.
     pub fn open(directory: &Path) -> Result<Option<Self>, ModelError> {
-        let path = directory.join("tokenizer.json");
-        let Some(bytes) = json::read_bounded(&path, MAX_BYTES)? else { return Ok(None) };
+        let mut path = directory.join("tokenizer.json");
+        let bytes = match json::read_bounded(&path, MAX_BYTES)? {
+            Some(bytes) => bytes,
+            None => match byte_level_files::tokenizer_json(directory)? {
+                Some(bytes) => {
+                    path.set_file_name(byte_level_files::VOCAB);
+                    bytes
+                }
+                None => return Ok(None),
+            },
+        };
         let wrong = |problem: String| json::invalid(&path, format!("it is not a tokenizer: {problem}"));
         let load = || {
             let mut tokenizer =

@@ -2,8 +2,11 @@
 //! what is wrong with it, and none makes the reader allocate more than its files are worth.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking, its helpers too")]
 
+use pagewise_attention::DType;
 use pagewise_runtime::{
+    backend::{AttentionSpec, cpu::CpuBackend},
     model_dir::{ModelDir, Weights},
+    models::{WeightSource, load_model},
     text::{ChatTemplate, Tokenizer},
 };
 use std::{
@@ -44,30 +47,17 @@ static ALLOCATOR: Watching = Watching;
 /// The fixture's weights take 380 kB; nothing in a case is larger.
 const MOST_BYTES: usize = 2 << 20;
 
-fn fixture() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/llama_gqa")
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(name)
 }
 
-/// Everything that is read from a directory before a model is built.
+/// Everything that is read from a directory.
 fn read(directory: &Path) -> Result<(), String> {
     let model = ModelDir::open(directory).map_err(|error| error.to_string())?;
-    let c = &model.config;
     let weights = Weights::open(directory).map_err(|error| error.to_string())?;
-    let (queries, keys) = (c.q_heads * c.head_dim, c.kv_heads * c.head_dim);
-    let mut tensors = vec![
-        ("model.embed_tokens.weight".to_owned(), vec![c.vocab_size, c.hidden_size]),
-        ("model.norm.weight".to_owned(), vec![c.hidden_size]),
-    ];
-    for layer in 0..c.num_layers() {
-        let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
-        tensors.push((name("input_layernorm"), vec![c.hidden_size]));
-        tensors.push((name("self_attn.q_proj"), vec![queries, c.hidden_size]));
-        tensors.push((name("self_attn.k_proj"), vec![keys, c.hidden_size]));
-        tensors.push((name("mlp.down_proj"), vec![c.hidden_size, c.intermediate_size]));
-    }
-    for (name, shape) in tensors {
-        weights.tensor(&name, &shape).map_err(|error| error.to_string())?;
-    }
+    let weights = WeightSource::Files { weights, dtype: None };
+    let backend = CpuBackend::new(Some(1)).map_err(|error| error.to_string())?;
+    load_model(&model.config, &weights, &backend).map_err(|error| error.to_string())?;
     Tokenizer::open(directory).map_err(|error| error.to_string())?;
     ChatTemplate::open(directory).map_err(|error| error.to_string())?;
     Ok(())
@@ -79,12 +69,12 @@ static ALONE: Mutex<()> = Mutex::new(());
 #[test]
 fn each_hostile_directory_gives_its_message() {
     let _alone = ALONE.lock();
-    let fixture = fixture();
-    assert_eq!(read(&fixture), Ok(()), "the fixture itself");
     let mut wrong = Vec::new();
     let cases = cases::cases();
     assert!(cases.len() >= 30);
-    for (name, spoil, expected) in cases {
+    for (fixture_name, (name, spoil, expected)) in cases {
+        let fixture = fixture(fixture_name);
+        assert_eq!(read(&fixture), Ok(()), "the fixture {fixture_name} itself");
         let directory = tempfile::tempdir().unwrap();
         for file in ["config.json", "generation_config.json", "model.safetensors"] {
             fs::copy(fixture.join(file), directory.path().join(file)).unwrap();
@@ -95,10 +85,10 @@ fn each_hostile_directory_gives_its_message() {
         let largest = LARGEST.load(Ordering::Relaxed);
         let found = found.replace(directory.path().to_str().unwrap(), "DIR");
         if found != expected {
-            wrong.push(format!("{name}\n   found: {found}\nexpected: {expected}"));
+            wrong.push(format!("{fixture_name}: {name}\n   found: {found}\nexpected: {expected}"));
         }
         if largest > MOST_BYTES {
-            wrong.push(format!("{name}: one allocation of {largest} bytes"));
+            wrong.push(format!("{fixture_name}: {name}: one allocation of {largest} bytes"));
         }
     }
     assert!(wrong.is_empty(), "{} cases:\n{}", wrong.len(), wrong.join("\n"));
@@ -120,8 +110,8 @@ const TOKENIZER: &str = r#"{"version":"1.0","truncation":{"direction":"Right","m
 fn random_damage_never_panics() {
     let _alone = ALONE.lock();
     let template = r#"{"bos_token":{"content":"<s>"},"chat_template":"{% for m in messages %}{{ m.role }}{% endfor %}"}"#;
-    let config = fs::read(fixture().join("config.json")).unwrap();
-    let generation = fs::read(fixture().join("generation_config.json")).unwrap();
+    let config = fs::read(fixture("llama_gqa").join("config.json")).unwrap();
+    let generation = fs::read(fixture("llama_gqa").join("generation_config.json")).unwrap();
     let weights = spoil::safetensors(
         r#"{"model.norm.weight":{"dtype":"F32","shape":[64],"data_offsets":[0,256]},"x":{"dtype":"F16","shape":[2,3],"data_offsets":[256,268]}}"#,
         268,
@@ -166,6 +156,28 @@ fn random_damage_never_panics() {
             assert!(largest <= MOST_BYTES, "{name}, seed {seed}: one allocation of {largest} bytes");
         }
         write(name, contents);
+    }
+}
+
+/// The same for the other families' configurations.
+#[test]
+fn random_damage_to_other_configurations_never_panics() {
+    let _alone = ALONE.lock();
+    let directory = tempfile::tempdir().unwrap();
+    for name in ["phi3", "gemma2", "gpt2", "opt_postln_proj", "qwen3", "mistral_swa"] {
+        let config = fs::read(fixture(name).join("config.json")).unwrap();
+        for seed in 0..200 {
+            let mut damaged = config.clone();
+            damage(&mut damaged, seed);
+            fs::write(directory.path().join("config.json"), &damaged).unwrap();
+            LARGEST.store(0, Ordering::Relaxed);
+            let open = || {
+                ModelDir::open(directory.path()).map(|dir| AttentionSpec::new(&dir.config, DType::F32, 16, 1))
+            };
+            assert!(std::panic::catch_unwind(open).is_ok(), "{name}, seed {seed}");
+            let largest = LARGEST.load(Ordering::Relaxed);
+            assert!(largest <= MOST_BYTES, "{name}, seed {seed}: one allocation of {largest} bytes");
+        }
     }
 }
 

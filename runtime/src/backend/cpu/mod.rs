@@ -7,7 +7,7 @@ pub mod dense;
 pub use cache::CpuCache;
 
 use super::{AttentionSpec, Backend, BackendError, Linear, StepBatch};
-use crate::model_dir::WeightTensor;
+use crate::model_dir::{Activation, WeightTensor};
 use dense::RopeAngles;
 use pagewise_attention::cpu::{self as attention, Inputs, KvPair, Outputs, Plan};
 use pagewise_attention::{CacheLayout, HostTensor, HostTensorMut, Problem, WriteKv};
@@ -59,14 +59,14 @@ impl CpuTensor {
     }
 }
 
-/// A step on the CPU: the attention plan of each KV group and the angles of each row.
+/// A step on the CPU: the attention plan of each KV group and the angles of each row, if it is rotated.
 #[derive(Debug)]
 pub struct CpuStep<'a> {
     spec: &'a AttentionSpec,
     batch: &'a StepBatch,
     layouts: Vec<CacheLayout>,
     plans: Vec<Plan<'a>>,
-    angles: RopeAngles,
+    angles: Option<RopeAngles>,
 }
 
 impl Backend for CpuBackend {
@@ -94,7 +94,10 @@ impl Backend for CpuBackend {
         for ((config, layout), group) in spec.groups.iter().zip(&layouts).zip(&batch.groups) {
             plans.push(Plan::new(Problem::new(config, *layout, batch.paged(group))?));
         }
-        let angles = RopeAngles::new(spec.rope.frequencies(), &batch.positions);
+        let angles = spec.rope.as_ref().map(|rope| {
+            let angles = RopeAngles::new(rope.frequencies(), &batch.positions);
+            angles.in_heads_of(rope.head_dim()).stretched(rope.magnitude())
+        });
         Ok(CpuStep { spec, batch, layouts, plans, angles })
     }
 
@@ -123,6 +126,16 @@ impl Backend for CpuBackend {
         Ok(dense::embed(table.host(), &step.batch.tokens, &mut out.data)?)
     }
 
+    fn add_positions(
+        &self,
+        step: &CpuStep<'_>,
+        table: &WeightTensor,
+        offset: usize,
+        x: &mut CpuTensor,
+    ) -> Result<(), BackendError> {
+        Ok(dense::add_positions(table.host(), &step.batch.positions, offset, &mut x.data)?)
+    }
+
     fn rms_norm(
         &self,
         x: &CpuTensor,
@@ -131,6 +144,17 @@ impl Backend for CpuBackend {
         out: &mut CpuTensor,
     ) -> Result<(), BackendError> {
         Ok(dense::rms_norm(&x.data, weight.host(), eps, &mut out.data)?)
+    }
+
+    fn layer_norm(
+        &self,
+        x: &CpuTensor,
+        weight: &WeightTensor,
+        bias: &WeightTensor,
+        eps: f32,
+        out: &mut CpuTensor,
+    ) -> Result<(), BackendError> {
+        Ok(dense::layer_norm(&x.data, weight.host(), bias.host(), eps, &mut out.data)?)
     }
 
     fn linear(
@@ -150,10 +174,10 @@ impl Backend for CpuBackend {
     }
 
     fn rotary(&self, step: &CpuStep<'_>, q: &mut CpuTensor, k: &mut CpuTensor) -> Result<(), BackendError> {
-        let head_dim = step.spec.rope.head_dim();
+        let (Some(rope), Some(angles)) = (&step.spec.rope, &step.angles) else { return Ok(()) };
         for x in [q, k] {
-            let heads = x.width.checked_div(head_dim).unwrap_or(0);
-            dense::rope(&mut x.data, heads, &step.angles)?;
+            let heads = x.width.checked_div(rope.head_dim()).unwrap_or(0);
+            dense::rope(&mut x.data, heads, angles)?;
         }
         Ok(())
     }
@@ -203,8 +227,33 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn silu_mul(&self, gate: &CpuTensor, up: &CpuTensor, out: &mut CpuTensor) -> Result<(), BackendError> {
-        Ok(dense::silu_mul(&gate.data, &up.data, &mut out.data)?)
+    fn activate(
+        &self,
+        activation: Activation,
+        x: &CpuTensor,
+        out: &mut CpuTensor,
+    ) -> Result<(), BackendError> {
+        Ok(dense::activate(activation, &x.data, &mut out.data)?)
+    }
+
+    fn gated_activation(
+        &self,
+        activation: Activation,
+        gate: &CpuTensor,
+        up: &CpuTensor,
+        out: &mut CpuTensor,
+    ) -> Result<(), BackendError> {
+        Ok(dense::gated_activation(activation, &gate.data, &up.data, &mut out.data)?)
+    }
+
+    fn scale(&self, factor: f32, x: &mut CpuTensor) -> Result<(), BackendError> {
+        dense::scale(factor, &mut x.data);
+        Ok(())
+    }
+
+    fn softcap(&self, cap: f32, x: &mut CpuTensor) -> Result<(), BackendError> {
+        dense::softcap(cap, &mut x.data);
+        Ok(())
     }
 
     fn add(&self, x: &mut CpuTensor, y: &CpuTensor) -> Result<(), BackendError> {

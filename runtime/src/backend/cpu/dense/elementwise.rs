@@ -1,10 +1,11 @@
-//! Element by element: the residual sum and the gated MLP's SiLU.
+//! Element by element: the residual sum, activations, scaling and the soft cap.
 
 use super::DenseError;
 use super::check_len;
 use super::instruction_set::{InstructionSet, dispatch};
 use super::lanes::Lanes;
 use super::share::share_rows;
+use crate::model_dir::Activation;
 
 /// `sum[i] += x[i]`, the residual connection.
 ///
@@ -20,37 +21,193 @@ pub fn add(x: &[f32], sum: &mut [f32]) -> Result<(), DenseError> {
     Ok(())
 }
 
-/// `out[i] = silu(gate[i]) · up[i]` with `silu(g) = g / (1 + exp(-g))`.
+/// `out[i] = f(x[i])`, the activation of a plain MLP.
 ///
 /// # Errors
 /// Lengths that differ.
-pub fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) -> Result<(), DenseError> {
-    silu_mul_on(InstructionSet::best(), gate, up, out)
+pub fn activate(activation: Activation, x: &[f32], out: &mut [f32]) -> Result<(), DenseError> {
+    activate_on(InstructionSet::best(), activation, x, None, out)
 }
 
-pub(super) fn silu_mul_on(
-    set: InstructionSet,
+/// `out[i] = f(gate[i]) · up[i]`, the activation of a gated MLP (Shazeer 2020).
+///
+/// # Errors
+/// Lengths that differ.
+pub fn gated_activation(
+    activation: Activation,
     gate: &[f32],
     up: &[f32],
     out: &mut [f32],
 ) -> Result<(), DenseError> {
-    check_len("the gate", gate.len(), out.len())?;
-    check_len("the up projection", up.len(), out.len())?;
-    share_rows(out, 1, |start, out| {
-        let (gate, up) = (&gate[start..start + out.len()], &up[start..start + out.len()]);
+    activate_on(InstructionSet::best(), activation, gate, Some(up), out)
+}
+
+/// `x[i] = cap · tanh(x[i] / cap)`, which keeps logits between `-cap` and `cap` (Gemma 2, section 2).
+pub fn softcap(cap: f32, x: &mut [f32]) {
+    softcap_on(InstructionSet::best(), cap, x);
+}
+
+/// `x[i] *= factor`.
+pub fn scale(factor: f32, x: &mut [f32]) {
+    share_rows(x, 1, |_, x| x.iter_mut().for_each(|x| *x *= factor));
+}
+
+pub(super) fn softcap_on(set: InstructionSet, cap: f32, x: &mut [f32]) {
+    share_rows(x, 1, |_, x| {
         // SAFETY: the dispatch's instruction set is there; all else is slices.
-        unsafe { dispatch!(set, silu_mul_block::<>(gate: &[f32], up: &[f32], out: &mut [f32])) }
+        unsafe { dispatch!(set, softcap_block::<>(cap: f32, x: &mut [f32])) }
     });
+}
+
+pub(super) fn activate_on(
+    set: InstructionSet,
+    activation: Activation,
+    x: &[f32],
+    factor: Option<&[f32]>,
+    out: &mut [f32],
+) -> Result<(), DenseError> {
+    check_len("the activation's input", x.len(), out.len())?;
+    if let Some(factor) = factor {
+        check_len("the up projection", factor.len(), out.len())?;
+    }
+    match activation {
+        Activation::Silu => share_activation::<Silu>(set, x, factor, out),
+        Activation::Relu => share_activation::<Relu>(set, x, factor, out),
+        Activation::Gelu => share_activation::<Gelu>(set, x, factor, out),
+        Activation::GeluTanh => share_activation::<GeluTanh>(set, x, factor, out),
+    }
     Ok(())
+}
+
+fn share_activation<F: Function>(set: InstructionSet, x: &[f32], factor: Option<&[f32]>, out: &mut [f32]) {
+    share_rows(out, 1, |start, out| {
+        let x = &x[start..start + out.len()];
+        match factor {
+            Some(factor) => {
+                let factor = &factor[start..start + out.len()];
+                // SAFETY: the dispatch's instruction set is there; all else is slices.
+                unsafe {
+                    dispatch!(set, gated_block::<F: Function>(x: &[f32], factor: &[f32], out: &mut [f32]));
+                }
+            }
+            None => {
+                // SAFETY: the dispatch's instruction set is there; all else is slices.
+                unsafe { dispatch!(set, plain_block::<F: Function>(x: &[f32], out: &mut [f32])) }
+            }
+        }
+    });
 }
 
 /// # Safety
 /// That of [`Lanes`].
 #[inline(always)]
-unsafe fn silu_mul_block<L: Lanes>(gate: &[f32], up: &[f32], out: &mut [f32]) {
+unsafe fn gated_block<L: Lanes, F: Function>(gate: &[f32], up: &[f32], out: &mut [f32]) {
     for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
-        *out = gate / (1.0 + exp::<L>(-gate)) * up;
+        *out = F::of::<L>(*gate) * up;
     }
+}
+
+/// # Safety
+/// That of [`Lanes`].
+#[inline(always)]
+unsafe fn plain_block<L: Lanes, F: Function>(x: &[f32], out: &mut [f32]) {
+    for (out, x) in out.iter_mut().zip(x) {
+        *out = F::of::<L>(*x);
+    }
+}
+
+/// # Safety
+/// That of [`Lanes`].
+#[inline(always)]
+unsafe fn softcap_block<L: Lanes>(cap: f32, x: &mut [f32]) {
+    for x in x {
+        *x = cap * tanh::<L>(*x / cap);
+    }
+}
+
+/// A function of one number, without branches, so that loops over it become vector code.
+pub(super) trait Function: 'static {
+    fn of<L: Lanes>(x: f32) -> f32;
+}
+
+/// `x / (1 + exp(-x))`
+pub(super) struct Silu;
+/// `max(x, 0)`; NaN stays NaN.
+pub(super) struct Relu;
+/// `x · Φ(x)` with the normal distribution's Φ (Hendrycks and Gimpel 2016).
+pub(super) struct Gelu;
+/// Its approximation `x / 2 · (1 + tanh(u))`, `u = sqrt(2 / π) · (x + 0.044715 x³)`, by
+/// `(1 + tanh(u)) / 2 = 1 / (1 + exp(-2u))`.
+pub(super) struct GeluTanh;
+
+impl Function for Silu {
+    #[inline(always)]
+    fn of<L: Lanes>(x: f32) -> f32 {
+        x / (1.0 + exp::<L>(-x))
+    }
+}
+
+impl Function for Relu {
+    #[inline(always)]
+    fn of<L: Lanes>(x: f32) -> f32 {
+        if x < 0.0 { 0.0 } else { x }
+    }
+}
+
+impl Function for Gelu {
+    #[inline(always)]
+    fn of<L: Lanes>(x: f32) -> f32 {
+        let z = x.abs() * std::f32::consts::FRAC_1_SQRT_2;
+        let tail = 0.5 * erfc::<L>(z);
+        x * if x < 0.0 { tail } else { 1.0 - tail }
+    }
+}
+
+impl Function for GeluTanh {
+    #[inline(always)]
+    fn of<L: Lanes>(x: f32) -> f32 {
+        /// 2 · sqrt(2 / π)
+        const FACTOR: f32 = 1.595_769;
+        let cubic = L::multiply_add_scalar(0.044_715 * x * x, x, x);
+        x / (1.0 + exp::<L>(-FACTOR * cubic))
+    }
+}
+
+/// The hyperbolic tangent within 2⁻²² absolutely and 2⁻²⁰ relatively: near 0 by its series, elsewhere by `exp`.
+#[inline(always)]
+fn tanh<L: Lanes>(x: f32) -> f32 {
+    let fma = L::multiply_add_scalar;
+    let square = x * x;
+    let mut series = 62.0 / 2835.0;
+    for c in [-17.0 / 315.0, 2.0 / 15.0, -1.0 / 3.0] {
+        series = fma(series, square, c);
+    }
+    let near = fma(series * square, x, x);
+    let far = 1.0 - 2.0 / (exp::<L>(2.0 * x) + 1.0);
+    if x.abs() < 0.25 { near } else { far }
+}
+
+/// The complementary error function of a number that is not negative, within 2⁻²⁰ relatively up to 3:
+/// `t · exp(-z²) · P(t)` with `t = 1 / (1 + z / 2)`, P fitted to the least relative error for z up to 10.
+#[inline(always)]
+fn erfc<L: Lanes>(z: f32) -> f32 {
+    const P: [f32; 9] = [
+        -0.059_066_35,
+        0.284_563_2,
+        -0.487_177_6,
+        0.278_043_96,
+        -0.026_611_252,
+        0.202_681_4,
+        0.243_104_98,
+        0.282_375_16,
+        0.282_086_43,
+    ];
+    let t = 1.0 / (1.0 + 0.5 * z);
+    let mut p = 0.0;
+    for c in P {
+        p = L::multiply_add_scalar(p, t, c);
+    }
+    t * exp::<L>(-z * z) * p
 }
 
 /// `e^x` within 2 ulp, infinite above 88.8 and 0 below -104; NaN stays NaN. Without branches, so that loops

@@ -1,4 +1,4 @@
-//! Dense layers of a transformer on the CPU: linear, RMSNorm, SiLU, rotary embedding, embedding, argmax.
+//! Dense layers of a transformer on the CPU: linear, norms, activations, rotary embedding, embeddings, argmax.
 //!
 //! Activations are f32, `[rows, features]` row-major; weights stay as they are stored (f32, f16 or bf16) and
 //! are widened in registers. Threads are those of the ambient rayon pool. Owns no memory and no model.
@@ -27,12 +27,12 @@ mod tests;
 mod tile;
 mod tokens;
 
-pub use elementwise::{add, silu_mul};
+pub use elementwise::{activate, add, gated_activation, scale, softcap};
 pub use instruction_set::InstructionSet;
 pub use linear::{Projection, linear, linear_many, linear_many_on};
-pub use norm::rms_norm;
+pub use norm::{layer_norm, rms_norm};
 pub use rope::{RopeAngles, rope};
-pub use tokens::{argmax, embed};
+pub use tokens::{add_positions, argmax, embed};
 
 use pagewise_attention::DType;
 
@@ -78,6 +78,18 @@ pub enum DenseError {
         id: u32,
         /// Rows of the embedding.
         vocabulary: usize,
+    },
+    /// A position for which nothing was learned.
+    #[error(
+        "position {position} is outside of the table, which has {places} rows, the first {offset} of them unused; use shorter sequences"
+    )]
+    Position {
+        /// The position.
+        position: i32,
+        /// Rows of the table.
+        places: usize,
+        /// Rows before that of position 0.
+        offset: usize,
     },
 }
 

@@ -1,8 +1,9 @@
 //! Dense layers against plain f64 loops, and their bits against themselves.
 
-use super::elementwise::silu_mul_on;
-use super::norm::rms_norm_on;
+use super::elementwise::{activate_on, softcap_on};
+use super::norm::{layer_norm_on, rms_norm_on};
 use super::*;
+use crate::model_dir::Activation;
 use half::{bf16, f16};
 use pagewise_attention::HostTensor;
 
@@ -281,7 +282,7 @@ fn silu_agrees_with_f64_at_any_size_of_its_argument() {
     let mut before: Option<Vec<f32>> = None;
     for set in InstructionSet::available() {
         let mut out = vec![f32::NAN; gate.len()];
-        silu_mul_on(*set, &gate, &up, &mut out).unwrap();
+        activate_on(*set, Activation::Silu, &gate, Some(&up), &mut out).unwrap();
         for ((g, u), got) in gate.iter().zip(&up).zip(&out) {
             let (g, u) = (f64::from(*g), f64::from(*u));
             let expected = g / (1.0 + (-g).exp()) * u;
@@ -291,16 +292,233 @@ fn silu_agrees_with_f64_at_any_size_of_its_argument() {
         }
         for i in [0, 1, 17, 4999] {
             let mut alone = [f32::NAN];
-            silu_mul_on(*set, &gate[i..=i], &up[i..=i], &mut alone).unwrap();
+            activate_on(*set, Activation::Silu, &gate[i..=i], Some(&up[i..=i]), &mut alone).unwrap();
             assert_eq!(alone[0].to_bits(), out[i].to_bits(), "{set} [{i}]");
         }
         if set.fused() {
             assert_eq!(bits(before.get_or_insert_with(|| out.clone())), bits(&out), "{set}");
         }
         let mut out = [0.0];
-        silu_mul_on(*set, &[f32::NAN], &[1.0], &mut out).unwrap();
+        activate_on(*set, Activation::Silu, &[f32::NAN], Some(&[1.0]), &mut out).unwrap();
         assert!(out[0].is_nan(), "{set}");
     }
+}
+
+/// The f64 of each activation; Φ by its series and continued fraction, written without the code's own approximation.
+fn activation_f64(activation: Activation, x: f64) -> f64 {
+    match activation {
+        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::Relu => x.max(0.0),
+        Activation::Gelu => x * normal(x),
+        Activation::GeluTanh => {
+            let u = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3));
+            // (1 + tanh u) / 2, without cancellation.
+            x / (1.0 + (-2.0 * u).exp())
+        }
+    }
+}
+
+/// The normal distribution's Φ: a Taylor series near 0, else Laplace's continued fraction of its tail.
+fn normal(x: f64) -> f64 {
+    let density = (-x * x / 2.0).exp() / (2.0 * std::f64::consts::PI).sqrt();
+    if x.abs() < 3.0 {
+        let (mut term, mut sum) = (x, x);
+        for n in 1..100 {
+            term *= x * x / f64::from(2 * n + 1);
+            sum += term;
+        }
+        return 0.5 + density * sum;
+    }
+    let z = x.abs();
+    let fraction = (1..200).rev().fold(z, |fraction, n| z + f64::from(n) / fraction);
+    let tail = density / fraction;
+    if x < 0.0 { tail } else { 1.0 - tail }
+}
+
+/// A plain and a gated activation are the same function; neighbours, threads and instruction sets change no bit.
+/// `exp` of a rounded argument `a` is `a · 2⁻²⁴` off, `a` up to 2u or z², and where it matters at all 20.
+#[test]
+fn activations_agree_with_f64() {
+    let mut r = Random(21);
+    let mut x: Vec<f32> = r.floats(70_000).iter().map(|x| x * 8.0).collect();
+    x.extend([0.0, -0.0, 1e-30, -1e-30, 12.0, -12.0, 300.0, -300.0, 1e20, -1e20, 3e38, -3e38, f32::INFINITY]);
+    let up = r.floats(x.len());
+    for activation in [Activation::Silu, Activation::Relu, Activation::Gelu, Activation::GeluTanh] {
+        let mut before: Option<Vec<f32>> = None;
+        for set in InstructionSet::available() {
+            let mut out = vec![f32::NAN; x.len()];
+            activate_on(*set, activation, &x, None, &mut out).unwrap();
+            for (x, got) in x.iter().zip(&out) {
+                let (got, expected) = (f64::from(*got), activation_f64(activation, f64::from(*x)));
+                let argument = f64::from(*x).powi(2).min(40.0);
+                let tolerance = (12.0 + 2.0 * argument) * 2f64.powi(-24) * expected.abs() + 1e-9;
+                assert!(
+                    (got - expected).abs() <= tolerance || got == expected,
+                    "{set}: {activation:?}({x:?}) = {got}, not {expected}"
+                );
+            }
+            let mut gated = vec![f32::NAN; x.len()];
+            activate_on(*set, activation, &x, Some(&up), &mut gated).unwrap();
+            assert!(
+                gated
+                    .iter()
+                    .zip(out.iter().zip(&up))
+                    .all(|(gated, (out, up))| (*gated).to_bits() == (out * up).to_bits()
+                        || gated.is_nan() && (out * up).is_nan()),
+                "{set}: {activation:?}"
+            );
+            for i in [0, 1, 17, 69_999] {
+                let mut alone = [f32::NAN];
+                activate_on(*set, activation, &x[i..=i], None, &mut alone).unwrap();
+                assert_eq!(alone[0].to_bits(), out[i].to_bits(), "{set} {activation:?} [{i}]");
+            }
+            if set.fused() {
+                assert_eq!(
+                    bits(before.get_or_insert_with(|| out.clone())),
+                    bits(&out),
+                    "{set} {activation:?}"
+                );
+            }
+            let mut out = [0.0];
+            activate_on(*set, activation, &[f32::NAN], None, &mut out).unwrap();
+            assert!(out[0].is_nan(), "{set} {activation:?}");
+        }
+    }
+}
+
+/// The bound of `tanh`, a division and a product.
+#[test]
+fn soft_caps_agree_with_f64() {
+    let mut r = Random(22);
+    for cap in [1.0f32, 30.0, 50.0] {
+        let mut x: Vec<f32> = r.floats(40_000).iter().map(|x| x * 4.0 * cap).collect();
+        x.extend([
+            0.0,
+            -0.0,
+            1e-20,
+            0.249 * cap,
+            -0.251 * cap,
+            1e4 * cap,
+            -3e38,
+            f32::INFINITY,
+            f32::NEG_INFINITY,
+        ]);
+        let mut before: Option<Vec<f32>> = None;
+        for set in InstructionSet::available() {
+            let mut out = x.clone();
+            softcap_on(*set, cap, &mut out);
+            for (x, got) in x.iter().zip(&out) {
+                let expected = f64::from(cap) * (f64::from(*x) / f64::from(cap)).tanh();
+                let tolerance =
+                    (2f64.powi(-20) * expected.abs()).min(4.0 * 2f64.powi(-24) * f64::from(cap)) + 1e-37;
+                assert!(
+                    (f64::from(*got) - expected).abs() <= tolerance,
+                    "{set}: {cap}, {x:?}: {got}, not {expected}"
+                );
+            }
+            if set.fused() {
+                assert_eq!(bits(before.get_or_insert_with(|| out.clone())), bits(&out), "{set}");
+            }
+            let mut nan = [f32::NAN];
+            softcap_on(*set, cap, &mut nan);
+            assert!(nan[0].is_nan());
+        }
+    }
+}
+
+/// Mean and deviations are rounded sums of K / 16 numbers and a tree; what is left of a row far from 0 is small, so the
+/// bound is one of its largest number.
+#[test]
+fn layer_norm_agrees_with_f64() {
+    let mut r = Random(23);
+    for (rows, width, shift) in
+        [(1, 1, 0.0), (3, 7, 2.0), (40, 64, 0.0), (9, 160, 5.0), (70, 768, 0.5), (2, 5000, 0.0)]
+    {
+        let x: Vec<f32> = r.floats(rows * width).iter().map(|x| x + shift).collect();
+        let (weight_type, bias_type) = (r.below(3), r.below(3));
+        let weight = Stored::new(weight_type, r.floats(width));
+        let bias = Stored::new(bias_type, r.floats(width));
+        let mut before: Option<Vec<f32>> = None;
+        for set in InstructionSet::available() {
+            let mut out = vec![f32::NAN; rows * width];
+            layer_norm_on(*set, &x, weight.view(), bias.view(), 1e-5, &mut out).unwrap();
+            for (row, (x, out)) in x.chunks(width).zip(out.chunks(width)).enumerate() {
+                let x: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
+                let mean = x.iter().sum::<f64>() / width as f64;
+                let variance = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / width as f64;
+                let deviation = (variance + 1e-5).sqrt();
+                let largest = x.iter().fold(0.0f64, |largest, x| largest.max(x.abs()));
+                for (i, got) in out.iter().enumerate() {
+                    let normed = (x[i] - mean) / deviation;
+                    let expected = normed * weight.get(i) + bias.get(i);
+                    let size = (largest / deviation + normed.abs()) * weight.get(i).abs() + bias.get(i).abs();
+                    let tolerance = (width as f64 / 16.0 + 12.0) * 2f64.powi(-24) * size;
+                    assert!(
+                        (f64::from(*got) - expected).abs() <= tolerance,
+                        "{set}: {rows} x {width} + {shift} [{row}, {i}]: {got}, not {expected}"
+                    );
+                }
+            }
+            let mut alone = vec![f32::NAN; width];
+            let last = (rows - 1) * width;
+            layer_norm_on(*set, &x[last..], weight.view(), bias.view(), 1e-5, &mut alone).unwrap();
+            assert_eq!(bits(&alone), bits(&out[last..]), "{set}");
+            if set.fused() {
+                assert_eq!(bits(before.get_or_insert_with(|| out.clone())), bits(&out), "{set}");
+            }
+        }
+    }
+}
+
+/// Heads of which a part is rotated: that part as heads of its own, the rest as it was; and both lengthened.
+#[test]
+fn rope_leaves_the_rest_of_a_head_alone() {
+    let mut r = Random(24);
+    let (heads, head_dim, half) = (3, 20, 7);
+    let frequencies: Vec<f32> = r.floats(half);
+    let positions: Vec<i32> = (0..5000).collect();
+    let x = r.floats(positions.len() * heads * head_dim);
+    let angles = RopeAngles::new(&frequencies, &positions);
+    let mut out = x.clone();
+    rope(&mut out, heads, &angles.clone().in_heads_of(head_dim)).unwrap();
+    let rotated =
+        |x: &[f32]| -> Vec<f32> { x.chunks(head_dim).flat_map(|head| &head[..2 * half]).copied().collect() };
+    let mut alone = rotated(&x);
+    rope(&mut alone, heads, &angles.clone()).unwrap();
+    assert_eq!(bits(&alone), bits(&rotated(&out)));
+    for (before, after) in x.chunks(head_dim).zip(out.chunks(head_dim)) {
+        assert_eq!(bits(&before[2 * half..]), bits(&after[2 * half..]));
+    }
+    let mut longer = rotated(&x);
+    rope(&mut longer, heads, &angles.stretched(2.0)).unwrap();
+    assert!(longer.iter().zip(&alone).all(|(longer, x)| *longer == 2.0 * x));
+}
+
+#[test]
+fn positions_are_added_from_their_rows_and_refused_outside() {
+    let mut r = Random(25);
+    let (places, width) = (9, 5);
+    for dtype in 0..3 {
+        let table = Stored::new(dtype, r.floats(places * width));
+        let positions = [0, 6, 3, 3];
+        let x = r.floats(positions.len() * width);
+        let mut out = x.clone();
+        add_positions(table.view(), &positions, 2, &mut out).unwrap();
+        for (i, got) in out.iter().enumerate() {
+            let place = positions[i / width] as usize + 2;
+            assert_eq!(*got, x[i] + table.get(place * width + i % width) as f32);
+        }
+        for outside in [7, -1, i32::MAX, i32::MIN] {
+            let error = add_positions(table.view(), &[0, outside], 2, &mut out[..2 * width]).unwrap_err();
+            assert_eq!(error, DenseError::Position { position: outside, places, offset: 2 });
+        }
+        assert!(add_positions(table.view(), &[0, 1, 2], 0, &mut out[..7]).is_err());
+        assert!(add_positions(HostTensor::F8E4M3(&[0; 10]), &[0], 0, &mut out[..5]).is_err());
+        assert!(add_positions(table.view(), &[], 0, &mut []).is_ok());
+    }
+    let mut x = vec![3.0; 40_000];
+    scale(0.5, &mut x);
+    assert!(x.iter().all(|x| *x == 1.5));
 }
 
 /// One product and one sum or difference: 2 roundings of |a cos| + |b sin|; the angle is rounded to f32, which
@@ -393,6 +611,11 @@ fn what_does_not_fit_is_refused_and_nothing_written() {
     linear(&[], 2, HostTensor::F32(&[]), Some(HostTensor::F32(&[3.0, 4.0])), &mut out).unwrap();
     assert_eq!(out, [3.0, 4.0, 3.0, 4.0]);
     assert!(rms_norm(&x, HostTensor::F32(&w[..5]), 1e-5, &mut [0.0; 12]).is_err());
-    assert!(silu_mul(&x, &w, &mut [0.0; 12]).is_err() && add(&x, &mut [0.0; 11]).is_err());
+    assert!(gated_activation(Activation::Silu, &x, &w, &mut [0.0; 12]).is_err());
+    assert!(activate(Activation::Relu, &x, &mut [0.0; 11]).is_err());
+    assert!(
+        layer_norm(&x, HostTensor::F32(&w[..4]), HostTensor::F32(&w[..3]), 1e-5, &mut [0.0; 12]).is_err()
+    );
+    assert!(add(&x, &mut [0.0; 11]).is_err());
     assert!(rope(&mut [0.0; 12], 1, &RopeAngles::new(&[1.0], &[0])).is_err());
 }
