@@ -222,8 +222,9 @@ impl Prefill {
         }
         let target = match spec.form {
             Form::Hopper => Target { sm: 90, ptx: (8, 0) },
-            // The prefetch size of cp.async came with PTX 7.4.
-            Form::Large | Form::Small => Target { sm: 80, ptx: (7, 4) },
+            // The prefetch size of cp.async came with PTX 7.4, sm_90 with 7.8.
+            Form::Large => Target { sm: 90, ptx: (7, 8) },
+            Form::Small => Target { sm: 80, ptx: (7, 4) },
         };
         let ptx_version = format!("{}.{}", target.ptx.0, target.ptx.1);
         let (entry, dtype) = (spec.entry(), dtype.name());

@@ -19,8 +19,10 @@ fn the_text_declares_what_the_descriptor_says() {
             .lines()
             .filter_map(|line| line.trim().strip_prefix(".param "))
             .map(|rest| {
-                let mut words = rest.split([' ', ',']);
-                (words.next().unwrap().to_string(), words.next().unwrap().to_string())
+                // `.u64 p_q,` or `.align 64 .b8 p_map[128],`, and a remark.
+                let (ty, rest) = rest.split_once(" p_").unwrap();
+                let name = rest.split([' ', ',', '[']).next().unwrap();
+                (ty.to_string(), format!("p_{name}"))
             })
             .collect();
         let described: Vec<(String, String)> = kernel

@@ -43,7 +43,8 @@ use merge::MergeCase;
 use pagewise_attention::DType;
 use pagewise_attention::conformance::{Case as ConformanceCase, Outcome, run_case};
 use pagewise_attention::cuda::ptx::decode::Ring;
-use pagewise_attention::cuda::{Context, PlanOptions};
+use pagewise_attention::cuda::ptx::prefill::Form;
+use pagewise_attention::cuda::{AttentionOptions, Context, PlanOptions};
 use random::{Random, run_cases, run_seed};
 use write_kv::Case;
 
@@ -161,4 +162,55 @@ fn faults_of_decode_are_found() {
         }
         Ok(())
     });
+}
+
+/// What prefill's faults must fail: diagonals, windows within blocks, short tiles, splits, more items than
+/// multiprocessors, block sizes above 16.
+const PREFILL_CASES: &[(&str, Option<u32>)] = &[
+    ("attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal sequences=70:70,33:300,1:0", None),
+    (
+        "attention q=bf16 kv=bf16 heads=6/2 dim=128 block=32 mask=window:37 layout=hnd sequences=45:301,20:9",
+        None,
+    ),
+    (
+        "attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal scores=60 sequences=64:900,17:1200",
+        Some(256),
+    ),
+    ("attention q=bf16 kv=bf16 heads=8/8 dim=128 block=64 mask=causal scores=60 sequences=30*20:150", None),
+];
+
+fn check_prefill(context: &Context, form: Form) -> Verdict {
+    let mut subject = Cuda::new(context);
+    // Random data hide a fault sometimes: two draws of each case.
+    for turn in 0..2 {
+        for (line, prefill_keys) in PREFILL_CASES {
+            subject.options = AttentionOptions {
+                form: Some(form),
+                prefill_keys: *prefill_keys,
+                tiles_from: Some(1),
+                ..AttentionOptions::default()
+            };
+            let seed = run_seed().wrapping_add(turn) % 1_000_000_000;
+            let case = ConformanceCase { seed, ..line.parse().unwrap() };
+            match run_case(&mut subject, &case).outcome {
+                Outcome::Passed(_) => {}
+                Outcome::Failed(reason) => return Err(format!("PAGEWISE_CASE=\"{case}\": {reason}")),
+                Outcome::Skipped(reason) => panic!("{case} is not taken: {reason}"),
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn faults_of_prefill_are_found() {
+    every_fault_is_found(faults::PREFILL, |context| check_prefill(context, Form::Large));
+}
+
+#[test]
+fn faults_of_prefill_on_hopper_are_found() {
+    let Some(context) = cuda::context() else { return };
+    if Form::Hopper.runs_on(context.device().compute_capability.major) {
+        every_fault_is_found(faults::PREFILL_HOPPER, |context| check_prefill(context, Form::Hopper));
+    }
 }

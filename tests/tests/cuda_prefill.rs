@@ -32,8 +32,8 @@ use random::{Random, run_cases, run_seed};
 
 /// The forms that this GPU can run.
 fn forms(context: &Context) -> Vec<Form> {
-    let capability = context.device().compute_capability;
-    Form::ALL.into_iter().filter(|form| form.runs_on(capability.major, capability.minor)).collect()
+    let major = context.device().compute_capability.major;
+    Form::ALL.into_iter().filter(|form| form.runs_on(major)).collect()
 }
 
 /// A random case of what the prefill kernels take: `turn` walks through types, rooms for heads and forms.

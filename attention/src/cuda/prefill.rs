@@ -18,7 +18,7 @@ use super::context::Entry;
 use super::decode::ptx_type;
 use super::plan::{first_entry, small};
 use super::tensor_map::{CacheView, TensorMap};
-use super::{AttentionCall, ComputeCapability, Context, CudaError, Device, RawStream};
+use super::{AttentionCall, Context, CudaError, Device, RawStream};
 use crate::{Mask, Problem};
 
 /// What starting and ending an item takes, in tiles of keys.
@@ -70,16 +70,16 @@ impl PrefillPart {
             Some(Form::Hopper) if block_size < HOPPER_BLOCK => None,
             Some(form) => spec(form),
             None => {
-                let ComputeCapability { major, minor } = device.compute_capability;
+                let major = device.compute_capability.major;
                 if block_size >= HOPPER_BLOCK
-                    && Form::Hopper.runs_on(major, minor)
+                    && Form::Hopper.runs_on(major)
                     && let Some(hopper) = spec(Form::Hopper)
                 {
                     return Some(hopper);
                 }
                 let large = spec(Form::Large)?;
                 let fits = device.blocks_that_fit(large.shared_bytes()) >= large.blocks_per_multiprocessor();
-                if fits { Some(large) } else { spec(Form::Small) }
+                if fits && Form::Large.runs_on(major) { Some(large) } else { spec(Form::Small) }
             }
         }
     }

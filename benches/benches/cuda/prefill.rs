@@ -36,8 +36,8 @@ fn shapes() -> Vec<Shape> {
 
 pub fn all_shapes(gpu: &Gpu<'_>) -> Vec<Value> {
     println!("prefill bf16, 32/8 heads, d128, causal: us, TFLOP/s");
-    let capability = gpu.context.device().compute_capability;
-    let forms = Form::ALL.into_iter().filter(|form| form.runs_on(capability.major, capability.minor));
+    let major = gpu.context.device().compute_capability.major;
+    let forms = Form::ALL.into_iter().filter(|form| form.runs_on(major));
     let forms: Vec<Form> = forms.collect();
     let mut results = Vec::new();
     for Shape { name, sequences, peers } in shapes() {

@@ -7,8 +7,7 @@ use crate::decode::HEAD_DIMS;
 /// How a tile is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Form {
-    /// `mma.sync` with `cp.async`, at most 100 KiB of shared memory: two thread blocks fit a multiprocessor of sm_90
-    /// and sm_100.
+    /// `mma.sync` with `cp.async`, at most 100 KiB of shared memory, for GPUs that have twice that: sm_90 and sm_100.
     Large,
     /// The same with tiles of half as many keys, at most 68 KiB: for every GPU from sm_80 on.
     Small,
@@ -22,9 +21,10 @@ impl Form {
     pub const ALL: [Self; 3] = [Self::Large, Self::Small, Self::Hopper];
 
     /// Whether GPUs of a compute capability run it; Hopper's instructions are Hopper's alone.
-    pub const fn runs_on(self, major: u32, minor: u32) -> bool {
+    pub const fn runs_on(self, major: u32) -> bool {
         match self {
-            Self::Large | Self::Small => major * 10 + minor >= 80,
+            Self::Large => major >= 9,
+            Self::Small => major >= 8,
             Self::Hopper => major == 9,
         }
     }
