@@ -10,6 +10,7 @@ use ::wgpu::{
     PipelineCompilationOptions, PipelineLayoutDescriptor, Queue, ShaderModuleDescriptor, ShaderSource,
     ShaderStages,
 };
+use pagewise_shaders::decode::{Decode, DecodeMerge, DecodeSpec};
 use pagewise_shaders::write_kv::{WriteKv, WriteKvSpec};
 use pagewise_shaders::{BindingKind, Shader};
 
@@ -23,6 +24,8 @@ pub struct Context {
     limits: Limits,
     features: Features,
     pub(super) write_kv: Pipelines<WriteKvSpec, WriteKv>,
+    pub(super) decode: Pipelines<DecodeSpec, Decode>,
+    pub(super) decode_merge: Pipelines<pagewise_shaders::DType, DecodeMerge>,
 }
 
 impl Context {
@@ -34,7 +37,15 @@ impl Context {
     pub fn new(device: Device, queue: Queue) -> Result<Self, WgpuError> {
         let (limits, features) = (device.limits(), device.features());
         check_limits(&limits)?;
-        Ok(Self { device, queue, limits, features, write_kv: Pipelines::default() })
+        Ok(Self {
+            device,
+            queue,
+            limits,
+            features,
+            write_kv: Pipelines::default(),
+            decode: Pipelines::default(),
+            decode_merge: Pipelines::default(),
+        })
     }
 
     /// The device.
