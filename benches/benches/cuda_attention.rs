@@ -14,6 +14,8 @@ mod decode;
 mod gpu;
 #[path = "cuda/host.rs"]
 mod host;
+#[path = "shared/shapes.rs"]
+mod shapes;
 #[path = "cuda/sweep.rs"]
 mod sweep;
 #[path = "cuda/yardsticks.rs"]

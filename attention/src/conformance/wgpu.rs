@@ -4,6 +4,7 @@ use ::wgpu::util::{BufferInitDescriptor, DeviceExt};
 use ::wgpu::{Buffer, BufferDescriptor, BufferUsages, MapMode, PollType};
 
 use super::subject::{AttentionTask, CopyTask, MergeTask, Refusal, Scale, Subject, SwapTask, WriteTask};
+use crate::wgpu::shaders::decode::DecodeTuning;
 use crate::wgpu::{
     AttentionCall, BufferRange, Context, HeadTerms, KvScale, PlanOptions, WgpuError, WriteKvCall,
 };
@@ -16,6 +17,8 @@ pub struct Wgpu<'a> {
     context: &'a Context,
     /// Makes the plans of the next cases.
     pub options: PlanOptions,
+    /// Tunes the kernel, if otherwise than by default.
+    pub tuning: Option<DecodeTuning>,
     /// Kernel variants that ran since this was last emptied.
     pub variants: Vec<String>,
 }
@@ -23,7 +26,13 @@ pub struct Wgpu<'a> {
 impl<'a> Wgpu<'a> {
     /// On a context whose device has this name.
     pub fn new(name: impl Into<String>, context: &'a Context) -> Self {
-        Self { name: name.into(), context, options: PlanOptions::default(), variants: Vec::new() }
+        Self {
+            name: name.into(),
+            context,
+            options: PlanOptions::default(),
+            tuning: None,
+            variants: Vec::new(),
+        }
     }
 
     /// A buffer with these contents, of whole words and at least 16 bytes; what is added is poison.
@@ -119,6 +128,7 @@ impl Subject for Wgpu<'_> {
             lse: lse.is_some().then(|| BufferRange::whole(&device_lse)),
             plan: BufferRange::whole(&plan_buffer),
             workspace: BufferRange::whole(&workspace),
+            tuning: self.tuning,
         };
         let prepared = context.prepare_attention(&call).map_err(refusal)?;
         let mut encoder = context.device().create_command_encoder(&Default::default());

@@ -10,7 +10,7 @@ use ::wgpu::{
     ComputePass, Features,
 };
 use pagewise_shaders::decode::{
-    CacheRows, Decode, DecodeArgs, DecodeMerge, DecodeNeeds, DecodeSpec, LOWEST, Rows, Unit,
+    CacheRows, Decode, DecodeArgs, DecodeMerge, DecodeNeeds, DecodeSpec, DecodeTuning, LOWEST, Rows, Unit,
 };
 
 use super::buffer::{Bound, Need, bind};
@@ -73,6 +73,8 @@ pub struct AttentionCall<'a> {
     pub plan: BufferRange<'a>,
     /// Workspace of [`AttentionPlan::workspace_bytes`], which may be shared by layers.
     pub workspace: BufferRange<'a>,
+    /// How the kernel is tuned, if otherwise than by default.
+    pub tuning: Option<DecodeTuning>,
 }
 
 /// Attention whose bind groups are made: encoding it allocates nothing. One for each layer, made once.
@@ -215,7 +217,7 @@ impl Context {
             scale: config.scale,
             softcap: config.softcap,
         };
-        let spec = self.choose_decode(config, &args)?;
+        let spec = self.choose_decode(config, &args, call.tuning)?;
         let decode = self.decode.get(spec, self.device(), || Ok(Decode::new(spec)?), Decode::shader)?;
         let merge = self.decode_merge.get(
             spec.q,
@@ -320,13 +322,18 @@ impl Context {
     }
 
     /// The variant with the largest units that divide every offset, stride and head dimension.
-    fn choose_decode(&self, config: &AttentionConfig, args: &DecodeArgs) -> Result<DecodeSpec, WgpuError> {
+    fn choose_decode(
+        &self,
+        config: &AttentionConfig,
+        args: &DecodeArgs,
+        tuning: Option<DecodeTuning>,
+    ) -> Result<DecodeSpec, WgpuError> {
         let usual = self.usual_spec(config)?;
         let mut refusal = None;
         for unit in Unit::ALL {
             let Some(spec) = DecodeSpec::for_needs(self.needs(config, unit)?) else { continue };
             // The plan counts on the usual number of queries.
-            let spec = DecodeSpec { queries: usual.queries, ..spec };
+            let spec = DecodeSpec { queries: usual.queries, tuning: tuning.unwrap_or(spec.tuning), ..spec };
             match args.uniform(spec) {
                 Ok(_) if spec.exists() => return Ok(spec),
                 Ok(_) => {}
