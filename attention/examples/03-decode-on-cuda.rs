@@ -6,7 +6,7 @@
 use half::bf16;
 use pagewise_attention::cpu::{Inputs, Outputs, Plan};
 use pagewise_attention::cuda::{
-    Context, CudaError, DecodePlan, DecodeSlices, DecodeWorkspace, PlanOptions, StepLimits,
+    AttentionSlices, AttentionWorkspace, Context, CudaError, DecodePlan, PlanOptions, StepLimits,
 };
 use pagewise_attention::{
     AttentionConfig, CacheLayout, DType, HostTensor, HostTensorMut, PagedBatch, Problem,
@@ -46,7 +46,7 @@ fn main() -> Result<(), CudaError> {
     // The workspace is made once, for the largest step there will be; a step's plan is copied to it.
     let limits = StepLimits { rows: 64, keys: 64 * 4096 };
     let bound = DecodePlan::bound(&config, context.device(), limits, PlanOptions::default())?;
-    let mut workspace = DecodeWorkspace::new(&stream, &bound)?;
+    let mut workspace = AttentionWorkspace::new(&stream, &bound)?;
     let plan = DecodePlan::new(&problem, context.device(), PlanOptions::default())?;
     workspace.upload(&stream, &plan)?;
 
@@ -54,7 +54,7 @@ fn main() -> Result<(), CudaError> {
     let device_q = stream.clone_htod(&q)?;
     let tables = stream.clone_htod(&BLOCK_TABLES)?;
     let mut device_out = stream.alloc_zeros::<bf16>(q.len())?;
-    let slices = DecodeSlices {
+    let slices = AttentionSlices {
         q: device_q.as_view(),
         k_cache: device_cache.as_view(),
         v_cache: device_cache.slice(v_start..),

@@ -8,12 +8,16 @@
 //! `PAGEWISE_BENCH_JSON` names a file for the figures. `PAGEWISE_SWEEP=1` tunes instead: see `sweep.rs`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub, reason = "a bench")]
 
+#[path = "cuda/cache.rs"]
+mod cache;
 #[path = "cuda/decode.rs"]
 mod decode;
 #[path = "cuda/gpu.rs"]
 mod gpu;
 #[path = "cuda/host.rs"]
 mod host;
+#[path = "cuda/prefill.rs"]
+mod prefill;
 #[path = "shared/shapes.rs"]
 mod shapes;
 #[path = "cuda/sweep.rs"]
@@ -46,6 +50,7 @@ fn main() {
     let write = if wanted("write_kv") { Some(decode::write_kv(&gpu, &yardsticks)) } else { None };
     let host = if wanted("host") { Some(host::measure(&gpu)) } else { None };
     let shapes = decode::all_shapes(&gpu, &yardsticks, wanted);
+    let prefill = if wanted("prefill") { prefill::all_shapes(&gpu) } else { Vec::new() };
 
     if let Some(path) = std::env::var_os("PAGEWISE_BENCH_JSON") {
         let json = serde_json::json!({
@@ -57,6 +62,7 @@ fn main() {
             "write_kv": write,
             "host": host,
             "decode": shapes,
+            "prefill": prefill,
         });
         std::fs::write(path, serde_json::to_string_pretty(&json).unwrap() + "\n").unwrap();
     }

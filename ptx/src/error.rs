@@ -28,6 +28,16 @@ pub enum Error {
         /// Elements of a head that there is to be room for.
         head_dim: u32,
     },
+    /// The prefill kernel has no variant for this type, this head dimension or this form.
+    #[error(
+        "prefill has no variant for {dtype} with room for {head_dim} elements: it takes f16 and bf16 with 64, 128 or 256"
+    )]
+    UnsupportedPrefill {
+        /// Element type of queries, cache and output.
+        dtype: DType,
+        /// Elements of a head that there is to be room for.
+        head_dim: u32,
+    },
     /// A thread block cannot work for so many KV heads.
     #[error(
         "decode cannot give {block_heads} of {kv_heads} KV heads to a thread block of {most} warps: take a power of two that divides them, at most one a warp"

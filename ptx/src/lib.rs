@@ -25,6 +25,7 @@
 //! | [`mod@decode`] | one query row a sequence over a paged cache, keys split over thread blocks |
 //! | [`mod@merge_states`] | puts attention over parts of the keys together, by their log-sum-exp |
 //! | [`mod@page_read`] | reads pages through a table: the yardstick of benches |
+//! | [`mod@prefill`] | tiles of query rows over a paged cache: prefill, chunked prefill |
 //! | [`mod@write_kv`] | stores new K and V rows into cache blocks, given by a slot mapping; turns K and queries on the way |
 
 pub mod counter;
@@ -34,6 +35,7 @@ mod error;
 mod kernel;
 pub mod merge_states;
 pub mod page_read;
+pub mod prefill;
 pub mod receipt;
 mod template;
 pub mod write_kv;
@@ -55,5 +57,9 @@ pub fn all_kernels() -> Result<Vec<Kernel>, Error> {
     let decode = decode::DecodeSpec::all().map(|spec| Ok(decode::Decode::new(spec)?.into_kernel()));
     let page_read =
         [false, true].into_iter().map(|merges| Ok(page_read::PageRead::new(merges)?.into_kernel()));
-    write_kv.chain(merge_states).chain(counter).chain(decode).chain(page_read).collect()
+    let prefill = prefill::PrefillSpec::all().map(|spec| Ok(prefill::Prefill::new(spec)?.into_kernel()));
+    let prefill_merge =
+        prefill::PrefillMerge::all().map(|spec| Ok(prefill::PrefillMerge::new(spec)?.into_kernel()));
+    let attention = decode.chain(prefill).chain(prefill_merge);
+    write_kv.chain(merge_states).chain(counter).chain(attention).chain(page_read).collect()
 }

@@ -16,6 +16,11 @@ const LIB: &[(&str, &str)] = &[
     ("decode/scores.ptx", include_str!("../kernels/decode/scores.ptx")),
     ("decode/values.ptx", include_str!("../kernels/decode/values.ptx")),
     ("decode/merge.ptx", include_str!("../kernels/decode/merge.ptx")),
+    ("prefill/contract.ptx", include_str!("../kernels/prefill/contract.ptx")),
+    ("prefill/params.ptx", include_str!("../kernels/prefill/params.ptx")),
+    ("prefill/rows.ptx", include_str!("../kernels/prefill/rows.ptx")),
+    ("prefill/softmax.ptx", include_str!("../kernels/prefill/softmax.ptx")),
+    ("prefill/output.ptx", include_str!("../kernels/prefill/output.ptx")),
 ];
 
 /// Renders `source` (the template named `name`) with the map `variables`.

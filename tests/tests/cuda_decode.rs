@@ -18,7 +18,7 @@ mod cuda_subject;
 mod random;
 
 use cuda::Receipts;
-use cuda_subject::{Cuda, bytes};
+use cuda_subject::{Cuda, by_rows, bytes};
 use cudarc::driver::CudaSlice;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use pagewise_attention::conformance::{
@@ -28,7 +28,8 @@ use pagewise_attention::conformance::{
 use pagewise_attention::cuda::ptx::all_kernels;
 use pagewise_attention::cuda::ptx::decode::{DecodeTuning, Prefetch, Ring};
 use pagewise_attention::cuda::{
-    CudaError, DecodeCall, DecodePlan, DecodeSlices, DecodeWorkspace, PlanOptions, Shrink, StepLimits, cudarc,
+    AttentionCall, AttentionSlices, AttentionWorkspace, CudaError, DecodePlan, PlanOptions, Shrink,
+    StepLimits, cudarc,
 };
 use pagewise_attention::{BlockTables, DType, HostTensorMut, MAX_HEAD_DIM};
 use random::{Random, run_cases, run_seed};
@@ -167,13 +168,13 @@ fn random_cases_agree_with_the_oracle() {
     let (mut ran, mut skipped) = (0, 0);
     for turn in 0..run_cases(252) {
         let case = decode_case(&mut random, turn);
-        subject.options = random_options(&mut random, &case);
+        subject.options = by_rows(random_options(&mut random, &case));
         match check(&mut subject, &case) {
             true => ran += 1,
             false => skipped += 1,
         }
     }
-    subject.options = PlanOptions::default();
+    subject.options = by_rows(PlanOptions::default());
     // What of the suite's own table this backend takes.
     for case in quick(random.next()) {
         match check(&mut subject, &case) {
@@ -202,7 +203,7 @@ fn long_sequences_and_many_splits_agree_with_the_oracle() {
         ("attention q=f16 kv=f16 heads=32/8 dim=128 block=16 mask=causal sequences=20*1:300,3*1:2000", None),
         ("attention q=bf16 kv=bf16 heads=8/8 dim=64 block=256 mask=causal sequences=1:9000,1:1", Some(2048)),
     ] {
-        subject.options = PlanOptions { item_keys, ..PlanOptions::default() };
+        subject.options = by_rows(PlanOptions { item_keys, ..PlanOptions::default() });
         let case = Case { seed: run_seed() % 1_000_000_000, ..line.parse().unwrap() };
         let outcome = run_case(&mut subject, &case).outcome;
         assert!(
@@ -222,7 +223,7 @@ fn run(subject: &mut Cuda<'_>, data: &AttentionData) -> Result<Buffer, Refusal> 
 fn with_a_fixed_split_a_row_does_not_depend_on_its_batch() {
     let Some(context) = cuda::context() else { return };
     let mut subject = Cuda::new(&context);
-    subject.options = PlanOptions { item_keys: Some(128), ..PlanOptions::default() };
+    subject.options = by_rows(PlanOptions { item_keys: Some(128), ..PlanOptions::default() });
     let batch: Case =
         "attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal sequences=1:700,1:90,1:1500"
             .parse()
@@ -288,9 +289,13 @@ fn replay(
     let partial_out = upload(&vec![0xff; sizes.partial_out as usize]);
     let partial_max = upload(&vec![0xff; sizes.partial_max as usize]);
     let tickets = upload(&vec![0; sizes.tickets as usize]);
-    let subject =
-        Cuda { context, stream: stream.clone(), options: PlanOptions::default(), variants: Vec::new() };
-    let call = DecodeCall {
+    let subject = Cuda {
+        context,
+        stream: stream.clone(),
+        options: by_rows(PlanOptions::default()),
+        variants: Vec::new(),
+    };
+    let call = AttentionCall {
         q: subject.address(&q),
         k_cache: subject.address(&k),
         v_cache: subject.address(&v),
@@ -300,7 +305,7 @@ fn replay(
         partial_out: subject.address(&partial_out),
         partial_max: subject.address(&partial_max),
         tickets: subject.address(&tickets),
-        ..DecodeCall::default()
+        ..AttentionCall::default()
     };
     context.prepare_decode(&plan).unwrap();
     stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
@@ -327,7 +332,7 @@ fn one_graph_serves_steps_of_changing_lengths() {
     let subject = Cuda {
         context: &context,
         stream: stream.clone(),
-        options: PlanOptions::default(),
+        options: by_rows(PlanOptions::default()),
         variants: Vec::new(),
     };
     let line = "attention q=bf16 kv=bf16 heads=16/4 dim=128 block=16 mask=causal";
@@ -353,7 +358,7 @@ fn one_graph_serves_steps_of_changing_lengths() {
     let partial_out = room(bound.workspace.partial_out as usize);
     let partial_max = room(bound.workspace.partial_max as usize);
     let tickets = stream.clone_htod(&vec![0u8; bound.workspace.tickets as usize]).unwrap();
-    let call = DecodeCall {
+    let call = AttentionCall {
         q: subject.address(&q),
         k_cache: subject.address(&k),
         v_cache: subject.address(&v),
@@ -363,7 +368,7 @@ fn one_graph_serves_steps_of_changing_lengths() {
         partial_out: subject.address(&partial_out),
         partial_max: subject.address(&partial_max),
         tickets: subject.address(&tickets),
-        ..DecodeCall::default()
+        ..AttentionCall::default()
     };
     let plan = DecodePlan::new(&largest.problem().unwrap(), context.device(), options).unwrap();
     context.prepare_decode(&plan).unwrap();
@@ -395,7 +400,7 @@ fn one_graph_serves_steps_of_changing_lengths() {
         graph.launch().unwrap();
         let found = stream.clone_dtoh(&out).unwrap();
         let mut expecting = Cuda::new(&context);
-        expecting.options = options;
+        expecting.options = by_rows(options);
         let expected = bytes(run(&mut expecting, &data).unwrap().as_ref());
         assert!(found.starts_with(&expected), "step {turn} with {lens:?} gave other bits");
         assert!(found[expected.len()..].iter().all(|&byte| byte == 0xff), "step {turn} wrote past its rows");
@@ -414,7 +419,7 @@ fn slices_are_checked_and_give_the_same_bits() {
     let plan = DecodePlan::new(&problem, context.device(), PlanOptions::default()).unwrap();
     let limits = StepLimits { rows: 8, keys: 8 * 3000 };
     let bound = DecodePlan::bound(&data.config, context.device(), limits, PlanOptions::default()).unwrap();
-    let mut workspace = DecodeWorkspace::new(&stream, &bound).unwrap();
+    let mut workspace = AttentionWorkspace::new(&stream, &bound).unwrap();
     workspace.upload(&stream, &plan).unwrap();
     let BlockTables::Padded { entries, .. } = problem.batch().block_tables else { unreachable!() };
     let numbers = |bytes: Vec<u8>| -> Vec<half::bf16> {
@@ -427,7 +432,7 @@ fn slices_are_checked_and_give_the_same_bits() {
     let slopes = stream.clone_htod(data.alibi_slopes.as_deref().unwrap()).unwrap();
     let mut out = stream.clone_htod(&vec![half::bf16::NAN; q.len()]).unwrap();
     let mut decode = |q, alibi_slopes| {
-        let args = DecodeSlices {
+        let args = AttentionSlices {
             q,
             k_cache: k.as_view(),
             v_cache: v.as_view(),

@@ -21,7 +21,7 @@ mod random;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use cuda_subject::Cuda;
+use cuda_subject::{Cuda, by_rows};
 use pagewise_attention::conformance::{AttentionData, Buffer, Case, Outcome, Subject, run_case};
 use pagewise_attention::cuda::PlanOptions;
 use random::{run_cases, run_seed};
@@ -49,7 +49,7 @@ fn the_order_in_which_thread_blocks_finish_does_not_matter() {
     let mut subject = Cuda::new(&context);
     let turns = run_cases(60);
     for &(line, item_keys) in CASES {
-        subject.options = PlanOptions { item_keys: Some(item_keys), ..PlanOptions::default() };
+        subject.options = by_rows(PlanOptions { item_keys: Some(item_keys), ..PlanOptions::default() });
         let case = Case { seed: run_seed() % 1_000_000_000, ..line.parse().unwrap() };
         let outcome = run_case(&mut subject, &case).outcome;
         assert!(matches!(outcome, Outcome::Passed(_)), "PAGEWISE_CASE=\"{case}\": {outcome:?}");

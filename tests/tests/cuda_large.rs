@@ -21,7 +21,7 @@ use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, LaunchConfig, PushKernelA
 use cudarc::nvrtc::Ptx;
 use half::bf16;
 use pagewise_attention::cuda::ptx::counter::{Counter, number};
-use pagewise_attention::cuda::{Context, DecodeCall, DecodePlan, PlanOptions, cudarc, ptx};
+use pagewise_attention::cuda::{AttentionCall, Context, DecodePlan, PlanOptions, cudarc, ptx};
 use pagewise_attention::{AttentionConfig, CacheLayout, DType, KvStrides, PagedBatch, Problem};
 use random::{Random, run_seed};
 
@@ -156,7 +156,7 @@ fn caches_beyond_32_bits_give_what_the_definition_says() {
         let partial_out = bytes(sizes.partial_out, 0xff);
         let partial_max = bytes(sizes.partial_max, 0xff);
         let tickets = bytes(sizes.tickets, 0);
-        let call = DecodeCall {
+        let call = AttentionCall {
             q: address(&device_q, &stream),
             k_cache: address(&k, &stream),
             v_cache: address(&v, &stream),
@@ -166,9 +166,9 @@ fn caches_beyond_32_bits_give_what_the_definition_says() {
             partial_out: address(&partial_out, &stream),
             partial_max: address(&partial_max, &stream),
             tickets: address(&tickets, &stream),
-            ..DecodeCall::default()
+            ..AttentionCall::default()
         };
-        let call = DecodeCall { lse: address(&lse, &stream), ..call };
+        let call = AttentionCall { lse: address(&lse, &stream), ..call };
         // SAFETY: all addresses are those of live slices that hold what the plan reaches.
         unsafe { context.decode_raw(&plan, &call, stream.cu_stream().into()) }.unwrap();
         let (out, lse) = (stream.clone_dtoh(&out).unwrap(), stream.clone_dtoh(&lse).unwrap());

@@ -33,7 +33,7 @@ mod write_kv;
 use std::sync::atomic::Ordering;
 
 use cuda_machine::Gpu;
-use cuda_subject::Cuda;
+use cuda_subject::{Cuda, by_rows};
 use faults::Fault;
 use machine::{check_merge, check_rotary, check_write};
 use merge::MergeCase;
@@ -132,7 +132,8 @@ fn faults_of_decode_are_found() {
     every_fault_is_found(faults::DECODE, |context| {
         let mut subject = Cuda::new(context);
         for &(line, item_keys) in DECODE_CASES {
-            subject.options = PlanOptions { item_keys, ring: Some(Ring::Large), ..PlanOptions::default() };
+            subject.options =
+                by_rows(PlanOptions { item_keys, ring: Some(Ring::Large), ..PlanOptions::default() });
             let case: ConformanceCase = line.parse().unwrap();
             let case = ConformanceCase { seed: run_seed() % 1_000_000_000, ..case };
             match run_case(&mut subject, &case).outcome {

@@ -9,6 +9,7 @@ use cudarc::driver::{CudaContext, result, sys};
 use pagewise_ptx::Kernel;
 use pagewise_ptx::decode::{Decode, DecodeSpec};
 use pagewise_ptx::merge_states::{MergeStates, MergeStatesSpec};
+use pagewise_ptx::prefill::{Prefill, PrefillMerge, PrefillSpec};
 use pagewise_ptx::write_kv::{WriteKv, WriteKvSpec};
 
 use super::launch::LoadedKernel;
@@ -28,6 +29,8 @@ pub struct Context {
     pub(super) write_kv: Cache<WriteKvSpec, WriteKv>,
     pub(super) decode: Cache<DecodeSpec, Decode>,
     pub(super) merge_states: Cache<MergeStatesSpec, MergeStates>,
+    pub(super) prefill: Cache<PrefillSpec, Prefill>,
+    pub(super) prefill_merge: Cache<PrefillSpec, PrefillMerge>,
     #[cfg(feature = "conformance")]
     alteration: Option<Alteration>,
 }
@@ -121,6 +124,8 @@ impl Context {
             write_kv: Cache::default(),
             decode: Cache::default(),
             merge_states: Cache::default(),
+            prefill: Cache::default(),
+            prefill_merge: Cache::default(),
             #[cfg(feature = "conformance")]
             alteration: None,
         }
@@ -155,6 +160,8 @@ impl Context {
         self.write_kv.clear();
         self.decode.clear();
         self.merge_states.clear();
+        self.prefill.clear();
+        self.prefill_merge.clear();
     }
 
     /// The GPU.

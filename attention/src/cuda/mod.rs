@@ -11,23 +11,27 @@
 //! [`devices`] says which GPUs are there and whether they can be used; a [`Context`] loads each kernel once and
 //! keeps it. Nothing is global: dropping the context unloads its kernels.
 
+mod attention;
 mod balance;
+mod call;
 mod context;
 mod decode;
-mod decode_slices;
 mod device;
 mod error;
 mod launch;
 mod merge_states;
 mod plan;
+mod prefill;
 mod rotary;
+mod slices;
 mod split;
 mod write_kv;
 
+pub use attention::{AttentionOptions, AttentionPlan};
+pub use call::{AttentionCall, CacheScales};
 pub use context::Context;
 pub use cudarc;
-pub use decode::{CacheScales, DecodeCall};
-pub use decode_slices::{DecodeSlices, DecodeWorkspace};
+
 pub use device::{
     ComputeCapability, CudaVersion, Device, MIN_COMPUTE_CAPABILITY, MIN_CUDA_VERSION, devices,
     driver_release, driver_version,
@@ -38,5 +42,6 @@ pub use merge_states::{MergeStatesCall, MergeStatesVariant};
 pub use pagewise_ptx as ptx;
 pub use plan::{DecodePlan, PlanBound, PlanOptions, StepLimits};
 pub use rotary::{PositionType, Rotary, RotaryQueries, RotaryTables};
+pub use slices::{AttentionSlices, AttentionWorkspace};
 pub use split::Shrink;
 pub use write_kv::{Element, KvScales, WriteKvCall, WriteKvSlices, WriteKvVariant};

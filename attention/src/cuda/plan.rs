@@ -11,7 +11,7 @@ use super::balance::{Choice, Step, choose};
 use super::decode::ptx_type;
 use super::split::most_items;
 use super::{CudaError, Device, Shrink};
-use crate::plan::{Cut, MAX_PIECE_KEYS, Piece, count, split, visible_rows};
+use crate::plan::{Cut, Keys, MAX_PIECE_KEYS, Piece, count, split, visible_rows};
 use crate::{AttentionConfig, BlockTables, CacheLayout, Problem, RowStrides};
 
 /// How a plan is made.
@@ -109,8 +109,17 @@ impl DecodePlan {
     /// [`CudaError::Unsupported`] for what the decode kernel does not do, [`CudaError::TooLarge`] beyond its
     /// 32-bit sizes or the items of a fixed grid.
     pub fn new(problem: &Problem<'_>, device: &Device, options: PlanOptions) -> Result<Self, CudaError> {
+        Self::of_rows(problem, &visible_rows(problem, |_| true)?, device, options)
+    }
+
+    /// Plans some of a step's rows.
+    pub(super) fn of_rows(
+        problem: &Problem<'_>,
+        rows: &[Keys],
+        device: &Device,
+        options: PlanOptions,
+    ) -> Result<Self, CudaError> {
         let (config, layout) = (problem.config(), *problem.layout());
-        let rows = visible_rows(problem)?;
         let choices = Kind::choices(config, device, options)?;
         // The heads of a thread block are part of a launch, which a captured graph repeats.
         let heads = options.block_heads.or(options.grid_items.map(|_| 1));
@@ -118,7 +127,7 @@ impl DecodePlan {
             Some(keys) => {
                 Choice { block_heads: heads.unwrap_or(1), cut: Cut::Equal(keys), cost: 0.0, floor: 0.0 }
             }
-            None => choose(&rows, &kind.step, heads, options.shrink),
+            None => choose(rows, &kind.step, heads, options.shrink),
         };
         let mut best: Option<(&Kind, Choice)> = None;
         for kind in &choices {
@@ -133,7 +142,7 @@ impl DecodePlan {
         let Some((kind, Choice { block_heads, cut, .. })) = best else {
             return Err(unsupported("this tuning", "see DecodeTuning for its bounds"));
         };
-        let (pieces, partials) = split(&rows, kind.step.blocks_per_item(block_heads), cut)?;
+        let (pieces, partials) = split(rows, kind.step.blocks_per_item(block_heads), cut)?;
         let items: Vec<WorkItem> = pieces.into_iter().map(work_item).collect();
         let grid = match options.grid_items {
             Some(most) if items.len() > most as usize => {
@@ -317,7 +326,7 @@ fn unsupported(what: &str, advice: &'static str) -> CudaError {
     CudaError::Unsupported { kernel: "decode", what: what.to_owned(), advice }
 }
 
-fn small(what: &'static str, value: usize) -> Result<u32, CudaError> {
+pub(super) fn small(what: &'static str, value: usize) -> Result<u32, CudaError> {
     Ok(count(what, value)?)
 }
 

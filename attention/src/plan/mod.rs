@@ -5,6 +5,8 @@
 mod rows;
 mod split;
 
+#[cfg(feature = "cuda")]
+pub(crate) use rows::first_entry;
 pub(crate) use rows::{Keys, count, visible_rows};
 pub(crate) use split::{Cut, MAX_PIECE_KEYS, Piece, TILE_KEYS, split};
 

@@ -22,16 +22,24 @@ impl Keys {
     }
 }
 
-/// Every query row with the keys that it sees.
-pub(crate) fn visible_rows(problem: &Problem<'_>) -> Result<Vec<Keys>, TooLarge> {
+/// The first entry of a sequence's block table, counted from the beginning of all tables.
+pub(crate) fn first_entry(problem: &Problem<'_>, index: usize) -> usize {
+    match problem.batch().block_tables {
+        BlockTables::Padded { max_blocks, .. } => index * max_blocks,
+        BlockTables::Csr { indptr, .. } => indptr.get(index).map_or(0, |&start| start.max(0) as usize),
+    }
+}
+
+/// The query rows of the sequences that are asked for, with the keys that they see.
+pub(crate) fn visible_rows(
+    problem: &Problem<'_>,
+    wanted: impl Fn(usize) -> bool,
+) -> Result<Vec<Keys>, TooLarge> {
     let batch = problem.batch();
     let mut rows = Vec::with_capacity(problem.total_queries());
-    for index in 0..problem.num_sequences() {
+    for index in (0..problem.num_sequences()).filter(|&index| wanted(index)) {
         let sequence = problem.sequence(index);
-        let table = match batch.block_tables {
-            BlockTables::Padded { max_blocks, .. } => index * max_blocks,
-            BlockTables::Csr { indptr, .. } => indptr.get(index).map_or(0, |&start| start.max(0) as usize),
-        };
+        let table = first_entry(problem, index);
         for query in 0..sequence.query_len {
             let keys = batch.visible(problem.config().mask, &sequence, query);
             let position = batch.position(&sequence, query);

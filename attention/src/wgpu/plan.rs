@@ -110,7 +110,7 @@ impl Context {
     ) -> Result<AttentionPlan, WgpuError> {
         let config = problem.config();
         let spec = self.usual_spec(config)?;
-        let rows = visible_rows(problem)?;
+        let rows = visible_rows(problem, |_| true)?;
         let tiles = tiles(config, spec);
         let keys: u64 = rows.iter().map(|keys| u64::from(keys.span())).sum();
         let longest = rows.iter().map(|keys| keys.span()).max().unwrap_or(0);

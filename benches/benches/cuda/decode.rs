@@ -2,45 +2,23 @@
 
 use cudarc::driver::CudaSlice;
 use pagewise_attention::cuda::cudarc;
-use pagewise_attention::cuda::{DecodeCall, DecodePlan, PlanOptions, WriteKvCall};
+use pagewise_attention::cuda::{AttentionCall, DecodePlan, PlanOptions, WriteKvCall};
 use pagewise_attention::{AttentionConfig, CacheLayout, DType, PagedBatch, Problem, RowStrides};
 use serde_json::{Value, json};
 
-use crate::gpu::{Gpu, ROTATION, Random};
+use crate::cache::{BLOCK, Cache, Layout};
+use crate::gpu::{Gpu, Random};
 use crate::yardsticks::Yardsticks;
-
-const BLOCK: usize = 16;
 
 pub use crate::shapes::{Shape, shapes};
 
-/// How a cache lies in memory.
-#[derive(Clone, Copy)]
-pub struct Layout {
-    pub hnd: bool,
-    /// K and V each in a buffer of their own, and not block by block side by side.
-    pub apart: bool,
-}
-
-impl Layout {
-    /// Side by side in both orders; for a few shapes also what separate buffers cost.
-    fn of(shape: &Shape) -> Vec<Self> {
-        let also_apart =
-            shape.q_heads == 32 && ["8x1024", "64x4096"].iter().any(|name| shape.name.ends_with(name));
-        let orders = [false, true];
-        let list = orders.map(|hnd| Self { hnd, apart: false }).into_iter();
-        list.chain(orders.map(|hnd| Self { hnd, apart: true }).into_iter().filter(|_| also_apart)).collect()
-    }
-}
-
-impl std::fmt::Display for Layout {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.pad(match (self.hnd, self.apart) {
-            (false, false) => "NHD",
-            (true, false) => "HND",
-            (false, true) => "NHD apart",
-            (true, true) => "HND apart",
-        })
-    }
+/// Side by side in both orders; for a few shapes also what separate buffers cost.
+fn layouts(shape: &Shape) -> Vec<Layout> {
+    let also_apart =
+        shape.q_heads == 32 && ["8x1024", "64x4096"].iter().any(|name| shape.name.ends_with(name));
+    let orders = [false, true];
+    let list = orders.map(|hnd| Layout { hnd, apart: false }).into_iter();
+    list.chain(orders.map(|hnd| Layout { hnd, apart: true }).into_iter().filter(|_| also_apart)).collect()
 }
 
 pub fn all_shapes(gpu: &Gpu<'_>, yardsticks: &Yardsticks, wanted: impl Fn(&str) -> bool) -> Vec<Value> {
@@ -51,7 +29,7 @@ pub fn all_shapes(gpu: &Gpu<'_>, yardsticks: &Yardsticks, wanted: impl Fn(&str) 
     );
     for shape in shapes().iter().filter(|shape| wanted(&shape.name)) {
         let mut best = f64::INFINITY;
-        for layout in Layout::of(shape) {
+        for layout in layouts(shape) {
             let options = PlanOptions { item_keys: item_keys(), ..PlanOptions::default() };
             let prepared = Prepared::new(gpu, shape, layout);
             let Measured { us, error, items } = prepared.measure(options);
@@ -102,64 +80,22 @@ pub fn all_shapes(gpu: &Gpu<'_>, yardsticks: &Yardsticks, wanted: impl Fn(&str) 
 pub struct Prepared<'a, 'b> {
     gpu: &'a Gpu<'b>,
     config: AttentionConfig,
-    layout: CacheLayout,
+    cache: Cache,
     lens: Vec<i32>,
-    max_blocks: usize,
-    sets: usize,
-    tables: Vec<Vec<i32>>,
-    k_cache: CudaSlice<u8>,
-    /// Of its own, if K's buffer does not hold V too.
-    v_cache: Option<CudaSlice<u8>>,
-    v_start: usize,
     q: CudaSlice<half::bf16>,
-    device_tables: CudaSlice<i32>,
     /// First element of a row of the output, and what it should be.
     expected: Vec<(usize, Vec<f64>)>,
 }
 
-/// V begins elsewhere in the pattern, so that it is not K.
-const V_SHIFT: usize = 16 * 1001;
-
 impl<'a, 'b> Prepared<'a, 'b> {
     pub fn new(gpu: &'a Gpu<'b>, shape: &Shape, layout: Layout) -> Self {
         let sequences = shape.lens.len();
-        let (dim, kv_dtype) = (shape.dim, shape.kv_dtype);
+        let dim = shape.dim;
         let config = AttentionConfig {
-            kv_dtype,
+            kv_dtype: shape.kv_dtype,
             ..AttentionConfig::new(shape.q_heads, shape.kv_heads, dim, DType::Bf16)
         };
-        let blocks_of = |len: i32| (len as usize).div_ceil(BLOCK);
-        let blocks_per_set: usize = shape.lens.iter().map(|len| blocks_of(*len)).sum();
-        let set_bytes = blocks_per_set * BLOCK * shape.kv_heads * dim * 2 * kv_dtype.size();
-        let sets = (ROTATION / set_bytes).clamp(1, 128);
-        let blocks = sets * blocks_per_set;
-        let apart = match layout.hnd {
-            false => CacheLayout::nhd(blocks, BLOCK, &config),
-            true => CacheLayout::hnd(blocks, BLOCK, &config),
-        };
-        // Where V begins in K's buffer, or in the pattern of its own.
-        let (layout, v_start) = match layout.apart {
-            false => (apart.interleaved(), apart.k.block as usize),
-            true => (apart, V_SHIFT),
-        };
-        let k_cache = gpu.filled(kv_dtype, layout.k_extent(&config) as usize + v_start);
-        let v_cache =
-            (v_start == V_SHIFT).then(|| gpu.filled(kv_dtype, layout.v_extent(&config) as usize + V_SHIFT));
-
-        // Blocks in random order, dealt to the sets and their sequences.
-        let order = Random(11).permutation(blocks);
-        let max_blocks = shape.lens.iter().map(|len| blocks_of(*len)).max().unwrap();
-        let mut next = order.iter();
-        let tables: Vec<Vec<i32>> = (0..sets)
-            .map(|_| {
-                let rows = shape.lens.iter().flat_map(|len| {
-                    let mut row: Vec<i32> = next.by_ref().take(blocks_of(*len)).copied().collect();
-                    row.resize(max_blocks, 0);
-                    row
-                });
-                rows.collect()
-            })
-            .collect();
+        let cache = Cache::new(gpu, &config, &shape.lens, layout);
         let q_rows: Vec<half::bf16> = {
             let mut random = Random(5);
             (0..sequences * shape.q_heads * dim).map(|_| half::bf16::from_f64(random.unit() * 2.0)).collect()
@@ -168,42 +104,23 @@ impl<'a, 'b> Prepared<'a, 'b> {
         for sequence in [0, sequences - 1] {
             for head in [0, shape.q_heads - 1] {
                 let first = (sequence * shape.q_heads + head) * dim;
-                let table = &tables[0][sequence * max_blocks..][..max_blocks];
                 let (len, kv_head) = (shape.lens[sequence] as usize, head / config.group());
                 let q = &q_rows[first..first + dim];
-                let row =
-                    attend(gpu, &config, &layout, v_start, q, &table[..len.div_ceil(BLOCK)], len, kv_head);
-                expected.push((first, row));
+                expected.push((first, cache.attend(gpu, &config, q, sequence, len, kv_head)));
             }
         }
-        let stream = &gpu.stream;
-        let q = stream.clone_htod(&q_rows).unwrap();
-        let device_tables = stream.clone_htod(&tables.concat()).unwrap();
+        let q = gpu.stream.clone_htod(&q_rows).unwrap();
         let lens = shape.lens.clone();
-        Self {
-            gpu,
-            config,
-            layout,
-            lens,
-            max_blocks,
-            sets,
-            tables,
-            k_cache,
-            v_cache,
-            v_start,
-            q,
-            device_tables,
-            expected,
-        }
+        Self { gpu, config, cache, lens, q, expected }
     }
 
     /// Plans, checks and times.
     pub fn measure(&self, options: PlanOptions) -> Measured {
-        let Self { gpu, sets, max_blocks, .. } = *self;
+        let (gpu, cache) = (self.gpu, &self.cache);
         let sequences = self.lens.len();
         let query_start: Vec<i32> = (0..=sequences as i32).collect();
-        let batch = PagedBatch::padded(&query_start, &self.lens, &self.tables[0], max_blocks);
-        let problem = Problem::new(&self.config, self.layout, batch).unwrap();
+        let batch = PagedBatch::padded(&query_start, &self.lens, &cache.tables[0], cache.max_blocks);
+        let problem = Problem::new(&self.config, cache.layout, batch).unwrap();
         let plan = DecodePlan::new(&problem, gpu.context.device(), options).unwrap();
         let sizes = plan.workspace();
         let stream = &gpu.stream;
@@ -212,18 +129,17 @@ impl<'a, 'b> Prepared<'a, 'b> {
         let partial_out = stream.alloc_zeros::<u8>(sizes.partial_out.max(16) as usize).unwrap();
         let partial_max = stream.alloc_zeros::<u8>(sizes.partial_max.max(16) as usize).unwrap();
         let tickets = stream.alloc_zeros::<u8>(sizes.tickets.max(16) as usize).unwrap();
-        let call = |set: usize| DecodeCall {
+        let call = |set: usize| AttentionCall {
             q: gpu.address(&self.q),
-            k_cache: gpu.address(&self.k_cache),
-            v_cache: gpu.address(self.v_cache.as_ref().unwrap_or(&self.k_cache))
-                + (self.config.kv_dtype.size() * self.v_start) as u64,
-            tables: gpu.address(&self.device_tables) + (4 * set * sequences * max_blocks) as u64,
+            k_cache: cache.k_address(gpu),
+            v_cache: cache.v_address(gpu, &self.config),
+            tables: cache.tables_address(gpu, set),
             out: gpu.address(&out),
             work: gpu.address(&work),
             partial_out: gpu.address(&partial_out),
             partial_max: gpu.address(&partial_max),
             tickets: gpu.address(&tickets),
-            ..DecodeCall::default()
+            ..AttentionCall::default()
         };
         let launch = |set: usize| {
             // SAFETY: all addresses are those of live slices that hold what the plan reaches, on one stream.
@@ -243,6 +159,7 @@ impl<'a, 'b> Prepared<'a, 'b> {
         // Two roundings to bf16, of the probabilities and of the output.
         assert!(error < 2e-2, "{options:?}: relative error {error:.1e}");
 
+        let sets = cache.tables.len();
         let launches = sets.clamp(4, 128).next_multiple_of(sets.min(128));
         Measured { us: gpu.time(launches, |i| launch(i % sets)), error, items: plan.items().len() }
     }
@@ -261,43 +178,6 @@ pub struct Measured {
 /// Work items of another size than planned, for tuning.
 fn item_keys() -> Option<u32> {
     std::env::var("PAGEWISE_ITEM_KEYS").ok().map(|keys| keys.parse().expect("PAGEWISE_ITEM_KEYS is a number"))
-}
-
-/// One row of attention in f64, by the definition.
-#[expect(clippy::too_many_arguments, reason = "a check of one row, used once")]
-fn attend(
-    gpu: &Gpu<'_>,
-    config: &AttentionConfig,
-    layout: &CacheLayout,
-    v_start: usize,
-    q: &[half::bf16],
-    table: &[i32],
-    len: usize,
-    head: usize,
-) -> Vec<f64> {
-    let element = |index| gpu.element(config.kv_dtype, index);
-    let place = |strides: pagewise_attention::KvStrides, key: usize| {
-        table[key / BLOCK] as usize * strides.block as usize
-            + key % BLOCK * strides.token as usize
-            + head * strides.head as usize
-    };
-    let scores: Vec<f64> = (0..len)
-        .map(|key| {
-            let first = place(layout.k, key);
-            let dot: f64 = q.iter().enumerate().map(|(d, q)| q.to_f64() * element(first + d)).sum();
-            dot * f64::from(config.scale)
-        })
-        .collect();
-    let largest = scores.iter().fold(f64::NEG_INFINITY, |largest, score| largest.max(*score));
-    let mut out = vec![0.0; config.head_dim_v];
-    let mut sum = 0.0;
-    for (key, score) in scores.iter().enumerate() {
-        let weight = (score - largest).exp();
-        sum += weight;
-        let first = place(layout.v, key) + v_start;
-        out.iter_mut().enumerate().for_each(|(d, out)| *out += weight * element(first + d));
-    }
-    out.iter().map(|out| out / sum).collect()
 }
 
 /// `write_kv` of 8192 tokens into random slots, against a device copy of as many bytes.

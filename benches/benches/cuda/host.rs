@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use pagewise_attention::cuda::{DecodeCall, DecodePlan, PlanOptions};
+use pagewise_attention::cuda::{AttentionCall, DecodePlan, PlanOptions};
 use pagewise_attention::{AttentionConfig, CacheLayout, DType, PagedBatch, Problem};
 use serde_json::{Value, json};
 
@@ -48,7 +48,7 @@ pub fn measure(gpu: &Gpu<'_>) -> Value {
     let table = stream.clone_htod(&table).unwrap();
     let work = stream.clone_htod(&plan.work()).unwrap();
     let tickets = stream.alloc_zeros::<u32>(64).unwrap();
-    let call = DecodeCall {
+    let call = AttentionCall {
         q: gpu.address(&memory),
         k_cache: gpu.address(&memory),
         v_cache: gpu.address(&memory),
@@ -58,7 +58,7 @@ pub fn measure(gpu: &Gpu<'_>) -> Value {
         partial_out: gpu.address(&memory),
         partial_max: gpu.address(&memory),
         tickets: gpu.address(&tickets),
-        ..DecodeCall::default()
+        ..AttentionCall::default()
     };
     gpu.context.prepare_decode(&plan).unwrap();
     let bare = gpu.bare_kernel(35);

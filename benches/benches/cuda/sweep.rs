@@ -9,7 +9,8 @@ use pagewise_attention::cuda::ptx::decode::{DecodeTuning, Prefetch, Ring};
 use pagewise_attention::cuda::{PlanOptions, Shrink};
 use serde_json::{Value, json};
 
-use crate::decode::{Layout, Measured, Prepared, shapes};
+use crate::cache::Layout;
+use crate::decode::{Measured, Prepared, shapes};
 use crate::gpu::Gpu;
 
 /// In the order of what there is to learn.

@@ -8,7 +8,8 @@ use pagewise_attention::conformance::{
     AttentionTask, CopyTask, MergeTask, ProbabilityRounding, Refusal, Scale, Subject, SwapTask, WriteTask,
 };
 use pagewise_attention::cuda::{
-    CacheScales, Context, CudaError, DecodeCall, DecodePlan, KvScales, PlanOptions, WriteKvCall, cudarc,
+    AttentionCall, AttentionOptions, AttentionPlan, CacheScales, Context, CudaError, KvScales, PlanOptions,
+    WriteKvCall, cudarc,
 };
 use pagewise_attention::{AttentionConfig, BlockTables, DType, HostTensor, HostTensorMut};
 
@@ -19,7 +20,7 @@ pub struct Cuda<'a> {
     pub context: &'a Context,
     pub stream: Arc<CudaStream>,
     /// Makes the plans of the next cases.
-    pub options: PlanOptions,
+    pub options: AttentionOptions,
     /// Kernel variants that ran since this was last emptied.
     pub variants: Vec<String>,
 }
@@ -27,7 +28,7 @@ pub struct Cuda<'a> {
 impl<'a> Cuda<'a> {
     pub fn new(context: &'a Context) -> Self {
         let stream = context.cudarc().unwrap().default_stream();
-        Self { context, stream, options: PlanOptions::default(), variants: Vec::new() }
+        Self { context, stream, options: AttentionOptions::default(), variants: Vec::new() }
     }
 
     /// A tensor in device memory, never empty, so that it has an address.
@@ -50,6 +51,11 @@ impl<'a> Cuda<'a> {
         let per_head = k.len() > 1;
         Some((self.stream.clone_htod(&k).unwrap(), self.stream.clone_htod(&v).unwrap(), per_head))
     }
+}
+
+/// Every query row by itself, through the decode kernel.
+pub fn by_rows(decode: PlanOptions) -> AttentionOptions {
+    AttentionOptions { decode, tiles_from: Some(usize::MAX), ..AttentionOptions::default() }
 }
 
 /// The elements of a tensor as bytes.
@@ -98,7 +104,7 @@ impl Subject for Cuda<'_> {
         lse: Option<&mut [f32]>,
     ) -> Result<(), Refusal> {
         let problem = &task.problem;
-        let plan = DecodePlan::new(problem, self.context.device(), self.options).map_err(refusal)?;
+        let plan = AttentionPlan::new(problem, self.context.device(), self.options).map_err(refusal)?;
         let entries = match problem.batch().block_tables {
             BlockTables::Padded { entries, .. } => entries,
             BlockTables::Csr { indices, .. } => indices,
@@ -127,7 +133,7 @@ impl Subject for Cuda<'_> {
         let partial_max = self.upload(&vec![0xff; sizes.partial_max as usize]);
         let tickets = self.upload(&vec![0; sizes.tickets as usize]);
         let or_null = |slice: &Option<CudaSlice<u8>>| slice.as_ref().map_or(0, |slice| self.address(slice));
-        let call = DecodeCall {
+        let call = AttentionCall {
             q: self.address(&q),
             k_cache: self.address(&k),
             v_cache: self.address(&v),
@@ -148,8 +154,9 @@ impl Subject for Cuda<'_> {
             tickets: self.address(&tickets),
         };
         // SAFETY: all addresses are those of live slices that hold what the plan reaches.
-        unsafe { self.context.decode_raw(&plan, &call, self.stream.cu_stream().into()) }.map_err(refusal)?;
-        self.variants.push(plan.variant());
+        unsafe { self.context.attention_raw(&plan, &call, self.stream.cu_stream().into()) }
+            .map_err(refusal)?;
+        self.variants.extend(plan.variants());
         set(out.reborrow(), &self.stream.clone_dtoh(&device_out).unwrap());
         if let Some(lse) = lse {
             set(HostTensorMut::F32(lse), &self.stream.clone_dtoh(&device_lse).unwrap());

@@ -1,17 +1,22 @@
-//! Decode over cudarc's slices: checked lengths and types, and a workspace that owns its memory.
+//! Attention over cudarc's slices: checked lengths and types, and a workspace that owns its memory.
 //!
-//! A comfort over [`Context::decode_raw`], which does the work.
+//! A comfort over [`Context::attention_raw`] and [`Context::decode_raw`], which do the work.
 
 use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut};
 
-use super::{CacheScales, Context, CudaError, DecodeCall, DecodePlan, Element, PlanBound};
-use crate::{DType, ProblemError};
+use pagewise_ptx::decode::WorkspaceSizes;
 
-/// A decode over cudarc slices: `Q` is the type of queries and output, `C` that of the cache (`u8` for fp8).
+use super::plan::Extents;
+use super::{
+    AttentionCall, AttentionPlan, CacheScales, Context, CudaError, DecodePlan, Element, PlanBound, RawStream,
+};
+use crate::{AttentionConfig, DType, ProblemError};
+
+/// An attention over cudarc slices: `Q` is the type of queries and output, `C` that of the cache (`u8` for fp8).
 #[derive(Debug)]
-pub struct DecodeSlices<'a, 'b, Q, C> {
+pub struct AttentionSlices<'a, 'b, Q, C> {
     /// Queries, `[rows, q_heads, head_dim_qk]` with the strides of the planned problem.
     pub q: CudaView<'a, Q>,
     /// Key cache.
@@ -36,14 +41,14 @@ pub struct DecodeSlices<'a, 'b, Q, C> {
 
 /// The device memory that runs of a plan share: work items, partial results and tickets. One for each stream.
 #[derive(Debug)]
-pub struct DecodeWorkspace {
+pub struct AttentionWorkspace {
     work: CudaSlice<u32>,
     partial_out: CudaSlice<u8>,
     partial_max: CudaSlice<u8>,
     tickets: CudaSlice<u8>,
 }
 
-impl DecodeWorkspace {
+impl AttentionWorkspace {
     /// Allocates what no plan within a bound exceeds.
     ///
     /// # Errors
@@ -59,25 +64,71 @@ impl DecodeWorkspace {
         })
     }
 
-    /// Copies a plan's work items to the device: once a step, before its runs.
+    /// Allocates what one plan needs.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`] when the memory is not there.
+    pub fn of(stream: &Arc<CudaStream>, plan: &AttentionPlan) -> Result<Self, CudaError> {
+        let work = 4 * plan.work_words();
+        Self::new(stream, &PlanBound { items: 0, work, workspace: plan.workspace() })
+    }
+
+    /// Copies a decode plan's work items to the device: once a step, before its runs.
     ///
     /// # Errors
     /// [`ProblemError::BufferTooShort`] for a plan beyond the bound, [`CudaError::Driver`] when the copy fails.
     pub fn upload(&mut self, stream: &Arc<CudaStream>, plan: &DecodePlan) -> Result<(), CudaError> {
-        let words = plan.work();
+        self.upload_words(stream, &plan.work())
+    }
+
+    /// Copies a plan's work to the device: once a step, before its runs.
+    ///
+    /// # Errors
+    /// As [`AttentionWorkspace::upload`].
+    pub fn upload_attention(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        plan: &AttentionPlan,
+    ) -> Result<(), CudaError> {
+        self.upload_words(stream, &plan.work())
+    }
+
+    fn upload_words(&mut self, stream: &Arc<CudaStream>, words: &[u32]) -> Result<(), CudaError> {
         if words.is_empty() {
             return Ok(());
         }
         let (len, needed) = (self.work.len(), words.len());
         match self.work.try_slice_mut(..needed) {
-            Some(mut target) => Ok(stream.memcpy_htod(&words, &mut target)?),
+            Some(mut target) => Ok(stream.memcpy_htod(words, &mut target)?),
             None => Err(too_short("the work items", len as u64, needed as u64)),
         }
     }
 }
 
+/// What a plan reaches of a call's slices and of the workspace.
+struct Needs<'a> {
+    config: &'a AttentionConfig,
+    extents: &'a Extents,
+    sizes: WorkspaceSizes,
+    work_words: u64,
+}
+
+impl<'a> From<&'a DecodePlan> for Needs<'a> {
+    fn from(plan: &'a DecodePlan) -> Self {
+        let (config, extents) = (&plan.config, &plan.extents);
+        Self { config, extents, sizes: plan.workspace(), work_words: plan.work_words() }
+    }
+}
+
+impl<'a> From<&'a AttentionPlan> for Needs<'a> {
+    fn from(plan: &'a AttentionPlan) -> Self {
+        let (config, extents) = (&plan.decode.config, &plan.decode.extents);
+        Self { config, extents, sizes: plan.workspace(), work_words: plan.work_words() }
+    }
+}
+
 impl Context {
-    /// Puts a decode on a stream, over slices. The workspace holds the plan ([`DecodeWorkspace::upload`]).
+    /// Puts a decode on a stream, over slices. The workspace holds the plan ([`AttentionWorkspace::upload`]).
     ///
     /// # Errors
     /// [`CudaError::OtherContext`] for a stream of another context, [`ProblemError::BufferTooShort`],
@@ -92,14 +143,50 @@ impl Context {
         &self,
         stream: &Arc<CudaStream>,
         plan: &DecodePlan,
-        workspace: &mut DecodeWorkspace,
-        args: DecodeSlices<'_, '_, Q, C>,
+        workspace: &mut AttentionWorkspace,
+        args: AttentionSlices<'_, '_, Q, C>,
+    ) -> Result<(), CudaError> {
+        self.with_addresses(stream, &Needs::from(plan), workspace, args, |call, stream| {
+            // SAFETY: the slices hold what the plan reaches, and the caller answers for tables and workspace.
+            unsafe { self.decode_raw(plan, call, stream) }
+        })
+    }
+
+    /// Puts attention on a stream, over slices. The workspace holds the plan
+    /// ([`AttentionWorkspace::upload_attention`]).
+    ///
+    /// # Errors
+    /// As [`Context::decode`].
+    ///
+    /// # Safety
+    /// As [`Context::decode`].
+    pub unsafe fn attention<Q: Element, C: Element>(
+        &self,
+        stream: &Arc<CudaStream>,
+        plan: &AttentionPlan,
+        workspace: &mut AttentionWorkspace,
+        args: AttentionSlices<'_, '_, Q, C>,
+    ) -> Result<(), CudaError> {
+        self.with_addresses(stream, &Needs::from(plan), workspace, args, |call, stream| {
+            // SAFETY: the slices hold what the plan reaches, and the caller answers for tables and workspace.
+            unsafe { self.attention_raw(plan, call, stream) }
+        })
+    }
+
+    /// Checks the slices, and has `run` launch on their addresses.
+    fn with_addresses<Q: Element, C: Element>(
+        &self,
+        stream: &Arc<CudaStream>,
+        needs: &Needs<'_>,
+        workspace: &mut AttentionWorkspace,
+        args: AttentionSlices<'_, '_, Q, C>,
+        run: impl FnOnce(&AttentionCall, RawStream) -> Result<(), CudaError>,
     ) -> Result<(), CudaError> {
         if !self.is(stream.context()) {
             return Err(CudaError::OtherContext);
         }
-        check(plan, workspace, &args)?;
-        let DecodeSlices { q, k_cache, v_cache, tables, out, lse, scales, alibi_slopes, sinks, mask_bits } =
+        check(needs, workspace, &args)?;
+        let AttentionSlices { q, k_cache, v_cache, tables, out, lse, scales, alibi_slopes, sinks, mask_bits } =
             args;
         // The guards make the stream wait for, and record, what other streams do with the slices.
         let (q, _q) = q.device_ptr(stream);
@@ -117,7 +204,7 @@ impl Context {
         let (partial_max, _partial_max) = workspace.partial_max.device_ptr_mut(stream);
         let (tickets, _tickets) = workspace.tickets.device_ptr_mut(stream);
         let per_head = scales.as_ref().is_some_and(|(k, v)| k.len() > 1 || v.len() > 1);
-        let call = DecodeCall {
+        let call = AttentionCall {
             q,
             k_cache: k,
             v_cache: v,
@@ -137,19 +224,18 @@ impl Context {
             partial_max,
             tickets,
         };
-        // SAFETY: the slices hold what the plan reaches (checked above), the guards order this launch with other
-        // uses of them, and the caller answers for tables and workspace.
-        unsafe { self.decode_raw(plan, &call, stream.cu_stream().into()) }
+        // The guards order the launch with other uses of the slices.
+        run(&call, stream.cu_stream().into())
     }
 }
 
 /// Whether every slice has the type and the length that the plan reaches.
 fn check<Q: Element, C: Element>(
-    plan: &DecodePlan,
-    workspace: &DecodeWorkspace,
-    args: &DecodeSlices<'_, '_, Q, C>,
+    needs: &Needs<'_>,
+    workspace: &AttentionWorkspace,
+    args: &AttentionSlices<'_, '_, Q, C>,
 ) -> Result<(), CudaError> {
-    let (config, extents) = (&plan.config, &plan.extents);
+    let Needs { config, extents, sizes, work_words } = needs;
     let same = |found: DType, expected: DType| {
         found == expected || (found.is_fp8() && expected.is_fp8() && found.size() == expected.size())
     };
@@ -160,10 +246,9 @@ fn check<Q: Element, C: Element>(
             return Err(ProblemError::BufferDType { tensor, found, expected }.into());
         }
     }
-    let sizes = plan.workspace();
     let optional = |len: Option<usize>, wanted: bool, needed: u64| match (len, wanted) {
         (Some(len), true) => (len as u64, needed),
-        // Whether one is missing is decode_raw's to say.
+        // Whether one is missing is the launch's to say.
         _ => (needed, needed),
     };
     let per_head = |(k, v): &(CudaView<'_, f32>, CudaView<'_, f32>)| {
@@ -182,7 +267,7 @@ fn check<Q: Element, C: Element>(
         ("ALiBi's slopes", optional(args.alibi_slopes.as_ref().map(CudaView::len), config.alibi, heads)),
         ("the sinks", optional(args.sinks.as_ref().map(CudaView::len), config.sinks, heads)),
         ("the mask's bits", optional(args.mask_bits.as_ref().map(CudaView::len), true, extents.mask_bits)),
-        ("the work items", (workspace.work.len() as u64, plan.work_words())),
+        ("the work items", (workspace.work.len() as u64, *work_words)),
         ("the partial outputs", (workspace.partial_out.len() as u64, sizes.partial_out)),
         ("the partial maxima", (workspace.partial_max.len() as u64, sizes.partial_max)),
         ("the tickets", (workspace.tickets.len() as u64, sizes.tickets)),

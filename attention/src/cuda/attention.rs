@@ -1,0 +1,147 @@
+//! Attention on CUDA, whatever a step holds: decodes, prefills and chunks of prefills in one plan.
+//!
+//! Owns which sequences go to the decode kernel and which to the prefill kernel, and the order of the launches.
+
+use pagewise_ptx::decode::WorkspaceSizes;
+use pagewise_ptx::prefill::Form;
+
+use super::call::Planned;
+use super::prefill::PrefillPart;
+use super::{AttentionCall, Context, CudaError, DecodePlan, Device, PlanOptions, RawStream};
+use crate::Problem;
+use crate::plan::visible_rows;
+
+/// Query rows of a sequence, times the query heads that share a KV head, from which on its rows are worked on in
+/// tiles. Below that reading the keys once for each row, mostly from the L2, is no slower than filling up a tile.
+const TILES_FROM: usize = 16;
+
+/// How a plan is made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AttentionOptions {
+    /// How rows that are worked on one by one are planned.
+    pub decode: PlanOptions,
+    /// Form of the prefill kernel, if it is not to be chosen.
+    pub form: Option<Form>,
+    /// Keys of a prefill's work item, if fixed. Then the split of a tile, and so the bits of its rows, depend on its
+    /// sequence alone and not on the rest of the batch.
+    pub prefill_keys: Option<u32>,
+    /// Query rows of a sequence from which on they are worked on in tiles, if that is not to be chosen.
+    pub tiles_from: Option<usize>,
+}
+
+/// The work of one step, the same for all layers of a model that share heads and layout: query rows that are worked on
+/// one by one (decode), and those of longer sequences in tiles (prefill).
+#[derive(Clone, Debug, PartialEq)]
+pub struct AttentionPlan {
+    pub(super) decode: DecodePlan,
+    prefill: Option<PrefillPart>,
+}
+
+impl AttentionPlan {
+    /// Plans a step. Sequences with few query rows go to the decode kernel, and so do those that the prefill kernel
+    /// has no variant for: f32, fp8 caches, masks of bits, queries whose windows lie apart.
+    ///
+    /// # Errors
+    /// [`CudaError::Unsupported`] for what neither kernel does, [`CudaError::TooLarge`] beyond their 32-bit sizes.
+    pub fn new(problem: &Problem<'_>, device: &Device, options: AttentionOptions) -> Result<Self, CudaError> {
+        let AttentionOptions { decode, form, prefill_keys, tiles_from } = options;
+        let config = problem.config();
+        let spec = PrefillPart::spec(config, device, form);
+        let from = tiles_from.unwrap_or(TILES_FROM.div_ceil(config.group()).max(2));
+        let tiled: Vec<usize> = spec.map_or(Vec::new(), |spec| {
+            let fits = |&index: &usize| {
+                let rows = problem.sequence(index).query_len;
+                rows > 0 && rows >= from && PrefillPart::takes(problem, spec, index)
+            };
+            (0..problem.num_sequences()).filter(fits).collect()
+        });
+        let rows = visible_rows(problem, |index| tiled.binary_search(&index).is_err())?;
+        let decode = DecodePlan::of_rows(problem, &rows, device, decode)?;
+        let prefill = match spec {
+            Some(spec) if !tiled.is_empty() => {
+                Some(PrefillPart::new(problem, &tiled, spec, device, prefill_keys)?)
+            }
+            _ => None,
+        };
+        Ok(Self { decode, prefill })
+    }
+
+    /// The kernel variants that a run launches, in that order.
+    pub fn variants(&self) -> Vec<String> {
+        let decode = (!self.decode.items().is_empty()).then(|| self.decode.variant());
+        let prefill = self.prefill.as_ref();
+        let merge = prefill.and_then(PrefillPart::merge_variant);
+        decode.into_iter().chain(prefill.map(PrefillPart::variant)).chain(merge).collect()
+    }
+
+    /// The work items as the kernels read them: to be copied to the device as they are.
+    pub fn work(&self) -> Vec<u32> {
+        let mut words = self.decode.work();
+        if let Some(prefill) = &self.prefill {
+            prefill.add_work(&mut words);
+        }
+        words
+    }
+
+    /// Length of [`AttentionPlan::work`].
+    pub(super) fn work_words(&self) -> u64 {
+        self.decode.work_words() + self.prefill.as_ref().map_or(0, PrefillPart::work_words)
+    }
+
+    /// Bytes of the workspace that a run of this plan needs: decode and prefill use it in turns.
+    pub fn workspace(&self) -> WorkspaceSizes {
+        let decode = self.decode.workspace();
+        let prefill = self.prefill.as_ref().map_or(WorkspaceSizes::default(), PrefillPart::workspace);
+        WorkspaceSizes {
+            partial_out: decode.partial_out.max(prefill.partial_out),
+            partial_max: decode.partial_max.max(prefill.partial_max),
+            tickets: decode.tickets,
+        }
+    }
+}
+
+impl Context {
+    /// Compiles and loads the kernels of a plan, so that [`Context::attention_raw`], which may be captured in a CUDA
+    /// graph, loads nothing.
+    ///
+    /// # Errors
+    /// [`CudaError::Jit`] when the driver's compiler fails.
+    pub fn prepare(&self, plan: &AttentionPlan) -> Result<(), CudaError> {
+        let _entered = self.enter()?;
+        if !plan.decode.items().is_empty() {
+            self.prepare_decode(&plan.decode)?;
+        }
+        plan.prefill.as_ref().map_or(Ok(()), |prefill| self.prepare_prefill(prefill))
+    }
+
+    /// Puts attention on a stream.
+    ///
+    /// # Safety
+    /// - Every address is in device memory of this context's GPU and valid, until the launches have completed, for
+    ///   what the plan's shapes and strides reach.
+    /// - The block tables on the device agree with those that were planned, wherever a query sees a key.
+    /// - `work` holds the plan's work, and the workspace is used by no other launch meanwhile.
+    /// - The stream belongs to this context.
+    ///
+    /// # Errors
+    /// [`CudaError::Misaligned`] for an address or stride that is not a multiple of 16 bytes,
+    /// [`CudaError::Missing`] for an input that the configuration needs and the call leaves out,
+    /// [`CudaError::Driver`] when a launch fails.
+    pub unsafe fn attention_raw(
+        &self,
+        plan: &AttentionPlan,
+        call: &AttentionCall,
+        stream: RawStream,
+    ) -> Result<(), CudaError> {
+        let _entered = self.enter()?;
+        let decode = &plan.decode;
+        // SAFETY: the decode's items come first in the work; the caller answers for the rest.
+        unsafe { self.decode_raw(decode, call, stream)? };
+        let Some(prefill) = &plan.prefill else { return Ok(()) };
+        let planned =
+            Planned { config: &decode.config, layout: &decode.layout, q: decode.q, out: decode.out };
+        let work = call.work + 4 * decode.work_words();
+        // SAFETY: the prefill's work follows the decode's; the caller answers for the rest.
+        unsafe { self.launch_prefill(prefill, planned, call, work, stream) }
+    }
+}

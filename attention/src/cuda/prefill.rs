@@ -1,0 +1,391 @@
+//! Prefill attention on CUDA: tiles of query rows over a paged cache, planned once per step, run per layer.
+//!
+//! Owns how sequences are cut into tiles and tiles into work items, and the launch; the kernels are
+//! [`pagewise_ptx::prefill`]'s.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::sync::Arc;
+
+use pagewise_ptx::decode::WorkspaceSizes;
+use pagewise_ptx::prefill::{
+    Form, MergeItem, NO_PARTIAL, Prefill, PrefillArgs, PrefillItem, PrefillMerge, PrefillMergeArgs,
+    PrefillSpec,
+};
+
+use super::call::{Planned, Tensors};
+use super::context::Entry;
+use super::decode::ptx_type;
+use super::plan::small;
+use super::{AttentionCall, Context, CudaError, Device, RawStream};
+use crate::plan::first_entry;
+use crate::{AttentionConfig, Mask, Problem};
+
+/// What starting and ending an item takes, in tiles of keys.
+const START: u64 = 2;
+
+/// What the merge of split tiles takes, in the same.
+const MERGE: u64 = 3;
+
+/// The most thread blocks that a simulated schedule is worth its time for.
+const MOST_SIMULATED: usize = 4096;
+
+/// The prefill part of a step: tiles of the rows of some of its sequences.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct PrefillPart {
+    spec: PrefillSpec,
+    group: u32,
+    items: Vec<PrefillItem>,
+    merges: Vec<MergeItem>,
+    /// First key that a query row sees, end, position, 0.
+    ranges: Vec<[i32; 4]>,
+    partials: u32,
+}
+
+/// A tile of rows of one sequence, for every KV head.
+struct Tile {
+    item: PrefillItem,
+    /// Tiles of keys.
+    keys: u64,
+}
+
+impl PrefillPart {
+    /// The variant for a configuration, or `None` where prefill has none, and decode takes the rows one by one.
+    pub(super) fn spec(config: &AttentionConfig, device: &Device, form: Option<Form>) -> Option<PrefillSpec> {
+        let room = u32::try_from(config.head_dim_qk.max(config.head_dim_v)).ok()?;
+        let same = config.q_dtype == config.kv_dtype && config.mask != Mask::Bits;
+        let whole = config.head_dim_qk.is_multiple_of(8) && config.head_dim_v.is_multiple_of(8);
+        if !(same && whole) {
+            return None;
+        }
+        let spec = |form| PrefillSpec::for_head(ptx_type(config.q_dtype), room, form);
+        match form {
+            Some(form) => spec(form),
+            None => {
+                let large = spec(Form::Large)?;
+                let fits = device.blocks_that_fit(large.shared_bytes()) >= large.blocks_per_multiprocessor();
+                if fits { Some(large) } else { spec(Form::Small) }
+            }
+        }
+    }
+
+    /// Whether every tile of a sequence sees one interval of keys, as the kernel takes it: always, unless queries with
+    /// a window stand at positions of their own.
+    pub(super) fn takes(problem: &Problem<'_>, spec: PrefillSpec, index: usize) -> bool {
+        let batch = problem.batch();
+        if batch.query_positions.is_none() || !matches!(problem.config().mask, Mask::Window { .. }) {
+            return true;
+        }
+        let sequence = problem.sequence(index);
+        let group = problem.config().group();
+        let tile = spec.tile_rows() as usize;
+        (0..(sequence.query_len * group).div_ceil(tile)).all(|number| {
+            let (first, end) = (number * tile, ((number + 1) * tile).min(sequence.query_len * group));
+            let mut ranges: Vec<_> = (first / group..=(end - 1) / group)
+                .map(|query| batch.visible(problem.config().mask, &sequence, query))
+                .filter(|range| !range.is_empty())
+                .collect();
+            ranges.sort_unstable_by_key(|range| range.start);
+            let mut reached = ranges.first().map_or(0, |range| range.start);
+            ranges.iter().all(|range| {
+                let connected = range.start <= reached;
+                reached = reached.max(range.end);
+                connected
+            })
+        })
+    }
+
+    /// Cuts the sequences that are asked for into tiles and items.
+    pub(super) fn new(
+        problem: &Problem<'_>,
+        sequences: &[usize],
+        spec: PrefillSpec,
+        device: &Device,
+        item_keys: Option<u32>,
+    ) -> Result<Self, CudaError> {
+        let config = problem.config();
+        let group = small("the group", config.group())?;
+        let kv_heads = small("kv_heads", config.kv_heads)?;
+        let mut ranges = vec![[0; 4]; problem.total_queries()];
+        let mut tiles = Vec::new();
+        for &index in sequences {
+            see(problem, index, &mut ranges)?;
+            tile_sequence(problem, index, spec, group, &ranges, &mut tiles)?;
+        }
+        // The longest first, heads of one tile side by side.
+        tiles.sort_by_key(|tile| Reverse(tile.keys));
+        let blocks =
+            u64::from(spec.blocks_per_multiprocessor().min(device.blocks_that_fit(spec.shared_bytes())));
+        let slots = u64::from(device.multiprocessors.max(1)) * blocks.max(1);
+        let piece = match item_keys {
+            Some(keys) => u64::from(keys.div_ceil(spec.tile_keys()).max(1)),
+            None => piece(&tiles, u64::from(kv_heads), slots),
+        };
+        let mut part = Self { spec, group, items: Vec::new(), merges: Vec::new(), ranges, partials: 0 };
+        for tile in &tiles {
+            for head in 0..kv_heads {
+                part.add(tile, head, piece)?;
+            }
+        }
+        if part.partials > 0 {
+            part.items.sort_by_key(|item| Reverse(item.end - item.begin));
+        }
+        Ok(part)
+    }
+
+    /// Adds a tile for one head: as one item, or as several of about equal length with a merge.
+    fn add(&mut self, tile: &Tile, head: u32, piece: u64) -> Result<(), CudaError> {
+        let item = PrefillItem { head, ..tile.item };
+        let splits = tile.keys.div_ceil(piece.max(1)).max(1);
+        if splits == 1 {
+            self.items.push(item);
+            return Ok(());
+        }
+        let too_many = CudaError::TooLarge {
+            what: "the number of splits",
+            value: u64::from(self.partials) + splits,
+            max: u64::from(u32::MAX / self.spec.tile_rows()),
+        };
+        let first_partial = self.partials;
+        let keys = u64::from(self.spec.tile_keys());
+        let base = u64::from(item.begin) / keys;
+        for split in 0..splits {
+            // In whole tiles of keys, so that no tile is worked on twice.
+            let at = |split: u64| ((base + tile.keys * split / splits) * keys) as u32;
+            self.items.push(PrefillItem {
+                begin: at(split).max(item.begin),
+                end: if split + 1 == splits { item.end } else { at(split + 1) },
+                partial: first_partial + split as u32,
+                ..item
+            });
+        }
+        self.partials = u32::try_from(u64::from(first_partial) + splits)
+            .ok()
+            .filter(|&partials| partials <= u32::MAX / self.spec.tile_rows())
+            .ok_or(too_many)?;
+        let PrefillItem { row, first, rows, .. } = item;
+        let splits = splits as u32;
+        self.merges.push(MergeItem { row, first, rows, head, first_partial, splits });
+        Ok(())
+    }
+
+    /// The kernel variant: `prefill_bf16_d128`.
+    pub(super) fn variant(&self) -> String {
+        self.spec.entry()
+    }
+
+    /// That of the merge, if anything is split.
+    pub(super) fn merge_variant(&self) -> Option<String> {
+        let entry = || PrefillMerge::entry(self.spec);
+        (!self.merges.is_empty()).then(entry)
+    }
+
+    /// Words of [`PrefillPart::add_work`].
+    pub(super) fn work_words(&self) -> u64 {
+        (self.items.len() * PrefillItem::WORDS + self.merges.len() * MergeItem::WORDS + self.ranges.len() * 4)
+            as u64
+    }
+
+    /// Puts items, merges and ranges behind other work.
+    pub(super) fn add_work(&self, words: &mut Vec<u32>) {
+        words.extend(self.items.iter().flat_map(PrefillItem::words));
+        words.extend(self.merges.iter().flat_map(MergeItem::words));
+        words.extend(self.ranges.iter().flatten().map(|word| word.cast_unsigned()));
+    }
+
+    /// Bytes of workspace that a run needs.
+    pub(super) fn workspace(&self) -> WorkspaceSizes {
+        let rows = u64::from(self.partials) * u64::from(self.spec.tile_rows());
+        WorkspaceSizes {
+            partial_out: rows * u64::from(self.spec.head_dim) * 4,
+            partial_max: rows * 8,
+            tickets: 0,
+        }
+    }
+}
+
+/// Notes what every query row of a sequence sees.
+fn see(problem: &Problem<'_>, index: usize, ranges: &mut [[i32; 4]]) -> Result<(), CudaError> {
+    let (batch, sequence) = (problem.batch(), problem.sequence(index));
+    let rows = ranges.get_mut(sequence.query_start..).unwrap_or_default();
+    for (query, range) in rows.iter_mut().take(sequence.query_len).enumerate() {
+        let keys = batch.visible(problem.config().mask, &sequence, query);
+        let position = batch.position(&sequence, query);
+        *range = [
+            small("a sequence's length", keys.start)?.cast_signed(),
+            small("a sequence's length", keys.end)?.cast_signed(),
+            position.clamp(i64::from(i32::MIN), i64::from(i32::MAX)) as i32,
+            0,
+        ];
+    }
+    Ok(())
+}
+
+/// Cuts a sequence's rows into tiles.
+fn tile_sequence(
+    problem: &Problem<'_>,
+    index: usize,
+    spec: PrefillSpec,
+    group: u32,
+    ranges: &[[i32; 4]],
+    tiles: &mut Vec<Tile>,
+) -> Result<(), CudaError> {
+    let sequence = problem.sequence(index);
+    let table = small("the block tables' length", first_entry(problem, index))?;
+    let row = small("the number of query rows", sequence.query_start)?;
+    let total = small("the rows of a sequence", sequence.query_len * group as usize)?;
+    for first in (0..total).step_by(spec.tile_rows() as usize) {
+        let rows = spec.tile_rows().min(total - first);
+        let queries = (row + first / group) as usize..=(row + (first + rows - 1) / group) as usize;
+        // All keys that a row sees, and those that all rows see.
+        let (mut begin, mut end, mut plain_begin, mut plain_end) = (u32::MAX, 0, 0, u32::MAX);
+        for &[from, to, ..] in ranges.get(queries).unwrap_or_default() {
+            let (from, to) = (from.cast_unsigned(), to.cast_unsigned());
+            if from < to {
+                (begin, end) = (begin.min(from), end.max(to));
+            }
+            (plain_begin, plain_end) = (plain_begin.max(from), plain_end.min(to));
+        }
+        let begin = begin.min(end);
+        let keys = u64::from(end.div_ceil(spec.tile_keys()) - begin / spec.tile_keys());
+        let partial = NO_PARTIAL;
+        let item =
+            PrefillItem { table, row, first, rows, begin, end, plain_begin, plain_end, head: 0, partial };
+        tiles.push(Tile { item, keys: if begin < end { keys } else { 0 } });
+    }
+    Ok(())
+}
+
+/// The most tiles of keys of an item: all, or fewer where that ends sooner although results must be merged.
+fn piece(tiles: &[Tile], heads: u64, slots: u64) -> u64 {
+    let longest = tiles.first().map_or(0, |tile| tile.keys);
+    let total: u64 = tiles.iter().map(|tile| (tile.keys + START) * heads).sum();
+    let share = total.div_ceil(slots);
+    let whole = makespan(tiles, heads, slots, longest).unwrap_or(share + longest / 2);
+    // Pieces of a share, of half a share and so on: the first that is not worth less than the next.
+    let mut best = (whole, longest);
+    for parts in [1, 2, 3, 4] {
+        let piece = share.div_ceil(parts).max(4);
+        if piece >= longest {
+            continue;
+        }
+        if let Some(time) = makespan(tiles, heads, slots, piece)
+            && time + MERGE < best.0
+        {
+            best = (time + MERGE, piece);
+        }
+    }
+    best.1
+}
+
+/// When the last of the slots is done, if each takes the longest item that is left; `None` where there are so many
+/// that it does not matter.
+fn makespan(tiles: &[Tile], heads: u64, slots: u64, piece: u64) -> Option<u64> {
+    let mut lengths = Vec::new();
+    for tile in tiles {
+        let splits = tile.keys.div_ceil(piece.max(1)).max(1);
+        let count = splits.saturating_mul(heads) as usize;
+        if lengths.len() + count > MOST_SIMULATED {
+            return None;
+        }
+        lengths.resize(lengths.len() + count, tile.keys.div_ceil(splits) + START);
+    }
+    lengths.sort_unstable_by_key(|&length| Reverse(length));
+    let mut busy: BinaryHeap<Reverse<u64>> = (0..slots).map(|_| Reverse(0)).collect();
+    let mut last = 0;
+    for length in lengths {
+        let Reverse(free) = busy.pop()?;
+        last = last.max(free + length);
+        busy.push(Reverse(free + length));
+    }
+    Some(last)
+}
+
+impl Context {
+    /// Compiles and loads what a prefill needs.
+    pub(super) fn prepare_prefill(&self, part: &PrefillPart) -> Result<(), CudaError> {
+        self.prefill_kernel(part.spec)?;
+        if !part.merges.is_empty() {
+            self.prefill_merge_kernel(part.spec)?;
+        }
+        Ok(())
+    }
+
+    /// Puts a prefill on a stream of this context, which is current; `work` is the address of the part's words.
+    ///
+    /// # Safety
+    /// As [`Context::attention_raw`].
+    pub(super) unsafe fn launch_prefill(
+        &self,
+        part: &PrefillPart,
+        planned: Planned<'_>,
+        call: &AttentionCall,
+        work: u64,
+        stream: RawStream,
+    ) -> Result<(), CudaError> {
+        let config = planned.config;
+        let Tensors { q, k, v, out, slopes, sinks, .. } = Tensors::of("prefill", planned, call)?;
+        let merges = work + 4 * (part.items.len() * PrefillItem::WORDS) as u64;
+        let ranges = merges + 4 * (part.merges.len() * MergeItem::WORDS) as u64;
+        let args = PrefillArgs {
+            q,
+            k,
+            v,
+            tables: call.tables,
+            block_shift: planned.layout.block_size.trailing_zeros(),
+            q_heads: config.q_heads as u32,
+            group: part.group,
+            head_dim_k: config.head_dim_qk as u32,
+            head_dim_v: config.head_dim_v as u32,
+            scale: config.scale,
+            softcap: config.softcap,
+            slopes,
+            sinks,
+            work,
+            ranges,
+            out,
+            lse: call.lse,
+            partial_out: call.partial_out,
+            partial_max: call.partial_max,
+        };
+        let items = small("the number of work items", part.items.len())?;
+        let entry = self.prefill_kernel(part.spec)?;
+        // SAFETY: the arguments are in the descriptor's order; the caller answers for addresses and stream.
+        unsafe { entry.kernel.launch(entry.descriptor.launch(items)?, &args.values(), stream)? };
+        if part.merges.is_empty() {
+            return Ok(());
+        }
+        let args = PrefillMergeArgs {
+            work: merges,
+            partial_out: call.partial_out,
+            partial_max: call.partial_max,
+            out,
+            lse: call.lse,
+            sinks,
+            q_heads: config.q_heads as u32,
+            group: part.group,
+            head_dim_v: config.head_dim_v as u32,
+        };
+        let entry = self.prefill_merge_kernel(part.spec)?;
+        let launch = entry.descriptor.launch(small("the number of merges", part.merges.len())?)?;
+        // SAFETY: as above.
+        unsafe { entry.kernel.launch(launch, &args.values(), stream) }
+    }
+
+    fn prefill_kernel(&self, spec: PrefillSpec) -> Result<Arc<Entry<Prefill>>, CudaError> {
+        self.prefill.get(spec, || {
+            let descriptor = Prefill::new(spec)?;
+            let kernel = self.load(descriptor.kernel())?;
+            Ok(Entry { descriptor, kernel })
+        })
+    }
+
+    fn prefill_merge_kernel(&self, spec: PrefillSpec) -> Result<Arc<Entry<PrefillMerge>>, CudaError> {
+        // One for all forms.
+        self.prefill_merge.get(PrefillSpec { form: Form::Large, ..spec }, || {
+            let descriptor = PrefillMerge::new(spec)?;
+            let kernel = self.load(descriptor.kernel())?;
+            Ok(Entry { descriptor, kernel })
+        })
+    }
+}

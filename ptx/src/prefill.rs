@@ -1,0 +1,268 @@
+//! `prefill`: tiles of query rows attend to their keys in a paged cache, for prefill and chunked prefill.
+//!
+//! Owns the parameter list, the form of the work items and the launch geometry, which both forms of the kernel share:
+//! `kernels/prefill.ptx` (every GPU from sm_80 on) and `kernels/prefill_hopper.ptx` (sm_90a). The variants are
+//! `variant.rs`'s, what puts split tiles together `merge.rs`'s. Which rows and keys go to which item is the planner's
+//! business, in pagewise-attention.
+
+mod merge;
+mod variant;
+
+use minijinja::context;
+
+use crate::decode::{CacheRows, Rows};
+use crate::kernel::{Arg, Kernel, Launch, Param, ParamType, Target};
+use crate::{Error, template};
+
+pub use merge::{MergeItem, PrefillMerge, PrefillMergeArgs};
+pub use variant::{Form, PrefillSpec};
+
+/// Family and template name.
+const FAMILY: &str = "prefill";
+
+/// In the place of a partial result's number: the item writes the output itself.
+pub const NO_PARTIAL: u32 = u32::MAX;
+
+/// One unit of work: a tile of rows of one sequence and KV head, over a range of keys. Twelve u32 in device memory.
+///
+/// Row `r` of a sequence's is query `r / group` of query head `r % group` of those that share the KV head.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct PrefillItem {
+    /// First entry of the sequence's block table, counted from the beginning of all tables.
+    pub table: u32,
+    /// The sequence's first row of the queries and of the output.
+    pub row: u32,
+    /// First row of the tile.
+    pub first: u32,
+    /// Rows of the tile; 0 marks an item without work.
+    pub rows: u32,
+    /// First key.
+    pub begin: u32,
+    /// One past the last key.
+    pub end: u32,
+    /// All rows see all keys from here …
+    pub plain_begin: u32,
+    /// … to here.
+    pub plain_end: u32,
+    /// KV head.
+    pub head: u32,
+    /// Number of the partial result, or [`NO_PARTIAL`].
+    pub partial: u32,
+}
+
+impl PrefillItem {
+    /// Words of an item in device memory.
+    pub const WORDS: usize = 12;
+
+    /// The item as the kernel reads it.
+    pub fn words(&self) -> [u32; Self::WORDS] {
+        let Self { table, row, first, rows, begin, end, plain_begin, plain_end, head, partial } = *self;
+        [table, row, first, rows, begin, end, plain_begin, plain_end, head, partial, 0, 0]
+    }
+}
+
+/// What one launch works on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PrefillArgs {
+    /// Queries.
+    pub q: Rows,
+    /// K cache.
+    pub k: CacheRows,
+    /// V cache.
+    pub v: CacheRows,
+    /// Device address of the block tables, i32.
+    pub tables: u64,
+    /// log2 of the block size, which is 1 … 256.
+    pub block_shift: u32,
+    /// Query heads.
+    pub q_heads: u32,
+    /// Query heads that share a KV head.
+    pub group: u32,
+    /// Elements of a head of K.
+    pub head_dim_k: u32,
+    /// Elements of a head of V.
+    pub head_dim_v: u32,
+    /// Factor of the scores.
+    pub scale: f32,
+    /// Soft cap of the scaled scores.
+    pub softcap: Option<f32>,
+    /// Device address of ALiBi's slopes, f32 `[q_heads]`, or 0.
+    pub slopes: u64,
+    /// Device address of the sinks, f32 `[q_heads]`, or 0.
+    pub sinks: u64,
+    /// Device address of the work items.
+    pub work: u64,
+    /// Device address of what each query row sees, i32 `[rows, 4]`: first key, end, position, 0.
+    pub ranges: u64,
+    /// Output.
+    pub out: Rows,
+    /// Device address of the log-sum-exp, f32 `[rows, q_heads]`, or 0.
+    pub lse: u64,
+    /// Device address of the partial outputs.
+    pub partial_out: u64,
+    /// Device address of the partial maxima and sums.
+    pub partial_max: u64,
+}
+
+const fn param(name: &'static str, ty: ParamType) -> Param {
+    Param { name, ty }
+}
+
+/// The parameter list, the same for all variants.
+const PARAMS: [Param; 29] = {
+    use ParamType::{F32, Pointer, U32, U64};
+    [
+        param("q", Pointer),
+        param("k", Pointer),
+        param("v", Pointer),
+        param("tables", Pointer),
+        param("work", Pointer),
+        param("ranges", Pointer),
+        param("out", Pointer),
+        param("lse", Pointer),
+        param("partial_out", Pointer),
+        param("partial_max", Pointer),
+        param("slopes", Pointer),
+        param("sinks", Pointer),
+        param("q_row_stride", U64),
+        param("q_head_stride", U64),
+        param("k_block_stride", U64),
+        param("k_token_stride", U64),
+        param("k_head_stride", U64),
+        param("v_block_stride", U64),
+        param("v_token_stride", U64),
+        param("v_head_stride", U64),
+        param("out_row_stride", U64),
+        param("out_head_stride", U64),
+        param("block_shift", U32),
+        param("group", U32),
+        param("q_heads", U64),
+        param("dim_k", U32),
+        param("dim_v", U32),
+        param("scale", F32),
+        param("cap", F32),
+    ]
+};
+
+impl PrefillArgs {
+    /// The values of the parameters, in launch order.
+    pub fn values(&self) -> [Arg; PARAMS.len()] {
+        use std::f32::consts::LOG2_E;
+        // The kernel works in base 2, and computes tanh(x) from exp2(2 x log2(e)).
+        let (scale, cap) = match self.softcap {
+            None => (self.scale * LOG2_E, 0.0),
+            Some(cap) => (2.0 * LOG2_E * self.scale / cap, cap * LOG2_E),
+        };
+        [
+            Arg::pointer(self.q.address),
+            Arg::pointer(self.k.address),
+            Arg::pointer(self.v.address),
+            Arg::pointer(self.tables),
+            Arg::pointer(self.work),
+            Arg::pointer(self.ranges),
+            Arg::pointer(self.out.address),
+            Arg::pointer(self.lse),
+            Arg::pointer(self.partial_out),
+            Arg::pointer(self.partial_max),
+            Arg::pointer(self.slopes),
+            Arg::pointer(self.sinks),
+            Arg::u64(self.q.row_stride),
+            Arg::u64(self.q.head_stride),
+            Arg::u64(self.k.block_stride),
+            Arg::u64(self.k.token_stride),
+            Arg::u64(self.k.head_stride),
+            Arg::u64(self.v.block_stride),
+            Arg::u64(self.v.token_stride),
+            Arg::u64(self.v.head_stride),
+            Arg::u64(self.out.row_stride),
+            Arg::u64(self.out.head_stride),
+            Arg::u32(self.block_shift),
+            Arg::u32(self.group),
+            Arg::u64(u64::from(self.q_heads)),
+            Arg::u32(self.head_dim_k),
+            Arg::u32(self.head_dim_v),
+            Arg::f32(scale),
+            Arg::f32(cap),
+        ]
+    }
+}
+
+/// One variant, rendered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Prefill {
+    spec: PrefillSpec,
+    kernel: Kernel,
+}
+
+impl Prefill {
+    /// Renders a variant.
+    ///
+    /// # Errors
+    /// [`Error::UnsupportedPrefill`] for a type, a head dimension or a form without a variant.
+    pub fn new(spec: PrefillSpec) -> Result<Self, Error> {
+        let PrefillSpec { dtype, head_dim, .. } = spec;
+        if !spec.exists() {
+            return Err(Error::UnsupportedPrefill { dtype, head_dim });
+        }
+        let target = Target { sm: 80, ptx: (7, 4) };
+        let text = template::render(
+            FAMILY,
+            include_str!("../kernels/prefill.ptx"),
+            context! {
+                entry => spec.entry(),
+                sm => target.sm,
+                ptx_version => format!("{}.{}", target.ptx.0, target.ptx.1),
+                dtype => dtype.name(),
+                head_dim,
+                warps => spec.warps(),
+                atoms => spec.atoms(),
+                keys => spec.tile_keys(),
+                blocks_per_sm => spec.blocks_per_multiprocessor(),
+                rows_name => "s_rows",
+            },
+        )?;
+        Ok(Self {
+            spec,
+            kernel: Kernel {
+                family: FAMILY,
+                entry: spec.entry(),
+                text,
+                target,
+                params: PARAMS.to_vec(),
+                max_threads: spec.warps() * 32,
+                static_shared: spec.static_bytes(),
+                dynamic_shared: spec.dynamic_bytes(),
+            },
+        })
+    }
+
+    /// The variant.
+    pub fn spec(&self) -> PrefillSpec {
+        self.spec
+    }
+
+    /// The rendered kernel.
+    pub fn kernel(&self) -> &Kernel {
+        &self.kernel
+    }
+
+    /// The rendered kernel, by value.
+    pub fn into_kernel(self) -> Kernel {
+        self.kernel
+    }
+
+    /// Grid and block for so many items.
+    ///
+    /// # Errors
+    /// [`Error::Zero`] for none.
+    pub fn launch(&self, items: u32) -> Result<Launch, Error> {
+        if items == 0 {
+            return Err(Error::Zero { kernel: FAMILY, field: "items" });
+        }
+        Ok(Launch {
+            grid: [items, 1, 1],
+            block: [self.kernel.max_threads, 1, 1],
+            dynamic_shared: self.kernel.dynamic_shared,
+        })
+    }
+}

@@ -1,0 +1,114 @@
+//! Which variants of `prefill` there are: types, room for a head, and the form.
+
+use super::FAMILY;
+use crate::DType;
+use crate::decode::HEAD_DIMS;
+
+/// How a tile is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Form {
+    /// `mma.sync` with `cp.async`, at most 100 KiB of shared memory: two thread blocks fit a multiprocessor of sm_90
+    /// and sm_100.
+    Large,
+    /// The same with tiles of half as many keys, at most 68 KiB: for every GPU from sm_80 on.
+    Small,
+}
+
+impl Form {
+    /// All forms.
+    pub const ALL: [Self; 2] = [Self::Large, Self::Small];
+
+    /// Whether GPUs of a compute capability run it; Hopper's instructions are Hopper's alone.
+    pub const fn runs_on(self, major: u32, minor: u32) -> bool {
+        match self {
+            Self::Large | Self::Small => major * 10 + minor >= 80,
+        }
+    }
+}
+
+/// Which variant: fixed when the text is rendered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PrefillSpec {
+    /// Type of queries, cache and output: f16 or bf16.
+    pub dtype: DType,
+    /// Elements of a head that there is room for, one of [`HEAD_DIMS`].
+    pub head_dim: u32,
+    /// How a tile is computed.
+    pub form: Form,
+}
+
+impl PrefillSpec {
+    /// The variant for a head of so many elements. `None` if there is none.
+    pub fn for_head(dtype: DType, head_dim: u32, form: Form) -> Option<Self> {
+        let head_dim = HEAD_DIMS.into_iter().find(|&room| head_dim <= room)?;
+        Some(Self { dtype, head_dim, form }).filter(|spec| spec.exists())
+    }
+
+    /// Every variant.
+    pub fn all() -> impl Iterator<Item = Self> {
+        let types = [DType::F16, DType::Bf16].into_iter();
+        let rooms = types.flat_map(|dtype| HEAD_DIMS.into_iter().map(move |dim| (dtype, dim)));
+        rooms.flat_map(|(dtype, dim)| {
+            Form::ALL.into_iter().filter_map(move |form| Self::for_head(dtype, dim, form))
+        })
+    }
+
+    /// Whether there is such a variant.
+    pub fn exists(self) -> bool {
+        matches!(self.dtype, DType::F16 | DType::Bf16) && HEAD_DIMS.contains(&self.head_dim)
+    }
+
+    /// The entry point: `prefill_bf16_d128`.
+    pub fn entry(self) -> String {
+        let Self { dtype, head_dim, form } = self;
+        let form = match form {
+            Form::Large => "",
+            Form::Small => "_small",
+        };
+        format!("{FAMILY}_{dtype}_d{head_dim}{form}")
+    }
+
+    /// Rows of a tile.
+    pub const fn tile_rows(self) -> u32 {
+        self.warps() * self.atoms() * 16
+    }
+
+    /// Keys that a thread block takes at a time.
+    pub const fn tile_keys(self) -> u32 {
+        let large = if self.head_dim <= 128 { 64 } else { 32 };
+        match self.form {
+            Form::Large => large,
+            Form::Small => large / 2,
+        }
+    }
+
+    /// Warps of a thread block.
+    pub(super) const fn warps(self) -> u32 {
+        4
+    }
+
+    /// Rows of a warp, in sixteens: as many accumulators as registers hold.
+    pub(super) const fn atoms(self) -> u32 {
+        if self.head_dim <= 128 { 2 } else { 1 }
+    }
+
+    /// Thread blocks that are to fit a multiprocessor.
+    pub const fn blocks_per_multiprocessor(self) -> u32 {
+        2
+    }
+
+    /// Bytes of shared memory of a thread block.
+    pub const fn shared_bytes(self) -> u32 {
+        self.static_bytes() + self.dynamic_bytes()
+    }
+
+    /// Of them, those that the text declares: a description of each row.
+    pub(super) const fn static_bytes(self) -> u32 {
+        self.tile_rows() * 32
+    }
+
+    /// Those of Q, and of two tiles of K and V.
+    pub(super) const fn dynamic_bytes(self) -> u32 {
+        (self.tile_rows() + 4 * self.tile_keys()) * self.head_dim * 2
+    }
+}

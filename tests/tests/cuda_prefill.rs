@@ -1,0 +1,230 @@
+//! Prefill, chunked prefill and mixtures on an NVIDIA GPU against the conformance suite's oracle. Skipped, loudly,
+//! without one.
+//!
+//! One case again: `PAGEWISE_CASE="attention q=bf16 …" cargo test -p pagewise-tests --test cuda_prefill`.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    unreachable_pub,
+    dead_code,
+    reason = "a test"
+)]
+
+#[path = "gpu/cuda.rs"]
+mod cuda;
+#[path = "gpu/cuda_subject.rs"]
+mod cuda_subject;
+#[path = "gpu/random.rs"]
+mod random;
+
+use cuda::Receipts;
+use cuda_subject::{Cuda, bytes};
+use pagewise_attention::DType;
+use pagewise_attention::conformance::{
+    AttentionData, Buffer, Case, CaseMask, Layout, Operation, Outcome, Rows, SequenceShape, Subject, Tables,
+    quick, run_case,
+};
+use pagewise_attention::cuda::ptx::all_kernels;
+use pagewise_attention::cuda::ptx::prefill::Form;
+use pagewise_attention::cuda::{AttentionOptions, Context};
+use random::{Random, run_cases, run_seed};
+
+/// The forms that this GPU can run.
+fn forms(context: &Context) -> Vec<Form> {
+    let capability = context.device().compute_capability;
+    Form::ALL.into_iter().filter(|form| form.runs_on(capability.major, capability.minor)).collect()
+}
+
+/// A random case of what the prefill kernels take: `turn` walks through types, rooms for heads and forms.
+fn prefill_case(random: &mut Random, turn: usize, form: Form) -> Case {
+    let dtype = [DType::Bf16, DType::F16][turn % 2];
+    let plain = false && form == Form::Large;
+    let room = [64, 128, 256][turn / 2 % if plain { 2 } else { 3 }];
+    let dim = |random: &mut Random| match random.below(3) {
+        0 => (room / 2 + 8 + 8 * random.below(room / 16)).min(room),
+        _ => room,
+    };
+    let head_dim_qk = dim(random);
+    let head_dim_v = match random.below(6) {
+        0 => 8 * (1 + random.below(head_dim_qk / 8)),
+        _ => head_dim_qk,
+    };
+    let kv_heads = random.pick(&[1, 2, 2, 3, 4]);
+    let sequences = (0..1 + random.below(4))
+        .map(|_| {
+            let queries = match random.below(6) {
+                0 => random.below(3),
+                1 => random.below(400),
+                _ => random.below(70),
+            };
+            let before = match random.below(6) {
+                0 => 0,
+                1 => random.below(2000),
+                _ => random.below(300),
+            };
+            // Sometimes more queries than keys: the first rows see nothing.
+            let keys = if random.one_in(12) { random.below(queries + 1) } else { queries + before };
+            SequenceShape { queries, keys }
+        })
+        .collect();
+    let layouts = [Layout::Nhd, Layout::Nhd, Layout::Hnd, Layout::Gaps, Layout::Interleaved, Layout::Shared];
+    let sizes: &[usize] =
+        if plain { &[16, 16, 32, 64, 128] } else { &[16, 16, 32, 64, 128, 256, 1, 2, 4, 8] };
+    Case {
+        operation: Operation::Attention,
+        q_dtype: dtype,
+        kv_dtype: dtype,
+        q_heads: kv_heads * random.pick(&[1, 1, 2, 3, 4, 4, 5, 7, 8, 20]),
+        kv_heads,
+        head_dim_qk,
+        head_dim_v,
+        block_size: random.pick(sizes),
+        layout: random.pick(&layouts),
+        rows: random.pick(&[Rows::Packed, Rows::Fused]),
+        tables: random.pick(&[Tables::Padded, Tables::Csr]),
+        mask: match random.below(6) {
+            0 => CaseMask::None,
+            1 | 2 => CaseMask::Window(1 + random.below(300)),
+            _ => CaseMask::Causal,
+        },
+        positions: random.one_in(6),
+        shared_prefix: random.one_in(4),
+        poison_unseen: random.one_in(2),
+        softcap: (!plain && random.one_in(5)).then(|| random.pick(&[2.0, 30.0, 50.0])),
+        alibi: !plain && random.one_in(5),
+        sinks: random.one_in(5),
+        scores: random.pick(&[0.5, 8.0, 8.0, 60.0, 1e5]),
+        sequences,
+        seed: random.next() % 1_000_000_000,
+        ..Case::default()
+    }
+}
+
+#[test]
+fn random_cases_agree_with_the_oracle() {
+    let Some(context) = cuda::context() else { return };
+    let forms = forms(&context);
+    let mut subject = Cuda::new(&context);
+    let mut receipts = Receipts::default();
+    let kernels = all_kernels().unwrap();
+    let mut check = |subject: &mut Cuda<'_>, case: &Case| {
+        subject.variants.clear();
+        let options = subject.options;
+        match run_case(subject, case).outcome {
+            Outcome::Passed(agreement) => {
+                let ran = |kernel: &&pagewise_attention::cuda::ptx::Kernel| {
+                    subject.variants.iter().any(|variant| variant == kernel.entry())
+                };
+                for kernel in kernels.iter().filter(ran).filter(|kernel| kernel.family() != "decode") {
+                    receipts.passed(&context, kernel, agreement.worst);
+                }
+                true
+            }
+            Outcome::Skipped(_) => false,
+            Outcome::Failed(reason) => panic!("PAGEWISE_CASE=\"{case}\" with {options:?}: {reason}"),
+        }
+    };
+    if let Ok(line) = std::env::var("PAGEWISE_CASE") {
+        let case = line.parse().expect("PAGEWISE_CASE is a case of the conformance suite");
+        for form in forms.into_iter().map(Some).chain([None]) {
+            for prefill_keys in [None, Some(64)] {
+                subject.options = AttentionOptions {
+                    form,
+                    prefill_keys,
+                    tiles_from: Some(1),
+                    ..AttentionOptions::default()
+                };
+                assert!(check(&mut subject, &case), "the CUDA backend does not take this case");
+            }
+        }
+        return;
+    }
+    let mut random = Random::new(run_seed());
+    let (mut ran, mut skipped) = (0, 0);
+    for form in forms {
+        for turn in 0..run_cases(72) {
+            let case = prefill_case(&mut random, turn, form);
+            let tiles = random.pick(&[1, 1, 2, 8, 64]);
+            subject.options = AttentionOptions {
+                form: Some(form),
+                prefill_keys: random.one_in(2).then_some(32 * tiles),
+                tiles_from: random.one_in(2).then_some(1),
+                ..AttentionOptions::default()
+            };
+            match check(&mut subject, &case) {
+                true => ran += 1,
+                false => skipped += 1,
+            }
+        }
+    }
+    // What of the suite's own table this backend takes, chosen as it is by default.
+    subject.options = AttentionOptions::default();
+    for case in quick(random.next()) {
+        match check(&mut subject, &case) {
+            true => ran += 1,
+            false => skipped += 1,
+        }
+    }
+    eprintln!("{}: {ran} cases agree, {skipped} not taken", context.device());
+    assert!(run_cases(72) < 20 || ran > skipped, "most cases run");
+    receipts.write("prefill");
+}
+
+#[test]
+fn long_prompts_chunks_and_mixtures_agree_with_the_oracle() {
+    let Some(context) = cuda::context() else { return };
+    if std::env::var_os("PAGEWISE_SMALL").is_some() {
+        return;
+    }
+    let mut subject = Cuda::new(&context);
+    for line in [
+        "attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal sequences=1300:1300",
+        "attention q=bf16 kv=bf16 heads=4/1 dim=128 block=16 mask=causal layout=hnd sequences=40:9000",
+        "attention q=f16 kv=f16 heads=8/8 dim=64 block=32 mask=causal sequences=300:2500,70:70",
+        "attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal sequences=12*1:700,300:300,1:20,64:1000",
+        "attention q=bf16 kv=bf16 heads=2/1 dim=128 block=16 mask=window:500 sequences=900:1500",
+    ] {
+        for form in forms(&context).into_iter().map(Some).chain([None]) {
+            subject.options = AttentionOptions { form, ..AttentionOptions::default() };
+            let case = Case { seed: run_seed() % 1_000_000_000, ..line.parse().unwrap() };
+            let outcome = run_case(&mut subject, &case).outcome;
+            let passed = matches!(outcome, Outcome::Passed(_));
+            assert!(passed, "PAGEWISE_CASE=\"{case}\", {form:?}: {outcome:?}");
+        }
+    }
+}
+
+fn run(subject: &mut Cuda<'_>, data: &AttentionData) -> Buffer {
+    let mut out = data.poisoned_out();
+    subject.attention(&data.task().unwrap(), out.as_mut(), None).unwrap();
+    out
+}
+
+#[test]
+fn with_a_fixed_split_a_row_does_not_depend_on_its_batch() {
+    let Some(context) = cuda::context() else { return };
+    let mut subject = Cuda::new(&context);
+    for form in forms(&context) {
+        subject.options = AttentionOptions {
+            form: Some(form),
+            prefill_keys: Some(256),
+            tiles_from: Some(1),
+            ..AttentionOptions::default()
+        };
+        let batch: Case =
+            "attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal sequences=50:700,3:90,40:1500"
+                .parse()
+                .unwrap();
+        let data = AttentionData::generate(&Case { seed: 5, ..batch });
+        let together = bytes(run(&mut subject, &data).as_ref());
+        // The first sequence alone, on the same data.
+        let mut alone = data.clone();
+        alone.query_start.truncate(2);
+        alone.seq_lens.truncate(1);
+        alone.entries.truncate(alone.max_blocks);
+        let first = bytes(run(&mut subject, &alone).as_ref());
+        let rows = 50 * data.out_strides.token as usize * 2;
+        assert!(together[..rows] == first[..rows], "a row differs alone ({form:?})");
+    }
+}
