@@ -16,9 +16,11 @@
 //!
 //! | module | kernel |
 //! |---|---|
+//! | [`mod@copy_blocks`] | copies blocks within a cache |
 //! | [`mod@decode`] | attends over a paged cache, keys split over workgroups, and merges the splits |
 //! | [`mod@write_kv`] | stores new K and V rows into cache blocks, given by a slot mapping |
 
+pub mod copy_blocks;
 pub mod decode;
 mod dtype;
 mod error;
@@ -41,6 +43,9 @@ pub fn all_shaders() -> Result<Vec<Shader>, Error> {
     }
     for spec in decode::DecodeSpec::all() {
         shaders.push(decode::Decode::new(spec)?.into_shader());
+    }
+    for unit in copy_blocks::CopyUnit::ALL {
+        shaders.push(copy_blocks::CopyBlocks::new(unit)?.into_shader());
     }
     for q in DType::ALL {
         shaders.push(decode::DecodeMerge::new(q)?.into_shader());

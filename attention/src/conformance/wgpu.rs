@@ -6,7 +6,8 @@ use ::wgpu::{Buffer, BufferDescriptor, BufferUsages, MapMode, PollType};
 use super::subject::{AttentionTask, CopyTask, MergeTask, Refusal, Scale, Subject, SwapTask, WriteTask};
 use crate::wgpu::shaders::decode::DecodeTuning;
 use crate::wgpu::{
-    AttentionCall, BufferRange, Context, HeadTerms, KvScale, PlanOptions, WgpuError, WriteKvCall,
+    AttentionCall, BufferRange, Context, CopyBlocksCall, HeadTerms, KvScale, PlanOptions, WgpuError,
+    WriteKvCall,
 };
 use crate::{HostTensor, HostTensorMut};
 
@@ -185,11 +186,24 @@ impl Subject for Wgpu<'_> {
 
     fn copy_blocks(
         &mut self,
-        _: &CopyTask<'_>,
-        _: HostTensorMut<'_>,
-        _: HostTensorMut<'_>,
+        task: &CopyTask<'_>,
+        mut k: HostTensorMut<'_>,
+        mut v: HostTensorMut<'_>,
     ) -> Result<(), Refusal> {
-        unsupported("copy_blocks")
+        let (k_cache, v_cache) = (self.upload(&k.as_ref().to_bytes()), self.upload(&v.as_ref().to_bytes()));
+        let call = CopyBlocksCall {
+            config: task.config,
+            layout: &task.layout,
+            pairs: task.pairs,
+            k_cache: BufferRange::whole(&k_cache),
+            v_cache: BufferRange::whole(&v_cache),
+        };
+        let mut encoder = self.context.device().create_command_encoder(&Default::default());
+        self.context.copy_blocks(&mut encoder, &call).map_err(refusal)?;
+        self.context.queue().submit([encoder.finish()]);
+        k.set_bytes(&self.read(&k_cache)?);
+        v.set_bytes(&self.read(&v_cache)?);
+        Ok(())
     }
 
     fn swap_blocks(

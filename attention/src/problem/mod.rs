@@ -5,6 +5,8 @@ mod batch;
 mod config;
 mod error;
 mod layout;
+#[cfg(any(feature = "cpu", feature = "wgpu"))]
+mod pairs;
 mod write;
 
 pub use batch::{BlockTables, MaskBits, PagedBatch, SequenceView};
@@ -12,6 +14,9 @@ pub use config::{AttentionConfig, MAX_HEAD_DIM, Mask};
 pub use error::ProblemError;
 pub use layout::{CacheLayout, KvStrides, MAX_BLOCK_SIZE, RowStrides};
 pub use write::WriteKv;
+
+#[cfg(any(feature = "cpu", feature = "wgpu"))]
+pub(crate) use pairs::check_pairs;
 
 /// A checked problem: what a layer computes, where its cache lies, and what this step asks for.
 ///

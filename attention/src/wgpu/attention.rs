@@ -5,10 +5,7 @@
 
 use std::sync::Arc;
 
-use ::wgpu::{
-    BindGroup, BindGroupDescriptor, BindGroupEntry, BindingResource, Buffer, BufferDescriptor, BufferUsages,
-    ComputePass, Features,
-};
+use ::wgpu::{BindGroup, BindingResource, BufferUsages, ComputePass, Features};
 use pagewise_shaders::decode::{
     CacheRows, Decode, DecodeArgs, DecodeMerge, DecodeNeeds, DecodeSpec, DecodeTuning, LOWEST, Rows, Unit,
 };
@@ -267,33 +264,6 @@ impl Context {
             rows,
             plan_bytes: call.plan.size,
             workspace_bytes: call.workspace.size,
-        })
-    }
-
-    /// A small buffer of our own with these contents.
-    fn buffer(&self, label: &'static str, words: &[u32], usage: BufferUsages) -> Buffer {
-        let buffer = self.device().create_buffer(&BufferDescriptor {
-            label: Some(label),
-            size: size_of_val(words) as u64,
-            usage: usage | BufferUsages::COPY_DST,
-            mapped_at_creation: false,
-        });
-        self.queue().write_buffer(&buffer, 0, bytemuck::cast_slice(words));
-        buffer
-    }
-
-    fn group<const N: usize>(
-        &self,
-        label: &'static str,
-        layout: &::wgpu::BindGroupLayout,
-        resources: [BindingResource<'_>; N],
-    ) -> BindGroup {
-        let entry = |(binding, resource)| BindGroupEntry { binding, resource };
-        let entries: Vec<BindGroupEntry<'_>> = (0..).zip(resources).map(entry).collect();
-        self.device().create_bind_group(&BindGroupDescriptor {
-            label: Some(label),
-            layout,
-            entries: &entries,
         })
     }
 

@@ -11,6 +11,7 @@ mod adapter;
 mod attention;
 mod buffer;
 mod context;
+mod copy_blocks;
 mod dtype;
 mod error;
 mod plan;
@@ -23,6 +24,7 @@ pub use adapter::{
 pub use attention::{AttentionCall, HeadTerms, KvScale, PreparedAttention};
 pub use buffer::BufferRange;
 pub use context::Context;
+pub use copy_blocks::CopyBlocksCall;
 pub use error::WgpuError;
 pub use pagewise_shaders as shaders;
 pub use plan::{AttentionPlan, PlanBound, PlanOptions, StepLimits};
