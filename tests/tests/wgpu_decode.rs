@@ -11,11 +11,15 @@ mod wgpu_contexts;
 
 use std::collections::BTreeMap;
 
-use pagewise_attention::DType;
 use pagewise_attention::conformance::{
-    Case, CaseMask, Layout, Operation, Outcome, Rows, ScaleKind, SequenceShape, Tables, Wgpu, quick, run_case,
+    AttentionData, Case, CaseMask, Layout, Operation, Outcome, Rows, ScaleKind, SequenceShape, Tables, Wgpu,
+    quick, run_case,
 };
-use pagewise_attention::wgpu::{Context, PlanOptions};
+use pagewise_attention::wgpu::{
+    AttentionCall, BufferRange, Context, HeadTerms, PlanOptions, PreparedAttention, StepLimits, WgpuError,
+    wgpu,
+};
+use pagewise_attention::{AttentionConfig, DType, ProblemError};
 use random::{Random, run_cases, run_seed};
 use wgpu_contexts::{contexts, plain_contexts};
 
@@ -99,7 +103,12 @@ fn other_case(kind: &Case, other: Case) -> Case {
 /// How a case is planned: mostly as by default.
 fn random_options(random: &mut Random) -> PlanOptions {
     let item_keys = random.one_in(2).then(|| 16 * random.pick(&[2, 3, 8, 64]));
-    PlanOptions { item_keys, workgroups: random.pick(&[1, 64, 1024]), smallest: random.pick(&[16, 128]) }
+    PlanOptions {
+        item_keys,
+        workgroups: random.pick(&[1, 64, 1024]),
+        smallest: random.pick(&[16, 128]),
+        largest: random.pick(&[16, 512]),
+    }
 }
 
 #[test]
@@ -176,5 +185,105 @@ fn check_cases(contexts: Vec<(String, Context)>, whole_table: bool) {
             variants.len()
         );
         assert!(run_cases(CASES) < 20 || ran > skipped, "most cases run");
+    }
+}
+
+#[test]
+fn no_plan_exceeds_its_bound() {
+    let mut random = Random::new(run_seed());
+    for (_, context) in contexts().into_iter().take(1) {
+        for turn in 0..run_cases(60) {
+            let case = decode_case(&mut random, turn);
+            let options = random_options(&mut random);
+            let data = AttentionData::generate(&case);
+            let problem = data.problem().unwrap();
+            let plan = match context.plan_attention(&problem, options) {
+                Ok(plan) => plan,
+                Err(error) => panic!("{case}: {error}"),
+            };
+            let keys = (0..problem.num_sequences()).map(|index| {
+                let sequence = problem.sequence(index);
+                sequence.query_len * sequence.len
+            });
+            let limits = StepLimits {
+                rows: problem.total_queries(),
+                keys: keys.sum(),
+                table_entries: data.entries.len(),
+                mask_words: data.mask_words.len(),
+            };
+            let bound = context.attention_bound(problem.config(), limits, options).unwrap();
+            let (plan_bytes, workspace_bytes) = (plan.plan_bytes(), plan.workspace_bytes());
+            assert!(plan_bytes <= bound.plan, "{case}, {options:?}: {plan_bytes} > {bound:?}");
+            assert!(workspace_bytes <= bound.workspace, "{case}, {options:?}: {workspace_bytes} > {bound:?}");
+        }
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_a_typed_error() {
+    for (_, context) in contexts().into_iter().take(1) {
+        let line = "attention q=f16 kv=f16 heads=4/2 dim=64 block=16 mask=causal sequences=1:70,1:9";
+        let data = AttentionData::generate(&line.parse().unwrap());
+        let problem = data.problem().unwrap();
+        let plan = context.plan_attention(&problem, PlanOptions::default()).unwrap();
+        let buffer = |size: u64, usage| {
+            let descriptor = wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false };
+            context.device().create_buffer(&descriptor)
+        };
+        let storage = || buffer(1 << 20, wgpu::BufferUsages::STORAGE);
+        let [q, k, out, words, workspace] = std::array::from_fn(|_| storage());
+        let short = buffer(64, wgpu::BufferUsages::STORAGE);
+        let plain = buffer(1 << 20, wgpu::BufferUsages::COPY_SRC);
+        let call = AttentionCall {
+            config: problem.config(),
+            layout: problem.layout(),
+            rows: problem.total_queries(),
+            q: BufferRange::whole(&q),
+            q_strides: problem.q_strides(),
+            k_cache: BufferRange::whole(&k),
+            v_cache: BufferRange::whole(&k),
+            terms: HeadTerms::default(),
+            out: BufferRange::whole(&out),
+            out_strides: problem.out_strides(),
+            lse: None,
+            plan: BufferRange::whole(&words),
+            workspace: BufferRange::whole(&workspace),
+            tuning: None,
+        };
+        let refused = |call: &AttentionCall<'_>| context.prepare_attention(call).unwrap_err();
+        context.prepare_attention(&call).unwrap();
+
+        let error = refused(&AttentionCall { out: call.q, ..call });
+        assert!(matches!(error, WgpuError::SharedBuffer { read: "q", written: "out" }), "{error}");
+        let error = refused(&AttentionCall { q: BufferRange::whole(&plain), ..call });
+        assert!(matches!(error, WgpuError::Usage { tensor: "q", .. }), "{error}");
+        let error = refused(&AttentionCall { k_cache: BufferRange::whole(&short), ..call });
+        assert!(matches!(error, WgpuError::Problem(ProblemError::BufferTooShort { .. })), "{error}");
+        let odd = BufferRange { offset: 2, size: q.size() - 2, ..call.q };
+        let error = refused(&AttentionCall { q: odd, ..call });
+        assert!(matches!(error, WgpuError::Alignment { .. }), "{error}");
+        let sinks = AttentionConfig { sinks: true, ..call.config.clone() };
+        let error = refused(&AttentionCall { config: &sinks, ..call });
+        assert!(matches!(error, WgpuError::Missing { what: "the sinks" }), "{error}");
+        let fp8 = AttentionConfig { kv_dtype: DType::F8E4M3, ..call.config.clone() };
+        let error = refused(&AttentionCall { config: &fp8, ..call });
+        assert!(matches!(error, WgpuError::UnsupportedDType { .. }), "{error}");
+
+        // What is encoded must be what was prepared, and fit its buffers.
+        let encode = |prepared: &PreparedAttention| {
+            let mut encoder = context.device().create_command_encoder(&Default::default());
+            prepared.encode(&mut encoder.begin_compute_pass(&Default::default()), &plan)
+        };
+        let other = AttentionConfig { scale: 1.0, ..call.config.clone() };
+        let prepared = context.prepare_attention(&AttentionCall { config: &other, ..call }).unwrap();
+        let error = encode(&prepared).unwrap_err();
+        assert!(matches!(error, WgpuError::OtherPlan { what: "configuration" }), "{error}");
+        let plan_range = BufferRange::whole(&short);
+        let prepared = context.prepare_attention(&AttentionCall { plan: plan_range, ..call }).unwrap();
+        let error = encode(&prepared).unwrap_err();
+        assert!(matches!(error, WgpuError::Range { tensor: "the plan", .. }), "{error}");
+        let prepared = context.prepare_attention(&AttentionCall { rows: 1, ..call }).unwrap();
+        let error = encode(&prepared).unwrap_err();
+        assert!(matches!(error, WgpuError::TooManyTokens { tokens: 2, prepared: 1 }), "{error}");
     }
 }

@@ -175,7 +175,11 @@ fn build(device: &Device, shader: &Shader) -> Result<(ComputePipeline, BindGroup
         layout: Some(&pipeline_layout),
         module: &module,
         entry_point: Some(shader.entry()),
-        compilation_options: PipelineCompilationOptions::default(),
+        // Every kernel writes its workgroup memory before it reads it.
+        compilation_options: PipelineCompilationOptions {
+            zero_initialize_workgroup_memory: false,
+            ..PipelineCompilationOptions::default()
+        },
         cache: None,
     });
     // In a browser the answer would come later than now, and waiting is not possible: errors show on its console.

@@ -21,11 +21,14 @@ pub struct PlanOptions {
     pub workgroups: u32,
     /// Otherwise: keys of the smallest work item, at least 16.
     pub smallest: u32,
+    /// Otherwise: keys of a work item from which on there are rather more workgroups, up to four times as many, so
+    /// that the last ones to end are a small part of all.
+    pub largest: u32,
 }
 
 impl Default for PlanOptions {
     fn default() -> Self {
-        Self { item_keys: None, workgroups: 1024, smallest: 128 }
+        Self { item_keys: None, workgroups: 1024, smallest: 128, largest: 512 }
     }
 }
 
@@ -184,7 +187,7 @@ impl Context {
         let span = limits.keys as u64 + rows * u64::from(TILE_KEYS - 1);
         let pieces = match options.item_keys {
             Some(keys) => span / u64::from(keys.max(1)),
-            None => (span / options.smallest()).min(u64::from(options.workgroups).div_ceil(tiles)),
+            None => (span / options.smallest()).min(MORE * u64::from(options.workgroups).div_ceil(tiles)),
         };
         let items = rows + pieces;
         let words = HEADER_WORDS as u64
@@ -194,6 +197,9 @@ impl Context {
         Ok(PlanBound { plan: 4 * words, workspace: workspace_bytes(config, items) })
     }
 }
+
+/// How many times as many workgroups there are where work items would be too large.
+const MORE: u64 = 4;
 
 impl PlanOptions {
     fn smallest(&self) -> u64 {
@@ -218,7 +224,10 @@ impl PlanOptions {
             }
             return Ok(keys);
         }
-        let share = (keys * tiles).div_ceil(u64::from(self.workgroups.max(1)));
+        let work = keys * tiles;
+        let workgroups = u64::from(self.workgroups.max(1));
+        let many = work.div_ceil(MORE * workgroups);
+        let share = work.div_ceil(workgroups).min(many.max(u64::from(self.largest)));
         let fewest = u64::from(longest.div_ceil(MAX_SPLITS - 1));
         Ok(share.max(self.smallest()).max(fewest).next_multiple_of(tile).min(most) as u32)
     }

@@ -106,8 +106,10 @@ pub fn sweep(gpu: &Gpu<'_>, ceiling: f64, wanted: impl Fn(&str) -> bool) -> Vec<
         let Ok(prepared) = Prepared::new(gpu, &shape, false) else { continue };
         let mut best: Option<(f64, String)> = None;
         let mut try_one = |options: PlanOptions, tuning: Option<DecodeTuning>| {
-            let what =
-                format!("workgroups {}, smallest {}, {tuning:?}", options.workgroups, options.smallest);
+            let what = format!(
+                "workgroups {}, items of {} to {}, {tuning:?}",
+                options.workgroups, options.smallest, options.largest
+            );
             let Ok(Measured { us, items, .. }) = prepared.measure(options, tuning) else { return };
             println!(
                 "{:16} {us:8.1} us {:3.0}%  {what}, {items} items",
@@ -119,9 +121,9 @@ pub fn sweep(gpu: &Gpu<'_>, ceiling: f64, wanted: impl Fn(&str) -> bool) -> Vec<
                 best = Some((us, what));
             }
         };
-        for workgroups in [512, 1024, 2048, 4096] {
-            for smallest in [64, 128, 256] {
-                try_one(PlanOptions { item_keys: None, workgroups, smallest }, None);
+        for workgroups in [512, 1024, 2048] {
+            for (smallest, largest) in [(64, 512), (128, 256), (128, 512), (128, 1024), (256, 2048)] {
+                try_one(PlanOptions { item_keys: None, workgroups, smallest, largest }, None);
             }
         }
         for rows in [1, 2, 4, 8] {
