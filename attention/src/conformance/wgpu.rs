@@ -67,7 +67,7 @@ fn failed(error: impl std::fmt::Display) -> Refusal {
 
 fn refusal(error: WgpuError) -> Refusal {
     match error {
-        WgpuError::UnsupportedDType { .. } | WgpuError::Alignment { .. } | WgpuError::NoVariant { .. } => {
+        WgpuError::UnsupportedDType { .. } | WgpuError::Alignment { .. } => {
             Refusal::Unsupported(error.to_string())
         }
         other => failed(other),

@@ -1,10 +1,16 @@
 //! Decode at the shapes of `peers/h100_decode.tsv`, in f16.
 
+use std::time::Instant;
+
 use half::f16;
+use pagewise_attention::cpu;
 use pagewise_attention::wgpu::shaders::decode::DecodeTuning;
 use pagewise_attention::wgpu::wgpu::Buffer;
 use pagewise_attention::wgpu::{AttentionCall, BufferRange, HeadTerms, PlanOptions, PreparedAttention};
-use pagewise_attention::{AttentionConfig, CacheLayout, DType, KvStrides, PagedBatch, Problem};
+use pagewise_attention::{
+    AttentionConfig, CacheLayout, DType, HostTensor, HostTensorMut, KvStrides, PagedBatch, Problem,
+    RowStrides,
+};
 use serde_json::{Value, json};
 
 use crate::gpu::{Gpu, Random, element};
@@ -43,6 +49,15 @@ pub fn all_shapes(gpu: &Gpu<'_>, ceiling: f64, wanted: impl Fn(&str) -> bool) ->
                 prepared.measure(PlanOptions::default(), None).unwrap();
             best = best.min(us);
             let rate = shape.bytes() / us / 1e3;
+            // A software driver computes on the CPU: what the CPU backend takes there says how well.
+            let cpu_us = gpu.software.then(|| prepared.cpu_us());
+            if let Some(cpu_us) = cpu_us {
+                println!(
+                    "{:18} {layout} {us:8.1} us, the CPU backend {cpu_us:8.1} us: x{:.1}",
+                    shape.name,
+                    us / cpu_us
+                );
+            }
             let dense = shape.sdpa_us.map(|sdpa| sdpa / us);
             println!(
                 "{:18} {layout} {us:8.1} us {rate:5.0} GB/s {:3.0}%  vLLM x{:.2}  SDPA {}  peer x{:.2}  error {error:.1e}, {items} items, {merged} merged",
@@ -56,7 +71,7 @@ pub fn all_shapes(gpu: &Gpu<'_>, ceiling: f64, wanted: impl Fn(&str) -> bool) ->
                 "shape": shape.name, "layout": layout, "us": us, "bytes": shape.bytes(), "gb_s": rate,
                 "of_ceiling": rate / ceiling, "speedup_over_vllm": shape.vllm_us / us, "speedup_over_sdpa_dense": dense,
                 "speedup_over_best_peer": shape.best_us / us, "relative_error": error, "items": items,
-                "merged_rows": merged, "variant": variant,
+                "merged_rows": merged, "variant": variant, "cpu_us": cpu_us,
             }));
         }
         if best.is_finite() && shape.counts() {
@@ -155,6 +170,7 @@ struct Prepared<'a, 'b> {
     k_cache: Buffer,
     v_cache: Buffer,
     q: Buffer,
+    q_rows: Vec<f16>,
     rows: usize,
     /// First element of a row of the output, and what it should be.
     expected: Vec<(usize, Vec<f64>)>,
@@ -228,6 +244,7 @@ impl<'a, 'b> Prepared<'a, 'b> {
             rows: sequences,
             lens: shape.lens.clone(),
             q: gpu.upload(&q_bytes),
+            q_rows: q,
             config,
             layout,
             max_blocks,
@@ -236,6 +253,30 @@ impl<'a, 'b> Prepared<'a, 'b> {
             v_cache,
             expected,
         })
+    }
+
+    /// µs that the CPU backend takes for the same, the median of nine.
+    fn cpu_us(&self) -> f64 {
+        let side = |extent: u64, first: usize| -> Vec<f16> {
+            (first..first + extent as usize).map(|i| f16::from_f64(element(i))).collect()
+        };
+        let k = side(self.layout.k_extent(&self.config), 0);
+        let v = side(self.layout.v_extent(&self.config), V_SHIFT);
+        let query_start: Vec<i32> = (0..=self.rows as i32).collect();
+        let batch = PagedBatch::padded(&query_start, &self.lens, &self.tables[0], self.max_blocks);
+        let plan = cpu::Plan::new(Problem::new(&self.config, self.layout, batch).unwrap());
+        let tensors = [&self.q_rows, &k, &v].map(|x| HostTensor::F16(x));
+        let inputs = cpu::Inputs::new(tensors[0], tensors[1], tensors[2]);
+        let mut out = vec![f16::ZERO; self.q_rows.len()];
+        let mut times: Vec<f64> = (0..9)
+            .map(|_| {
+                let started = Instant::now();
+                plan.run(&inputs, &mut cpu::Outputs::new(HostTensorMut::F16(&mut out))).unwrap();
+                started.elapsed().as_secs_f64() * 1e6
+            })
+            .collect();
+        times.sort_by(f64::total_cmp);
+        times[4]
     }
 
     /// Plans, checks and times.
@@ -261,8 +302,7 @@ impl<'a, 'b> Prepared<'a, 'b> {
                 gpu.upload(&plan.words().iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>())
             })
             .collect();
-        let problem_strides =
-            pagewise_attention::RowStrides::packed(self.config.q_heads, self.config.head_dim_qk);
+        let strides = RowStrides::packed(self.config.q_heads, self.config.head_dim_qk);
         let prepared: Vec<PreparedAttention> = uploaded
             .iter()
             .map(|plan| {
@@ -271,7 +311,7 @@ impl<'a, 'b> Prepared<'a, 'b> {
                     layout: &self.layout,
                     rows,
                     q: BufferRange::whole(&self.q),
-                    q_strides: problem_strides,
+                    q_strides: strides,
                     k_cache: BufferRange::whole(&self.k_cache),
                     v_cache: BufferRange {
                         buffer: &self.v_cache,
@@ -280,7 +320,7 @@ impl<'a, 'b> Prepared<'a, 'b> {
                     },
                     terms: HeadTerms::default(),
                     out: BufferRange::whole(&out),
-                    out_strides: problem_strides,
+                    out_strides: strides,
                     lse: None,
                     plan: BufferRange::whole(plan),
                     workspace: BufferRange::whole(&workspace),

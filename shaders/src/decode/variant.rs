@@ -112,7 +112,9 @@ impl DecodeSpec {
             (false, 8) => 1,
             (false, _) => 4 / queries,
         };
-        let tuning = DecodeTuning { rows: (rows / chunks).max(1), workgroup_size: 128 };
+        // Few lanes hold much of a row each: then fewer groups, whose outputs are added up in the same memory.
+        let workgroup_size = (SCRATCH / parts.max(1)).next_power_of_two().clamp(32, 128);
+        let tuning = DecodeTuning { rows: (rows / chunks).max(1), workgroup_size };
         let spec = Self { q, kv, unit, lanes, chunks, queries, subgroups: subgroup.is_some(), bits, tuning };
         spec.exists().then_some(spec)
     }
@@ -165,7 +167,7 @@ impl DecodeSpec {
             && queries <= lanes.min(8)
             && (queries == 1 || queries * self.parts() <= MOST_OUTPUTS)
             && (1..=8).contains(&rows)
-            && [64, 128, 256].contains(&workgroup_size)
+            && [32, 64, 128, 256].contains(&workgroup_size)
             && self.workgroup_memory() <= 16_384
     }
 
@@ -208,5 +210,34 @@ impl DecodeSpec {
             }
         }
         found
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_head_finds_a_variant_on_every_device() {
+        for (q, kv) in DType::ALL.into_iter().flat_map(|q| DType::ALL.map(|kv| (q, kv))) {
+            for (unit, head_dim) in
+                Unit::ALL.into_iter().flat_map(|unit| (4..=256).map(move |dim| (unit, dim)))
+            {
+                for group in 1..=20 {
+                    for subgroup in [None, Some(4), Some(8), Some(16), Some(32), Some(64)] {
+                        for bits in [false, true] {
+                            let needs = DecodeNeeds { q, kv, unit, head_dim, group, subgroup, bits };
+                            let spec = DecodeSpec::for_needs(needs);
+                            // An f32 cache has no halves to read.
+                            let there = kv != DType::F32 || unit == Unit::Vec4;
+                            assert_eq!(spec.is_some(), there, "{needs:?}");
+                            let Some(spec) = spec else { continue };
+                            assert!(spec.lanes * spec.chunks * spec.unit_elements() >= head_dim, "{needs:?}");
+                            assert!(subgroup.is_none_or(|size| spec.lanes <= size), "{needs:?}");
+                        }
+                    }
+                }
+            }
+        }
     }
 }
