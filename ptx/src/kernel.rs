@@ -38,14 +38,17 @@ pub enum ParamType {
     U32,
     /// An IEEE binary32.
     F32,
+    /// A tensor map (`CUtensorMap`) by value, which the copy engine reads; made by the host's driver.
+    TensorMap,
 }
 
 impl ParamType {
-    /// Bytes that the parameter takes, which is also its alignment.
+    /// Bytes that the parameter takes, which is also its alignment; but a tensor map's is 64.
     pub const fn size(self) -> usize {
         match self {
             Self::Pointer | Self::U64 => 8,
             Self::U32 | Self::F32 => 4,
+            Self::TensorMap => 128,
         }
     }
 
@@ -55,6 +58,7 @@ impl ParamType {
             Self::Pointer | Self::U64 => ".u64",
             Self::U32 => ".u32",
             Self::F32 => ".f32",
+            Self::TensorMap => ".align 64 .b8",
         }
     }
 }

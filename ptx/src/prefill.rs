@@ -144,6 +144,12 @@ const PARAMS: [Param; 29] = {
     ]
 };
 
+/// The parameters of the Hopper form: two tensor maps, those of all forms, and the number of items.
+fn hopper_params() -> Vec<Param> {
+    let maps = ["k_map", "v_map"].map(|name| param(name, ParamType::TensorMap));
+    maps.into_iter().chain(PARAMS).chain([param("items", ParamType::U32)]).collect()
+}
+
 impl PrefillArgs {
     /// The values of the parameters, in launch order.
     pub fn values(&self) -> [Arg; PARAMS.len()] {
@@ -185,7 +191,17 @@ impl PrefillArgs {
             Arg::f32(cap),
         ]
     }
+
+    /// Those of the Hopper form that follow the tensor maps, for so many items.
+    pub fn hopper_values(&self, items: u32) -> [Arg; HOPPER_VALUES] {
+        let mut values = [Arg::u32(items); HOPPER_VALUES];
+        values.iter_mut().zip(self.values()).for_each(|(place, value)| *place = value);
+        values
+    }
 }
+
+/// The parameters of the Hopper form after the tensor maps.
+const HOPPER_VALUES: usize = PARAMS.len() + 1;
 
 /// One variant, rendered.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -204,23 +220,46 @@ impl Prefill {
         if !spec.exists() {
             return Err(Error::UnsupportedPrefill { dtype, head_dim });
         }
-        let target = Target { sm: 80, ptx: (7, 4) };
-        let text = template::render(
-            FAMILY,
-            include_str!("../kernels/prefill.ptx"),
-            context! {
-                entry => spec.entry(),
-                sm => target.sm,
-                ptx_version => format!("{}.{}", target.ptx.0, target.ptx.1),
-                dtype => dtype.name(),
-                head_dim,
-                warps => spec.warps(),
-                atoms => spec.atoms(),
-                keys => spec.tile_keys(),
-                blocks_per_sm => spec.blocks_per_multiprocessor(),
-                rows_name => "s_rows",
-            },
-        )?;
+        let target = match spec.form {
+            Form::Hopper => Target { sm: 90, ptx: (8, 0) },
+            // The prefetch size of cp.async came with PTX 7.4.
+            Form::Large | Form::Small => Target { sm: 80, ptx: (7, 4) },
+        };
+        let ptx_version = format!("{}.{}", target.ptx.0, target.ptx.1);
+        let (entry, dtype) = (spec.entry(), dtype.name());
+        let (text, params) = match spec.form {
+            Form::Hopper => (
+                template::render(
+                    FAMILY,
+                    include_str!("../kernels/prefill_hopper.ptx"),
+                    context! {
+                        entry, ptx_version, dtype, head_dim,
+                        stages => spec.stages(),
+                        // Of 65,536: 128 threads with the first, 256 with the second.
+                        producer_registers => 40,
+                        consumer_registers => 232,
+                        rows_name => "%r_rows_at",
+                    },
+                )?,
+                hopper_params(),
+            ),
+            Form::Large | Form::Small => (
+                template::render(
+                    FAMILY,
+                    include_str!("../kernels/prefill.ptx"),
+                    context! {
+                        entry, ptx_version, dtype, head_dim,
+                        sm => target.sm,
+                        warps => spec.warps(),
+                        atoms => spec.atoms(),
+                        keys => spec.tile_keys(),
+                        blocks_per_sm => spec.blocks_per_multiprocessor(),
+                        rows_name => "s_rows",
+                    },
+                )?,
+                PARAMS.to_vec(),
+            ),
+        };
         Ok(Self {
             spec,
             kernel: Kernel {
@@ -228,7 +267,7 @@ impl Prefill {
                 entry: spec.entry(),
                 text,
                 target,
-                params: PARAMS.to_vec(),
+                params,
                 max_threads: spec.warps() * 32,
                 static_shared: spec.static_bytes(),
                 dynamic_shared: spec.dynamic_bytes(),
@@ -251,16 +290,17 @@ impl Prefill {
         self.kernel
     }
 
-    /// Grid and block for so many items.
+    /// Grid and block for so many thread blocks: as many as there are items, or with the Hopper form no more than
+    /// multiprocessors, of which each takes every so-manieth item.
     ///
     /// # Errors
     /// [`Error::Zero`] for none.
-    pub fn launch(&self, items: u32) -> Result<Launch, Error> {
-        if items == 0 {
+    pub fn launch(&self, blocks: u32) -> Result<Launch, Error> {
+        if blocks == 0 {
             return Err(Error::Zero { kernel: FAMILY, field: "items" });
         }
         Ok(Launch {
-            grid: [items, 1, 1],
+            grid: [blocks, 1, 1],
             block: [self.kernel.max_threads, 1, 1],
             dynamic_shared: self.kernel.dynamic_shared,
         })

@@ -11,6 +11,7 @@ use crate::Error;
 
 /// The shared idioms and the parts of long kernels, which kernels import or include by these names.
 const LIB: &[(&str, &str)] = &[
+    ("lib/barriers.ptx", include_str!("../kernels/lib/barriers.ptx")),
     ("lib/elements.ptx", include_str!("../kernels/lib/elements.ptx")),
     ("decode/queries.ptx", include_str!("../kernels/decode/queries.ptx")),
     ("decode/scores.ptx", include_str!("../kernels/decode/scores.ptx")),

@@ -46,7 +46,7 @@ impl AttentionPlan {
     pub fn new(problem: &Problem<'_>, device: &Device, options: AttentionOptions) -> Result<Self, CudaError> {
         let AttentionOptions { decode, form, prefill_keys, tiles_from } = options;
         let config = problem.config();
-        let spec = PrefillPart::spec(config, device, form);
+        let spec = PrefillPart::spec(problem, device, form);
         let from = tiles_from.unwrap_or(TILES_FROM.div_ceil(config.group()).max(2));
         let tiled: Vec<usize> = spec.map_or(Vec::new(), |spec| {
             let fits = |&index: &usize| {

@@ -7,6 +7,7 @@ use cudarc::driver::sys;
 use pagewise_ptx::{Arg, Kernel, Launch};
 
 use super::error::message;
+use super::tensor_map::TensorMap;
 use super::{CudaError, Device};
 
 /// A raw stream: a `CUstream` (the same as the runtime's `cudaStream_t`) as a number; 0 is the default stream.
@@ -108,10 +109,27 @@ impl LoadedKernel {
         args: &[Arg],
         stream: RawStream,
     ) -> Result<(), CudaError> {
-        debug_assert_eq!(args.len(), self.params, "{}", self.entry);
+        // SAFETY: the caller's.
+        unsafe { self.launch_with_maps(launch, &[], args, stream) }
+    }
+
+    /// The same for a kernel whose first parameters are tensor maps.
+    ///
+    /// # Safety
+    /// As [`LoadedKernel::launch`], and for what the maps reach.
+    pub(super) unsafe fn launch_with_maps(
+        &self,
+        launch: Launch,
+        maps: &[TensorMap],
+        args: &[Arg],
+        stream: RawStream,
+    ) -> Result<(), CudaError> {
+        debug_assert_eq!(maps.len() + args.len(), self.params, "{}", self.entry);
         let mut pointers = [ptr::null_mut::<c_void>(); MAX_PARAMS];
-        for (pointer, arg) in pointers.iter_mut().zip(args) {
-            *pointer = arg.as_ptr().cast_mut().cast();
+        let maps = maps.iter().map(|map| map.as_ptr().cast_mut().cast());
+        let args = args.iter().map(|arg| arg.as_ptr().cast_mut().cast());
+        for (pointer, value) in pointers.iter_mut().zip(maps.chain(args)) {
+            *pointer = value;
         }
         let ([grid_x, grid_y, grid_z], [block_x, block_y, block_z]) = (launch.grid, launch.block);
         // SAFETY: the function is loaded, the driver copies the arguments before it returns, and the caller

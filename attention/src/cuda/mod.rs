@@ -25,6 +25,7 @@ mod prefill;
 mod rotary;
 mod slices;
 mod split;
+mod tensor_map;
 mod write_kv;
 
 pub use attention::{AttentionOptions, AttentionPlan};

@@ -17,12 +17,16 @@ use super::call::{Planned, Tensors};
 use super::context::Entry;
 use super::decode::ptx_type;
 use super::plan::small;
-use super::{AttentionCall, Context, CudaError, Device, RawStream};
+use super::tensor_map::{CacheView, TensorMap};
+use super::{AttentionCall, ComputeCapability, Context, CudaError, Device, RawStream};
 use crate::plan::first_entry;
-use crate::{AttentionConfig, Mask, Problem};
+use crate::{Mask, Problem};
 
 /// What starting and ending an item takes, in tiles of keys.
 const START: u64 = 2;
+
+/// The smallest blocks whose rows fill a box of the copy engine as it likes them.
+const HOPPER_BLOCK: usize = 16;
 
 /// What the merge of split tiles takes, in the same.
 const MERGE: u64 = 3;
@@ -35,7 +39,10 @@ const MOST_SIMULATED: usize = 4096;
 pub(super) struct PrefillPart {
     spec: PrefillSpec,
     group: u32,
+    /// For the Hopper form in rounds: one for each thread block of `grid`, then the next of each, and so on.
     items: Vec<PrefillItem>,
+    /// Thread blocks of the Hopper form.
+    grid: u32,
     merges: Vec<MergeItem>,
     /// First key that a query row sees, end, position, 0.
     ranges: Vec<[i32; 4]>,
@@ -51,7 +58,8 @@ struct Tile {
 
 impl PrefillPart {
     /// The variant for a configuration, or `None` where prefill has none, and decode takes the rows one by one.
-    pub(super) fn spec(config: &AttentionConfig, device: &Device, form: Option<Form>) -> Option<PrefillSpec> {
+    pub(super) fn spec(problem: &Problem<'_>, device: &Device, form: Option<Form>) -> Option<PrefillSpec> {
+        let (config, block_size) = (problem.config(), problem.layout().block_size);
         let room = u32::try_from(config.head_dim_qk.max(config.head_dim_v)).ok()?;
         let same = config.q_dtype == config.kv_dtype && config.mask != Mask::Bits;
         let whole = config.head_dim_qk.is_multiple_of(8) && config.head_dim_v.is_multiple_of(8);
@@ -60,8 +68,16 @@ impl PrefillPart {
         }
         let spec = |form| PrefillSpec::for_head(ptx_type(config.q_dtype), room, form);
         match form {
+            Some(Form::Hopper) if block_size < HOPPER_BLOCK => None,
             Some(form) => spec(form),
             None => {
+                let ComputeCapability { major, minor } = device.compute_capability;
+                if block_size >= HOPPER_BLOCK
+                    && Form::Hopper.runs_on(major, minor)
+                    && let Some(hopper) = spec(Form::Hopper)
+                {
+                    return Some(hopper);
+                }
                 let large = spec(Form::Large)?;
                 let fits = device.blocks_that_fit(large.shared_bytes()) >= large.blocks_per_multiprocessor();
                 if fits { Some(large) } else { spec(Form::Small) }
@@ -121,7 +137,8 @@ impl PrefillPart {
             Some(keys) => u64::from(keys.div_ceil(spec.tile_keys()).max(1)),
             None => piece(&tiles, u64::from(kv_heads), slots),
         };
-        let mut part = Self { spec, group, items: Vec::new(), merges: Vec::new(), ranges, partials: 0 };
+        let mut part =
+            Self { spec, group, items: Vec::new(), grid: 0, merges: Vec::new(), ranges, partials: 0 };
         for tile in &tiles {
             for head in 0..kv_heads {
                 part.add(tile, head, piece)?;
@@ -129,6 +146,11 @@ impl PrefillPart {
         }
         if part.partials > 0 {
             part.items.sort_by_key(|item| Reverse(item.end - item.begin));
+        }
+        part.grid = small("the number of work items", part.items.len())?;
+        if spec.form == Form::Hopper {
+            part.grid = part.grid.min(device.multiprocessors.max(1));
+            part.items = deal(&part.items, part.grid as usize, spec.tile_keys());
         }
         Ok(part)
     }
@@ -278,6 +300,24 @@ fn piece(tiles: &[Tile], heads: u64, slots: u64) -> u64 {
     best.1
 }
 
+/// Deals items, the longest first, to thread blocks so that all have about equally much to do: in rounds, those that
+/// come too short last filled up with items without work.
+fn deal(items: &[PrefillItem], blocks: usize, tile_keys: u32) -> Vec<PrefillItem> {
+    let mut least: BinaryHeap<Reverse<(u64, usize)>> = (0..blocks).map(|block| Reverse((0, block))).collect();
+    let mut hands = vec![Vec::new(); blocks];
+    for item in items {
+        let Some(Reverse((busy, block))) = least.pop() else { break };
+        let tiles = u64::from(item.end.div_ceil(tile_keys) - (item.begin / tile_keys).min(item.end));
+        least.push(Reverse((busy + tiles + START, block)));
+        if let Some(hand) = hands.get_mut(block) {
+            hand.push(*item);
+        }
+    }
+    let rounds = hands.iter().map(Vec::len).max().unwrap_or(0);
+    let round = |number: usize| hands.iter().map(move |hand| hand.get(number).copied().unwrap_or_default());
+    (0..rounds).flat_map(round).collect()
+}
+
 /// When the last of the slots is done, if each takes the longest item that is left; `None` where there are so many
 /// that it does not matter.
 fn makespan(tiles: &[Tile], heads: u64, slots: u64, piece: u64) -> Option<u64> {
@@ -348,10 +388,29 @@ impl Context {
             partial_out: call.partial_out,
             partial_max: call.partial_max,
         };
-        let items = small("the number of work items", part.items.len())?;
         let entry = self.prefill_kernel(part.spec)?;
+        let launch = entry.descriptor.launch(part.grid)?;
         // SAFETY: the arguments are in the descriptor's order; the caller answers for addresses and stream.
-        unsafe { entry.kernel.launch(entry.descriptor.launch(items)?, &args.values(), stream)? };
+        unsafe {
+            match part.spec.form {
+                Form::Hopper => {
+                    let layout = planned.layout;
+                    let view = |rows, head_dim: usize| CacheView {
+                        rows,
+                        dtype: config.kv_dtype,
+                        head_dim: head_dim as u32,
+                        block_size: layout.block_size as u32,
+                        kv_heads: config.kv_heads as u32,
+                        num_blocks: layout.num_blocks as u64,
+                    };
+                    let k_map = TensorMap::new(view(k, config.head_dim_qk))?;
+                    let v_map = TensorMap::new(view(v, config.head_dim_v))?;
+                    let args = args.hopper_values(part.items.len() as u32);
+                    entry.kernel.launch_with_maps(launch, &[k_map, v_map], &args, stream)?;
+                }
+                Form::Large | Form::Small => entry.kernel.launch(launch, &args.values(), stream)?,
+            }
+        }
         if part.merges.is_empty() {
             return Ok(());
         }

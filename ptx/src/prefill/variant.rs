@@ -12,16 +12,20 @@ pub enum Form {
     Large,
     /// The same with tiles of half as many keys, at most 68 KiB: for every GPU from sm_80 on.
     Small,
+    /// `wgmma` with the copy engine, on Hopper alone, for heads up to 128 over blocks of 16
+    /// keys and more.
+    Hopper,
 }
 
 impl Form {
     /// All forms.
-    pub const ALL: [Self; 2] = [Self::Large, Self::Small];
+    pub const ALL: [Self; 3] = [Self::Large, Self::Small, Self::Hopper];
 
     /// Whether GPUs of a compute capability run it; Hopper's instructions are Hopper's alone.
     pub const fn runs_on(self, major: u32, minor: u32) -> bool {
         match self {
             Self::Large | Self::Small => major * 10 + minor >= 80,
+            Self::Hopper => major == 9,
         }
     }
 }
@@ -55,7 +59,9 @@ impl PrefillSpec {
 
     /// Whether there is such a variant.
     pub fn exists(self) -> bool {
-        matches!(self.dtype, DType::F16 | DType::Bf16) && HEAD_DIMS.contains(&self.head_dim)
+        matches!(self.dtype, DType::F16 | DType::Bf16)
+            && HEAD_DIMS.contains(&self.head_dim)
+            && (self.form != Form::Hopper || self.head_dim <= 128)
     }
 
     /// The entry point: `prefill_bf16_d128`.
@@ -64,13 +70,17 @@ impl PrefillSpec {
         let form = match form {
             Form::Large => "",
             Form::Small => "_small",
+            Form::Hopper => "_hopper",
         };
         format!("{FAMILY}_{dtype}_d{head_dim}{form}")
     }
 
     /// Rows of a tile.
     pub const fn tile_rows(self) -> u32 {
-        self.warps() * self.atoms() * 16
+        match self.form {
+            Form::Hopper => 128,
+            Form::Large | Form::Small => self.warps() * self.atoms() * 16,
+        }
     }
 
     /// Keys that a thread block takes at a time.
@@ -79,12 +89,24 @@ impl PrefillSpec {
         match self.form {
             Form::Large => large,
             Form::Small => large / 2,
+            Form::Hopper => 128,
         }
     }
 
     /// Warps of a thread block.
     pub(super) const fn warps(self) -> u32 {
-        4
+        match self.form {
+            Form::Hopper => 12,
+            Form::Large | Form::Small => 4,
+        }
+    }
+
+    /// Tiles of K, and of V, that there is room for.
+    pub(super) const fn stages(self) -> u32 {
+        match (self.form, self.head_dim) {
+            (Form::Hopper, ..=64) => 4,
+            _ => 2,
+        }
     }
 
     /// Rows of a warp, in sixteens: as many accumulators as registers hold.
@@ -94,7 +116,10 @@ impl PrefillSpec {
 
     /// Thread blocks that are to fit a multiprocessor.
     pub const fn blocks_per_multiprocessor(self) -> u32 {
-        2
+        match self.form {
+            Form::Hopper => 1,
+            Form::Large | Form::Small => 2,
+        }
     }
 
     /// Bytes of shared memory of a thread block.
@@ -104,11 +129,19 @@ impl PrefillSpec {
 
     /// Of them, those that the text declares: a description of each row.
     pub(super) const fn static_bytes(self) -> u32 {
-        self.tile_rows() * 32
+        match self.form {
+            Form::Hopper => 0,
+            Form::Large | Form::Small => self.tile_rows() * 32,
+        }
     }
 
-    /// Those of Q, and of two tiles of K and V.
+    /// Those of Q, and of the tiles of K and V; on Hopper also two tables of rows and the barriers, from the first
+    /// multiple of 1024 on.
     pub(super) const fn dynamic_bytes(self) -> u32 {
-        (self.tile_rows() + 4 * self.tile_keys()) * self.head_dim * 2
+        let tiles = (self.tile_rows() + 2 * self.stages() * self.tile_keys()) * self.head_dim * 2;
+        match self.form {
+            Form::Hopper => 1024 + tiles + 2 * self.tile_rows() * 32 + 5 * 8 * self.stages() + 32,
+            Form::Large | Form::Small => tiles,
+        }
     }
 }
