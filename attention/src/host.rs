@@ -91,3 +91,33 @@ impl HostTensorMut<'_> {
         }
     }
 }
+
+impl HostTensor<'_> {
+    /// The elements as bytes, in little-endian order as devices hold them.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        match self {
+            Self::F32(x) => x.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            Self::F16(x) => x.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            Self::Bf16(x) => x.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            Self::F8E4M3(x) | Self::F8E5M2(x) => x.to_vec(),
+        }
+    }
+}
+
+impl HostTensorMut<'_> {
+    /// Sets the elements from such bytes, as far as both reach.
+    pub fn set_bytes(&mut self, bytes: &[u8]) {
+        match self {
+            Self::F32(x) => {
+                x.iter_mut().zip(bytes.as_chunks().0).for_each(|(x, b)| *x = f32::from_le_bytes(*b));
+            }
+            Self::F16(x) => {
+                x.iter_mut().zip(bytes.as_chunks().0).for_each(|(x, b)| *x = f16::from_le_bytes(*b));
+            }
+            Self::Bf16(x) => {
+                x.iter_mut().zip(bytes.as_chunks().0).for_each(|(x, b)| *x = bf16::from_le_bytes(*b));
+            }
+            Self::F8E4M3(x) | Self::F8E5M2(x) => x.iter_mut().zip(bytes).for_each(|(x, b)| *x = *b),
+        }
+    }
+}

@@ -15,6 +15,8 @@
 
 mod dtype;
 mod host;
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+mod plan;
 mod problem;
 
 #[cfg(feature = "conformance")]

@@ -20,6 +20,8 @@ mod gpu;
 mod host;
 #[path = "cuda/prefill.rs"]
 mod prefill;
+#[path = "shared/shapes.rs"]
+mod shapes;
 #[path = "cuda/sweep.rs"]
 mod sweep;
 #[path = "cuda/yardsticks.rs"]

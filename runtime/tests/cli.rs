@@ -439,3 +439,19 @@ fn a_reader_that_goes_away_is_no_panic() {
     let Output { status, stderr, .. } = child.wait_with_output().unwrap();
     assert_eq!((status.code(), String::from_utf8_lossy(&stderr).as_ref()), (Some(1), ""));
 }
+
+#[test]
+fn conformance_counts_its_cases_and_names_what_is_not_there() {
+    let case = "attention q=f32 kv=f32 heads=4/2 dim=64 block=16 mask=causal sequences=4:70,1:9";
+    let run = pagewise(&["conformance", "--backend", "cpu", "--case", case, "--json"], "");
+    assert_eq!(run.code, Some(0), "{run:?}");
+    let lines: Vec<Value> = run.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let [report, sums] = lines.as_slice() else { panic!("{run:?}") };
+    assert_eq!(*sums, json!({"passed": 1, "failed": 0, "skipped": 0}));
+    assert!(report["subject"].as_str().unwrap().starts_with("cpu"), "{report}");
+
+    let run = pagewise(&["conformance", "--case", "attention dim=0"], "");
+    assert_eq!((run.code, run.stdout.as_str()), (Some(2), ""), "{run:?}");
+    let run = pagewise(&["conformance", "--backend", "cuda"], "");
+    assert_eq!((run.code, run.stdout.as_str()), (Some(2), ""), "{run:?}");
+}

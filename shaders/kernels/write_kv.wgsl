@@ -1,6 +1,7 @@
 //# Variables: name, source, cache (element types); access ("vec4", "word", "half"); elements,
 //# source_units, cache_units (what an invocation moves); source_type, cache_type (element types of the
 //# arrays); workgroup_size.
+//% import "lib/elements.wgsl" as elements_lib
 //% set converts = source != cache
 //% set sides = ["key", "value"]
 // ${ name }: store the K and V rows of new tokens into the blocks of a paged cache.
@@ -56,56 +57,14 @@ struct Params {
 @group(0) @binding(4) var<storage, read_write> key_cache: array<${ cache_type }>;
 @group(0) @binding(5) var<storage, read_write> value_cache: array<${ cache_type }>;
 
-//% if converts and source == "f16" and access != "half"
-// Two f16 of a word, as f32.
-fn widen(word: u32) -> vec2<f32> {
-    return unpack2x16float(word);
-}
-
-//% elif converts and source == "bf16"
-// Two bf16 of a word, as f32: the upper halves of their bits.
-fn widen(word: u32) -> vec2<f32> {
-    return vec2<f32>(bitcast<f32>(word << 16u), bitcast<f32>(word & 0xffff0000u));
-}
-
+//% if converts and (source == "bf16" or (source == "f16" and access != "half"))
+${ elements_lib.widen(source) }
 //% endif
-//% if converts and cache == "f16"
-// An f32 as the bits of an f16: to nearest, ties to even. By hand, because a device may round
-// pack2x16float either way and leaves numbers beyond 65504 undefined.
-fn narrow_one(x: f32) -> u32 {
-    let bits = bitcast<u32>(x);
-    let sign = (bits >> 16u) & 0x8000u;
-    let magnitude = bits & 0x7fffffffu;
-    if (magnitude > 0x7f800000u) {
-        return sign | 0x7e00u; // NaN
-    }
-    if (magnitude >= 0x47800000u) {
-        return sign | 0x7c00u; // 65536 and more: infinity
-    }
-    if (magnitude < 0x38800000u) {
-        // Below 2^-14: next to 0.5, an f32 has the spacing of such an f16, so the addition rounds.
-        return sign | (bitcast<u32>(bitcast<f32>(magnitude) + 0.5) - 0x3f000000u);
-    }
-    let rounded = magnitude + 0x0fffu + ((magnitude >> 13u) & 1u);
-    return sign | ((rounded - 0x38000000u) >> 13u); // exponent bias 127 becomes 15
-}
-
-//% elif converts and cache == "bf16"
-// An f32 as the bits of a bf16: to nearest, ties to even.
-fn narrow_one(x: f32) -> u32 {
-    let bits = bitcast<u32>(x);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) {
-        return (bits >> 16u) | 0x40u; // NaN stays NaN
-    }
-    return (bits + 0x7fffu + ((bits >> 16u) & 1u)) >> 16u;
-}
-
+//% if converts and cache != "f32"
+${ elements_lib.narrow_one(cache) }
 //% endif
 //% if converts and cache != "f32" and access != "half"
-fn narrow(x: vec2<f32>) -> u32 {
-    return narrow_one(x.x) | (narrow_one(x.y) << 16u);
-}
-
+${ elements_lib.narrow() }
 //% endif
 @compute @workgroup_size(${ workgroup_size })
 fn write_kv(

@@ -18,6 +18,14 @@ pub enum Error {
         /// Element type that is written.
         cache: DType,
     },
+    /// A specification that is out of its bounds.
+    #[error("{kernel} has no variant {name}: lanes, queries and tuning are out of its bounds")]
+    NoSuchVariant {
+        /// Kernel family.
+        kernel: &'static str,
+        /// The name that it would have.
+        name: String,
+    },
     /// A size, offset or stride does not divide into what a variant reads at once.
     #[error(
         "{kernel}: {field} = {value} is not a multiple of the {unit} elements that this variant moves at once: use a narrower access"

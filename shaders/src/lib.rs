@@ -16,8 +16,12 @@
 //!
 //! | module | kernel |
 //! |---|---|
+//! | [`mod@copy_blocks`] | copies blocks within a cache |
+//! | [`mod@decode`] | attends over a paged cache, keys split over workgroups, and merges the splits |
 //! | [`mod@write_kv`] | stores new K and V rows into cache blocks, given by a slot mapping |
 
+pub mod copy_blocks;
+pub mod decode;
 mod dtype;
 mod error;
 mod shader;
@@ -33,5 +37,18 @@ pub use shader::{Binding, BindingKind, Shader};
 /// # Errors
 /// [`Error::Template`] when a template does not render, which is a defect of this crate.
 pub fn all_shaders() -> Result<Vec<Shader>, Error> {
-    write_kv::WriteKvSpec::all().map(|spec| Ok(write_kv::WriteKv::new(spec)?.into_shader())).collect()
+    let mut shaders = Vec::new();
+    for spec in write_kv::WriteKvSpec::all() {
+        shaders.push(write_kv::WriteKv::new(spec)?.into_shader());
+    }
+    for spec in decode::DecodeSpec::all() {
+        shaders.push(decode::Decode::new(spec)?.into_shader());
+    }
+    for unit in copy_blocks::CopyUnit::ALL {
+        shaders.push(copy_blocks::CopyBlocks::new(unit)?.into_shader());
+    }
+    for q in DType::ALL {
+        shaders.push(decode::DecodeMerge::new(q)?.into_shader());
+    }
+    Ok(shaders)
 }

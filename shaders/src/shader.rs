@@ -36,6 +36,7 @@ pub struct Shader {
     pub(crate) bindings: Vec<Binding>,
     pub(crate) workgroup_size: u32,
     pub(crate) needs_f16: bool,
+    pub(crate) needs_subgroups: bool,
 }
 
 impl Shader {
@@ -72,5 +73,10 @@ impl Shader {
     /// Whether the device must have the feature `shader-f16`.
     pub fn needs_f16(&self) -> bool {
         self.needs_f16
+    }
+
+    /// Whether the device must have subgroup operations.
+    pub fn needs_subgroups(&self) -> bool {
+        self.needs_subgroups
     }
 }

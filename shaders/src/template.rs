@@ -9,6 +9,9 @@ use minijinja::{Environment, UndefinedBehavior, Value};
 
 use crate::Error;
 
+/// The shared idioms, which kernels import by these names.
+const LIB: &[(&str, &str)] = &[("lib/elements.wgsl", include_str!("../kernels/lib/elements.wgsl"))];
+
 /// Renders `source` (the template named `name`) with the map `variables`.
 pub(crate) fn render(name: &'static str, source: &str, variables: Value) -> Result<String, Error> {
     render_text(name, source, variables)
@@ -29,6 +32,9 @@ fn render_text(name: &str, source: &str, variables: Value) -> Result<String, min
     let mut environment = Environment::new();
     environment.set_syntax(syntax);
     environment.set_undefined_behavior(UndefinedBehavior::Strict);
+    for (name, source) in LIB {
+        environment.add_template(name, source)?;
+    }
     environment.add_template(name, source)?;
     environment.get_template(name)?.render(variables).map(|text| without_double_blanks(&text))
 }

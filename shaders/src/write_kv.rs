@@ -267,6 +267,7 @@ impl WriteKv {
                 bindings,
                 workgroup_size: WORKGROUP_SIZE,
                 needs_f16: access == Access::Half,
+                needs_subgroups: false,
             },
         })
     }

@@ -15,6 +15,7 @@ fn validated(shader: &Shader) -> (Module, ModuleInfo) {
     // Nothing beyond plain WebGPU, which has pack2x16float, but f16 where the descriptor says so.
     let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
     capabilities.set(Capabilities::SHADER_FLOAT16, shader.needs_f16());
+    capabilities.set(Capabilities::SUBGROUP, shader.needs_subgroups());
     let info = Validator::new(ValidationFlags::all(), capabilities)
         .validate(&module)
         .unwrap_or_else(|error| panic!("{name}: {}", error.emit_to_string(shader.text())));
@@ -30,7 +31,12 @@ fn every_variant_translates_for_every_backend() {
         let failed =
             |language: &str, error: &dyn std::fmt::Display| -> ! { panic!("{name} to {language}: {error}") };
 
-        let spirv = back::spv::write_vec(&module, &info, &back::spv::Options::default(), None);
+        let spirv = back::spv::write_vec(
+            &module,
+            &info,
+            &back::spv::Options { lang_version: (1, 3), ..Default::default() },
+            None,
+        );
         spirv.unwrap_or_else(|error| failed("SPIR-V", &error));
         let options =
             back::msl::Options { lang_version: (2, 4), fake_missing_bindings: true, ..Default::default() };

@@ -7,36 +7,18 @@
 mod encode;
 #[path = "gpu/random.rs"]
 mod random;
+#[path = "gpu/wgpu_contexts.rs"]
+mod wgpu_contexts;
 #[path = "gpu/write_kv.rs"]
 mod write_kv;
 
-use std::io::Write as _;
-
-use pagewise_attention::wgpu::{self as backend, BufferRange, Context, WgpuError, WriteKvCall, wgpu};
+use pagewise_attention::wgpu::{BufferRange, Context, WgpuError, WriteKvCall, wgpu};
 use pagewise_attention::{AttentionConfig, CacheLayout, DType, ProblemError};
 use random::{Random, run_cases, run_seed};
 use wgpu::BufferUsages;
 use wgpu::util::{BufferInitDescriptor, DeviceExt};
+use wgpu_contexts::contexts;
 use write_kv::{Case, Tensors, wanted_case};
-
-/// Every adapter's context. Without any: a loud line, and a failure where software Vulkan must be there.
-fn contexts() -> Vec<(String, Context)> {
-    let reports = pollster::block_on(backend::adapters());
-    if reports.is_empty() {
-        let advice = "no Vulkan adapter; ./scripts/install-vulkan installs a software one";
-        assert!(std::env::var("CI").as_deref() != Ok("true"), "{advice}");
-        // Past the test harness, which keeps eprintln! of a passing test to itself.
-        let _ = writeln!(std::io::stderr(), "SKIPPED: {advice}");
-    }
-    reports
-        .iter()
-        .map(|report| {
-            report.check().unwrap();
-            let (device, queue) = pollster::block_on(backend::open(report.index)).unwrap();
-            (report.to_string(), Context::new(device, queue).unwrap())
-        })
-        .collect()
-}
 
 fn buffer(context: &Context, contents: &[u8], usage: BufferUsages) -> wgpu::Buffer {
     context.device().create_buffer_init(&BufferInitDescriptor { label: None, contents, usage })

@@ -20,6 +20,8 @@ mod random;
 mod runner;
 mod subject;
 mod table;
+#[cfg(feature = "wgpu")]
+mod wgpu;
 
 pub use buffer::Buffer;
 pub use case::{Case, CaseMask, Layout, Operation, ParseCaseError, Rows, ScaleKind, SequenceShape, Tables};
@@ -35,3 +37,5 @@ pub use subject::{
     WriteTask,
 };
 pub use table::{full, quick, random_case};
+#[cfg(feature = "wgpu")]
+pub use wgpu::Wgpu;

@@ -6,10 +6,10 @@ use pagewise_ptx::decode::WorkspaceSizes;
 use pagewise_ptx::prefill::Form;
 
 use super::call::Planned;
-use super::plan::visible_rows;
 use super::prefill::PrefillPart;
 use super::{AttentionCall, Context, CudaError, DecodePlan, Device, PlanOptions, RawStream};
 use crate::Problem;
+use crate::plan::visible_rows;
 
 /// Query rows of a sequence, times the query heads that share a KV head, from which on its rows are worked on in
 /// tiles. Below that reading the keys once for each row, mostly from the L2, is no slower than filling up a tile.

@@ -7,7 +7,8 @@
 
 use pagewise_ptx::decode::TILE_KEYS;
 
-use super::split::{Cut, Keys, Shrink};
+use super::split::{Shrink, shrinking};
+use crate::plan::{Cut, Keys};
 
 /// How many times its share of the bandwidth one multiprocessor can draw.
 const MOST_SHARES: f64 = 1.75;
@@ -110,14 +111,14 @@ pub(super) fn choose(rows: &[Keys], step: &Step, block_heads: Option<u32>, shrin
     let (next, merge) = (NEXT / each, MERGE * (1.0 + each) / 2.0);
 
     let cut_heads = block_heads.unwrap_or(1);
-    let shrinking = Choice {
+    let shrunk = Choice {
         block_heads: cut_heads,
-        cut: Cut::shrinking(shrink.unwrap_or_default(), lengths.total as u64, step, cut_heads),
+        cut: shrinking(shrink.unwrap_or_default(), lengths.total as u64, step, cut_heads),
         cost: scattered(cut_heads) + merge + 2.0 * next,
         floor: share,
     };
     if shrink.is_some() {
-        return shrinking;
+        return shrunk;
     }
 
     // Whole rows need no merge.
@@ -135,7 +136,7 @@ pub(super) fn choose(rows: &[Keys], step: &Step, block_heads: Option<u32>, shrin
         let cost = (scattered(heads) + tail).max(key * lengths.longest / most);
         Choice { block_heads: heads, cut: Cut::Equal(u32::MAX), cost, floor: share }
     };
-    let whole = step.head_choices(block_heads).map(whole).reduce(cheaper).unwrap_or(shrinking);
+    let whole = step.head_choices(block_heads).map(whole).reduce(cheaper).unwrap_or(shrunk);
     if whole.cost <= scattered(cut_heads) + merge {
         return whole;
     }
@@ -147,7 +148,7 @@ pub(super) fn choose(rows: &[Keys], step: &Step, block_heads: Option<u32>, shrin
         cost: scattered(cut_heads).max(f64::from(keys) * key / most) + merge,
         floor: share,
     });
-    [Some(whole), equal].into_iter().flatten().fold(shrinking, cheaper)
+    [Some(whole), equal].into_iter().flatten().fold(shrunk, cheaper)
 }
 
 /// The cheaper of two choices, the second if they are equal.

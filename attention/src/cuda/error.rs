@@ -216,3 +216,10 @@ fn text(
     }
     format!("error {}", code as i32)
 }
+
+impl From<crate::plan::TooLarge> for CudaError {
+    fn from(error: crate::plan::TooLarge) -> Self {
+        let crate::plan::TooLarge { what, value, max } = error;
+        Self::TooLarge { what, value, max }
+    }
+}

@@ -9,8 +9,9 @@ use pagewise_ptx::decode::{
 
 use super::balance::{Choice, Step, choose};
 use super::decode::ptx_type;
-use super::split::{Cut, Keys, MAX_ITEM_KEYS, most_items, split};
+use super::split::most_items;
 use super::{CudaError, Device, Shrink};
+use crate::plan::{Cut, Keys, MAX_PIECE_KEYS, Piece, count, split, visible_rows};
 use crate::{AttentionConfig, BlockTables, CacheLayout, Problem, RowStrides};
 
 /// How a plan is made.
@@ -141,7 +142,8 @@ impl DecodePlan {
         let Some((kind, Choice { block_heads, cut, .. })) = best else {
             return Err(unsupported("this tuning", "see DecodeTuning for its bounds"));
         };
-        let (items, partials) = split(rows, kind.step.blocks_per_item(block_heads), cut)?;
+        let (pieces, partials) = split(rows, kind.step.blocks_per_item(block_heads), cut)?;
+        let items: Vec<WorkItem> = pieces.into_iter().map(work_item).collect();
         let grid = match options.grid_items {
             Some(most) if items.len() > most as usize => {
                 let (value, max) = (items.len() as u64, u64::from(most));
@@ -261,7 +263,7 @@ impl Kind {
     ) -> Result<Self, CudaError> {
         let spec = supported(config, ring, options.tuning)?;
         if let Some(keys) = options.item_keys
-            && (keys == 0 || keys > MAX_ITEM_KEYS || keys % TILE_KEYS != 0)
+            && (keys == 0 || keys > MAX_PIECE_KEYS || keys % TILE_KEYS != 0)
         {
             let what = format!("item_keys = {keys}");
             return Err(unsupported(&what, "it must be a multiple of 16, from 16 to 16777216"));
@@ -288,39 +290,6 @@ impl Kind {
         };
         Ok(Self { spec, shape, step })
     }
-}
-
-/// The first entry of a sequence's block table, counted from the beginning of all tables.
-pub(super) fn first_entry(problem: &Problem<'_>, index: usize) -> usize {
-    match problem.batch().block_tables {
-        BlockTables::Padded { max_blocks, .. } => index * max_blocks,
-        BlockTables::Csr { indptr, .. } => indptr.get(index).map_or(0, |&start| start.max(0) as usize),
-    }
-}
-
-/// The query rows of the sequences that are asked for, with the keys that they see.
-pub(super) fn visible_rows(
-    problem: &Problem<'_>,
-    wanted: impl Fn(usize) -> bool,
-) -> Result<Vec<Keys>, CudaError> {
-    let batch = problem.batch();
-    let mut rows = Vec::with_capacity(problem.total_queries());
-    for index in (0..problem.num_sequences()).filter(|&index| wanted(index)) {
-        let sequence = problem.sequence(index);
-        let table = first_entry(problem, index);
-        for query in 0..sequence.query_len {
-            let keys = batch.visible(problem.config().mask, &sequence, query);
-            let position = batch.position(&sequence, query);
-            rows.push(Keys {
-                table: small("the block tables' length", table)?,
-                row: small("the number of query rows", sequence.query_start + query)?,
-                begin: small("a sequence's length", keys.start)?,
-                end: small("a sequence's length", keys.end)?,
-                position: position.clamp(i64::from(i32::MIN), i64::from(i32::MAX)) as i32,
-            });
-        }
-    }
-    Ok(rows)
 }
 
 /// The variant for a configuration, or why there is none.
@@ -358,10 +327,10 @@ fn unsupported(what: &str, advice: &'static str) -> CudaError {
 }
 
 pub(super) fn small(what: &'static str, value: usize) -> Result<u32, CudaError> {
-    // The kernel adds tiles to these, so that some room is left below 2^31.
-    let max = i32::MAX as u32 - MAX_ITEM_KEYS;
-    match u32::try_from(value) {
-        Ok(small) if small <= max => Ok(small),
-        _ => Err(CudaError::TooLarge { what, value: value as u64, max: u64::from(max) }),
-    }
+    Ok(count(what, value)?)
+}
+
+fn work_item(piece: Piece) -> WorkItem {
+    let Piece { table, row, begin, end, split, splits, first_partial, position } = piece;
+    WorkItem { table, row, begin, end, split, splits, first_partial, position }
 }

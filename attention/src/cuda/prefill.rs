@@ -16,9 +16,10 @@ use pagewise_ptx::prefill::{
 use super::call::{Planned, Tensors};
 use super::context::Entry;
 use super::decode::ptx_type;
-use super::plan::{first_entry, small};
+use super::plan::small;
 use super::tensor_map::{CacheView, TensorMap};
 use super::{AttentionCall, Context, CudaError, Device, RawStream};
+use crate::plan::first_entry;
 use crate::{Mask, Problem};
 
 /// What starting and ending an item takes, in tiles of keys.

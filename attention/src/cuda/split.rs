@@ -1,9 +1,8 @@
-//! How the keys of query rows are cut into work items of about equal size. Pure arithmetic over lengths.
+//! Work items that shrink, and how many there can be. Pure arithmetic over lengths; the cutting itself is
+//! `crate::plan`'s.
 
-use pagewise_ptx::decode::{TILE_KEYS, WorkItem};
-
-use super::CudaError;
 use super::balance::Step;
+use crate::plan::{Cut, MAX_PIECE_KEYS, TILE_KEYS};
 
 /// Work items that shrink as less is left to do, so that the last thread blocks finish together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,50 +19,21 @@ impl Default for Shrink {
     }
 }
 
-/// The keys that one query row sees.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Keys {
-    /// First entry of its block table.
-    pub(super) table: u32,
-    pub(super) row: u32,
-    pub(super) begin: u32,
-    pub(super) end: u32,
-    pub(super) position: i32,
-}
-
-impl Keys {
-    /// Keys from the first tile's begin on.
-    pub(super) fn span(&self) -> u32 {
-        (self.end - self.begin.min(self.end)).saturating_add(self.begin % TILE_KEYS)
-    }
-}
-
-/// How rows are cut.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Cut {
-    /// Into pieces of at most so many keys, as equal as tiles allow.
-    Equal(u32),
-    /// Into pieces that shrink with the work that is left, in units of `round` keys.
-    Shrinking { shares: u64, smallest: u32, round: u32 },
-}
-
 /// A shrinking item is never smaller than this part of what a slot has to do: what bounds the workspace.
 const SMALLEST_PART: u64 = 64;
 
-/// No item that is cut is larger, so that sums of keys and tiles stay below 2³².
-pub(super) const MAX_ITEM_KEYS: u32 = 1 << 24;
+// The kernel takes the pieces that are cut, so both must agree on where they end.
+const _: () = assert!(TILE_KEYS == pagewise_ptx::decode::TILE_KEYS);
 
-impl Cut {
-    /// Shrinking pieces for rows of so many keys in all.
-    pub(super) fn shrinking(shrink: Shrink, keys: u64, step: &Step, block_heads: u32) -> Self {
-        let per_slot = (keys * step.blocks_per_item(block_heads)).div_ceil(step.slots());
-        let least = (per_slot / SMALLEST_PART).min(u64::from(MAX_ITEM_KEYS)) as u32;
-        let round = step.round(block_heads);
-        Self::Shrinking {
-            shares: step.slots() * u64::from(shrink.shares.max(1)),
-            smallest: shrink.smallest.max(least).max(round),
-            round,
-        }
+/// Shrinking pieces for rows of so many keys in all.
+pub(super) fn shrinking(shrink: Shrink, keys: u64, step: &Step, block_heads: u32) -> Cut {
+    let per_slot = (keys * step.blocks_per_item(block_heads)).div_ceil(step.slots());
+    let least = (per_slot / SMALLEST_PART).min(u64::from(MAX_PIECE_KEYS)) as u32;
+    let round = step.round(block_heads);
+    Cut::Shrinking {
+        shares: step.slots() * u64::from(shrink.shares.max(1)),
+        smallest: shrink.smallest.max(least).max(round),
+        round,
     }
 }
 
@@ -89,77 +59,13 @@ pub(super) fn most_items(
     rows + pieces
 }
 
-/// Cuts every row into pieces; the largest come first. Gives the items and the number of partial results.
-pub(super) fn split(
-    rows: &[Keys],
-    blocks_per_item: u64,
-    cut: Cut,
-) -> Result<(Vec<WorkItem>, u32), CudaError> {
-    let mut items = Vec::with_capacity(rows.len() * 2);
-    let mut partials = 0u32;
-    let mut left: u64 = rows.iter().map(|keys| u64::from(keys.span())).sum();
-    for keys in rows {
-        let first_item = items.len();
-        let first_tile = keys.begin - keys.begin % TILE_KEYS;
-        let span = keys.span();
-        let equal = match cut {
-            Cut::Equal(most) => span.div_ceil(span.div_ceil(most).max(1)).max(1).next_multiple_of(TILE_KEYS),
-            Cut::Shrinking { .. } => 0,
-        };
-        let mut done = 0;
-        loop {
-            let size = match cut {
-                Cut::Equal(_) => equal,
-                Cut::Shrinking { shares, smallest, round } => {
-                    let share = (left * blocks_per_item).div_ceil(shares);
-                    let share = share.max(u64::from(smallest)).min(u64::from(MAX_ITEM_KEYS)) as u32;
-                    let size = share.next_multiple_of(round).min(MAX_ITEM_KEYS);
-                    // No crumb at the end of a row: rather a piece that is a little larger, or two equal ones.
-                    match span - done {
-                        rest if rest <= size + smallest.min(size / 2) => rest,
-                        rest if rest < 2 * size => rest.div_ceil(2).next_multiple_of(TILE_KEYS),
-                        _ => size,
-                    }
-                }
-            };
-            let end = done.saturating_add(size).min(span);
-            items.push(WorkItem {
-                table: keys.table,
-                row: keys.row,
-                begin: keys.begin.max(first_tile + done),
-                end: keys.end.min(first_tile.saturating_add(end)),
-                split: (items.len() - first_item) as u32,
-                splits: 1,
-                first_partial: partials,
-                position: keys.position,
-            });
-            left -= u64::from(end - done);
-            done = end;
-            if done >= span {
-                break;
-            }
-        }
-        let mine = items.get_mut(first_item..).unwrap_or_default();
-        let splits = mine.len() as u32;
-        if splits > 1 {
-            mine.iter_mut().for_each(|item| item.splits = splits);
-            partials = partials.checked_add(splits).ok_or(CudaError::TooLarge {
-                what: "the number of splits",
-                value: u64::from(partials) + u64::from(splits),
-                max: u64::from(u32::MAX),
-            })?;
-        }
-    }
-    items.sort_by_key(|item| std::cmp::Reverse(item.end.saturating_sub(item.begin)));
-    Ok((items, partials))
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::super::balance::choose;
     use super::*;
+    use crate::plan::{Keys, Piece, split};
 
     fn rows() -> impl Strategy<Value = Vec<Keys>> {
         let one = prop_oneof![Just((0, 0)), (0..40u32, 0..100u32), (0..3000u32, 0..200_000u32)];
@@ -199,7 +105,7 @@ mod tests {
             let (items, partials) = split(&rows, step.blocks_per_item(heads), cut).unwrap();
             let mut seen_partials = vec![false; partials as usize];
             for keys in &rows {
-                let mut mine: Vec<&WorkItem> = items.iter().filter(|item| item.row == keys.row).collect();
+                let mut mine: Vec<&Piece> = items.iter().filter(|item| item.row == keys.row).collect();
                 mine.sort_by_key(|item| item.split);
                 let mut next = keys.begin;
                 for (index, item) in mine.iter().enumerate() {
@@ -268,7 +174,7 @@ mod tests {
             let (together, _) = split(&rows, 8, Cut::Equal(tiles * TILE_KEYS)).unwrap();
             for keys in &rows {
                 let (alone, _) = split(&[*keys], 8, Cut::Equal(tiles * TILE_KEYS)).unwrap();
-                let ranges = |items: &[WorkItem]| -> Vec<(u32, u32)> {
+                let ranges = |items: &[Piece]| -> Vec<(u32, u32)> {
                     let mut ranges: Vec<(u32, u32)> = items
                         .iter()
                         .filter(|item| item.row == keys.row)

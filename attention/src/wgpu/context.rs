@@ -5,11 +5,14 @@ use std::hash::Hash;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ::wgpu::{
-    BindGroupLayout, BindGroupLayoutDescriptor, BindGroupLayoutEntry, BindingType, BufferBindingType,
-    ComputePipeline, ComputePipelineDescriptor, Device, ErrorFilter, Features, Limits,
+    BindGroup, BindGroupDescriptor, BindGroupEntry, BindGroupLayout, BindGroupLayoutDescriptor,
+    BindGroupLayoutEntry, BindingResource, BindingType, Buffer, BufferBindingType, BufferDescriptor,
+    BufferUsages, ComputePipeline, ComputePipelineDescriptor, Device, ErrorFilter, Features, Limits,
     PipelineCompilationOptions, PipelineLayoutDescriptor, Queue, ShaderModuleDescriptor, ShaderSource,
     ShaderStages,
 };
+use pagewise_shaders::copy_blocks::{CopyBlocks, CopyUnit};
+use pagewise_shaders::decode::{Decode, DecodeMerge, DecodeSpec};
 use pagewise_shaders::write_kv::{WriteKv, WriteKvSpec};
 use pagewise_shaders::{BindingKind, Shader};
 
@@ -23,6 +26,9 @@ pub struct Context {
     limits: Limits,
     features: Features,
     pub(super) write_kv: Pipelines<WriteKvSpec, WriteKv>,
+    pub(super) copy_blocks: Pipelines<CopyUnit, CopyBlocks>,
+    pub(super) decode: Pipelines<DecodeSpec, Decode>,
+    pub(super) decode_merge: Pipelines<pagewise_shaders::DType, DecodeMerge>,
 }
 
 impl Context {
@@ -34,7 +40,16 @@ impl Context {
     pub fn new(device: Device, queue: Queue) -> Result<Self, WgpuError> {
         let (limits, features) = (device.limits(), device.features());
         check_limits(&limits)?;
-        Ok(Self { device, queue, limits, features, write_kv: Pipelines::default() })
+        Ok(Self {
+            device,
+            queue,
+            limits,
+            features,
+            write_kv: Pipelines::default(),
+            copy_blocks: Pipelines::default(),
+            decode: Pipelines::default(),
+            decode_merge: Pipelines::default(),
+        })
     }
 
     /// The device.
@@ -45,6 +60,31 @@ impl Context {
     /// Its queue.
     pub fn queue(&self) -> &Queue {
         &self.queue
+    }
+
+    /// A small buffer of our own with these contents.
+    pub(super) fn buffer(&self, label: &'static str, words: &[u32], usage: BufferUsages) -> Buffer {
+        let buffer = self.device().create_buffer(&BufferDescriptor {
+            label: Some(label),
+            size: size_of_val(words) as u64,
+            usage: usage | BufferUsages::COPY_DST,
+            mapped_at_creation: false,
+        });
+        self.queue().write_buffer(&buffer, 0, bytemuck::cast_slice(words));
+        buffer
+    }
+
+    /// A bind group of resources in the order of their bindings.
+    pub(super) fn group<const N: usize>(
+        &self,
+        label: &'static str,
+        layout: &BindGroupLayout,
+        resources: [BindingResource<'_>; N],
+    ) -> BindGroup {
+        let entry = |(binding, resource)| BindGroupEntry { binding, resource };
+        let entries: Vec<BindGroupEntry<'_>> = (0..).zip(resources).map(entry).collect();
+        let descriptor = BindGroupDescriptor { label: Some(label), layout, entries: &entries };
+        self.device().create_bind_group(&descriptor)
     }
 
     /// Its limits.
@@ -135,7 +175,11 @@ fn build(device: &Device, shader: &Shader) -> Result<(ComputePipeline, BindGroup
         layout: Some(&pipeline_layout),
         module: &module,
         entry_point: Some(shader.entry()),
-        compilation_options: PipelineCompilationOptions::default(),
+        // Every kernel writes its workgroup memory before it reads it.
+        compilation_options: PipelineCompilationOptions {
+            zero_initialize_workgroup_memory: false,
+            ..PipelineCompilationOptions::default()
+        },
         cache: None,
     });
     // In a browser the answer would come later than now, and waiting is not possible: errors show on its console.

@@ -89,6 +89,32 @@ pub enum WgpuError {
         /// Tokens that the call was prepared for.
         prepared: usize,
     },
+    /// Keys of a work item out of their bounds.
+    #[error("item_keys = {keys}: {reason}")]
+    ItemKeys {
+        /// Keys asked for.
+        keys: u32,
+        /// What is wrong with them.
+        reason: &'static str,
+    },
+    /// A plan made for something else than the prepared call.
+    #[error("the plan was made for another {what} than the call was prepared for: plan with the same one")]
+    OtherPlan {
+        /// What differs.
+        what: &'static str,
+    },
+    /// An input that the configuration needs.
+    #[error("the configuration asks for {what}, but the call has none")]
+    Missing {
+        /// Which input.
+        what: &'static str,
+    },
+    /// No variant of a kernel, whatever the buffers.
+    #[error("{kernel} has no variant for this configuration on this device")]
+    NoVariant {
+        /// Kernel family.
+        kernel: &'static str,
+    },
     /// The device refused a kernel: a defect of this crate, or of the driver.
     #[error("the device could not compile {kernel} (please report this): {reason}")]
     Compile {
@@ -103,4 +129,11 @@ pub enum WgpuError {
     /// No kernel variant for this call.
     #[error(transparent)]
     Kernel(#[from] pagewise_shaders::Error),
+}
+
+impl From<crate::plan::TooLarge> for WgpuError {
+    fn from(error: crate::plan::TooLarge) -> Self {
+        let crate::plan::TooLarge { what, value, .. } = error;
+        Self::Kernel(pagewise_shaders::Error::TooLarge { kernel: "decode", field: what, value })
+    }
 }

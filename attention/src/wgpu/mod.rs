@@ -8,17 +8,24 @@
 //! should be made; [`open`] makes one for callers that have none.
 
 mod adapter;
+mod attention;
 mod buffer;
 mod context;
+mod copy_blocks;
+mod dtype;
 mod error;
+mod plan;
 mod write_kv;
 
 pub use ::wgpu;
 pub use adapter::{
     AdapterReport, REQUIRED_LIMITS, adapters, check_limits, device_descriptor, open, wanted_features,
 };
+pub use attention::{AttentionCall, HeadTerms, KvScale, PreparedAttention};
 pub use buffer::BufferRange;
 pub use context::Context;
+pub use copy_blocks::CopyBlocksCall;
 pub use error::WgpuError;
 pub use pagewise_shaders as shaders;
+pub use plan::{AttentionPlan, PlanBound, PlanOptions, StepLimits};
 pub use write_kv::{PreparedWriteKv, WriteKvCall, WriteKvVariant};

@@ -15,6 +15,7 @@ use pagewise_shaders::write_kv::{
 
 use super::buffer::{Need, bind};
 use super::context::Pipeline;
+use super::dtype::shader_type;
 use super::{BufferRange, Context, WgpuError};
 use crate::{AttentionConfig, CacheLayout, DType, KvStrides, RowStrides};
 
@@ -254,15 +255,6 @@ impl WriteKvCall<'_> {
             }
         }
         Ok(())
-    }
-}
-
-fn shader_type(what: &'static str, dtype: DType) -> Result<pagewise_shaders::DType, WgpuError> {
-    match dtype {
-        DType::F32 => Ok(pagewise_shaders::DType::F32),
-        DType::F16 => Ok(pagewise_shaders::DType::F16),
-        DType::Bf16 => Ok(pagewise_shaders::DType::Bf16),
-        DType::F8E4M3 | DType::F8E5M2 => Err(WgpuError::UnsupportedDType { what, dtype }),
     }
 }
 

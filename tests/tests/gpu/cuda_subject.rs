@@ -69,30 +69,12 @@ pub fn by_rows(decode: PlanOptions) -> AttentionOptions {
 
 /// The elements of a tensor as bytes.
 pub fn bytes(tensor: HostTensor<'_>) -> Vec<u8> {
-    match tensor {
-        HostTensor::F32(x) => x.iter().flat_map(|x| x.to_le_bytes()).collect(),
-        HostTensor::F16(x) => x.iter().flat_map(|x| x.to_le_bytes()).collect(),
-        HostTensor::Bf16(x) => x.iter().flat_map(|x| x.to_le_bytes()).collect(),
-        HostTensor::F8E4M3(x) | HostTensor::F8E5M2(x) => x.to_vec(),
-    }
+    tensor.to_bytes()
 }
 
 /// Sets a tensor from bytes.
-pub fn set(tensor: HostTensorMut<'_>, bytes: &[u8]) {
-    match tensor {
-        HostTensorMut::F32(x) => {
-            x.iter_mut().zip(bytes.as_chunks().0).for_each(|(x, b)| *x = f32::from_le_bytes(*b));
-        }
-        HostTensorMut::F16(x) => {
-            x.iter_mut().zip(bytes.as_chunks().0).for_each(|(x, b)| *x = half::f16::from_le_bytes(*b));
-        }
-        HostTensorMut::Bf16(x) => {
-            x.iter_mut().zip(bytes.as_chunks().0).for_each(|(x, b)| *x = half::bf16::from_le_bytes(*b));
-        }
-        HostTensorMut::F8E4M3(x) | HostTensorMut::F8E5M2(x) => {
-            x.iter_mut().zip(bytes).for_each(|(x, b)| *x = *b);
-        }
-    }
+pub fn set(mut tensor: HostTensorMut<'_>, bytes: &[u8]) {
+    tensor.set_bytes(bytes);
 }
 
 fn refusal(error: CudaError) -> Refusal {

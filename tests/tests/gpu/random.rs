@@ -31,6 +31,7 @@ impl Random {
     }
 
     /// Uniform in [-1, 1).
+    #[allow(dead_code, reason = "not every test draws numbers")]
     pub fn unit(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1u64 << 52) as f64 - 1.0
     }

@@ -4,6 +4,7 @@
 
 mod bench;
 mod chat;
+mod conformance;
 mod doctor;
 mod generate;
 mod jsonl;
@@ -36,6 +37,7 @@ enum Command {
     /// Measure how fast the engine is
     Bench(bench::Bench),
     Doctor(doctor::DoctorArgs),
+    Conformance(conformance::ConformanceArgs),
 }
 
 /// Why a command did not do what it was asked for.
@@ -75,6 +77,7 @@ fn main() -> ExitCode {
         Command::Chat(args) => chat::run(&args, cli.verbose),
         Command::Bench(args) => args.run(),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Conformance(args) => conformance::run(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,0 +1,249 @@
+//! The work of one step for the wgpu backend: which keys go to which workgroup, and what lies in the plan's buffer.
+//!
+//! Pure host arithmetic. How rows are cut is `crate::plan`'s, the kernel that consumes the items
+//! [`pagewise_shaders::decode`]'s. Block tables and mask bits travel in the plan: with them the kernel has the eight
+//! storage buffers that WebGPU grants, and the tables on the device are those that were checked.
+
+use pagewise_shaders::decode::{DecodeSpec, HEADER_WORDS, MAX_SPLITS, MERGE_WORDS, WorkItem, workgroups};
+
+use super::{Context, WgpuError};
+use crate::plan::{Cut, MAX_PIECE_KEYS, Piece, TILE_KEYS, split, visible_rows};
+use crate::{AttentionConfig, BlockTables, CacheLayout, Mask, Problem, RowStrides};
+
+/// How a plan is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlanOptions {
+    /// Keys of a work item, if fixed: a multiple of 16, at most 2²⁴. Then the split of a row, and so the bits of
+    /// its output, depend on its length alone and not on the rest of the batch.
+    pub item_keys: Option<u32>,
+    /// Otherwise: about how many workgroups the GPU should have to choose from. WebGPU does not say how many it can
+    /// run at once.
+    pub workgroups: u32,
+    /// Otherwise: keys of the smallest work item, at least 16.
+    pub smallest: u32,
+    /// Otherwise: keys of a work item from which on there are rather more workgroups, up to four times as many, so
+    /// that the last ones to end are a small part of all.
+    pub largest: u32,
+}
+
+impl Default for PlanOptions {
+    fn default() -> Self {
+        Self { item_keys: None, workgroups: 1024, smallest: 128, largest: 512 }
+    }
+}
+
+/// The largest step that buffers are made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepLimits {
+    /// Query rows of a step.
+    pub rows: usize,
+    /// Keys that all of them see together.
+    pub keys: usize,
+    /// Entries of all block tables: `sequences * max_blocks`, or the length of CSR's `indices`.
+    pub table_entries: usize,
+    /// Words of all mask bits.
+    pub mask_words: usize,
+}
+
+/// Bytes that no step within its [`StepLimits`] exceeds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlanBound {
+    /// Of the plan's buffer.
+    pub plan: u64,
+    /// Of the workspace.
+    pub workspace: u64,
+}
+
+/// The work of one step, the same for all layers of a model that share heads and layout.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AttentionPlan {
+    pub(super) config: AttentionConfig,
+    pub(super) layout: CacheLayout,
+    pub(super) q: RowStrides,
+    pub(super) out: RowStrides,
+    pub(super) rows: usize,
+    pub(super) dispatch: Option<[u32; 3]>,
+    pub(super) merge_dispatch: Option<[u32; 3]>,
+    words: Vec<u32>,
+    items: usize,
+    partials: u32,
+}
+
+impl AttentionPlan {
+    /// What the plan's buffer holds: to be written to its begin once a step.
+    pub fn words(&self) -> &[u32] {
+        &self.words
+    }
+
+    /// Bytes of the plan.
+    pub fn plan_bytes(&self) -> u64 {
+        4 * self.words.len() as u64
+    }
+
+    /// Bytes of the workspace that it needs; one workspace serves all layers.
+    pub fn workspace_bytes(&self) -> u64 {
+        workspace_bytes(&self.config, self.partials.into())
+    }
+
+    /// Number of work items.
+    pub fn items(&self) -> usize {
+        self.items
+    }
+
+    /// Number of query rows whose keys are split.
+    pub fn merged_rows(&self) -> u32 {
+        self.words.get(1).copied().unwrap_or(0)
+    }
+}
+
+/// Bytes of so many partial results.
+fn workspace_bytes(config: &AttentionConfig, partials: u64) -> u64 {
+    partials * config.q_heads as u64 * (1 + config.head_dim_v.div_ceil(4)) as u64 * 16
+}
+
+impl Context {
+    /// Plans a step. Every query row is planned by itself.
+    ///
+    /// # Errors
+    /// [`WgpuError`] for what no kernel variant does, sizes beyond 32 bits, or too many workgroups.
+    pub fn plan_attention(
+        &self,
+        problem: &Problem<'_>,
+        options: PlanOptions,
+    ) -> Result<AttentionPlan, WgpuError> {
+        let config = problem.config();
+        let spec = self.usual_spec(config)?;
+        let rows = visible_rows(problem, |_| true)?;
+        let tiles = tiles(config, spec);
+        let keys: u64 = rows.iter().map(|keys| u64::from(keys.span())).sum();
+        let longest = rows.iter().map(|keys| keys.span()).max().unwrap_or(0);
+        let item_keys = options.checked_item_keys(keys, tiles, longest)?;
+        let (pieces, partials) = split(&rows, tiles, Cut::Equal(item_keys))?;
+        let merges: Vec<&Piece> =
+            pieces.iter().filter(|piece| piece.splits > 1 && piece.split == 0).collect();
+
+        let batch = problem.batch();
+        let entries = match batch.block_tables {
+            BlockTables::Padded { entries, max_blocks } => {
+                entries.get(..problem.num_sequences() * max_blocks).unwrap_or(entries)
+            }
+            BlockTables::Csr { indices, .. } => indices,
+        };
+        let mask = batch.mask_bits.filter(|_| config.mask == Mask::Bits);
+        let mask_words = mask.map_or(&[][..], |bits| bits.words);
+        let merges_at = HEADER_WORDS + WorkItem::WORDS * pieces.len();
+        let tables_at = merges_at + MERGE_WORDS * merges.len();
+        let mask_at = tables_at + entries.len();
+        let mut words = vec![
+            word("the number of work items", pieces.len())?,
+            word("the number of split rows", merges.len())?,
+            word("the plan's length", tables_at)?,
+            word("the plan's length", mask_at)?,
+            word("row_words of the mask", mask.map_or(0, |bits| bits.row_words))?,
+            word("the plan's length", merges_at)?,
+            0,
+            0,
+        ];
+        words.reserve_exact(mask_at - HEADER_WORDS + mask_words.len());
+        words.extend(pieces.iter().flat_map(|piece| work_item(piece).words()));
+        words.extend(merges.iter().flat_map(|piece| [piece.row, piece.first_partial, piece.splits, 0]));
+        words.extend(entries.iter().map(|entry| entry.cast_unsigned()));
+        words.extend(mask_words);
+        word("the plan's length", words.len())?;
+
+        let per_dimension = self.limits().max_compute_workgroups_per_dimension;
+        let dispatch = |kernel, count: u64| match count {
+            0 => Ok(None),
+            _ => workgroups(kernel, count, per_dimension).map(Some),
+        };
+        Ok(AttentionPlan {
+            config: config.clone(),
+            layout: *problem.layout(),
+            q: problem.q_strides(),
+            out: problem.out_strides(),
+            rows: problem.total_queries(),
+            dispatch: dispatch("decode", pieces.len() as u64 * tiles)?,
+            merge_dispatch: dispatch("decode_merge", merges.len() as u64 * config.q_heads as u64)?,
+            items: pieces.len(),
+            words,
+            partials,
+        })
+    }
+
+    /// What no plan of a step within `limits` exceeds.
+    ///
+    /// # Errors
+    /// As [`Context::plan_attention`].
+    pub fn attention_bound(
+        &self,
+        config: &AttentionConfig,
+        limits: StepLimits,
+        options: PlanOptions,
+    ) -> Result<PlanBound, WgpuError> {
+        config.validate()?;
+        let tiles = tiles(config, self.usual_spec(config)?);
+        let rows = limits.rows as u64;
+        // A row that begins within a tile spans up to 15 keys more.
+        let span = limits.keys as u64 + rows * u64::from(TILE_KEYS - 1);
+        let pieces = match options.item_keys {
+            Some(keys) => span / u64::from(keys.max(1)),
+            None => (span / options.smallest()).min(MORE * u64::from(options.workgroups).div_ceil(tiles)),
+        };
+        let items = rows + pieces;
+        let words = HEADER_WORDS as u64
+            + items * WorkItem::WORDS as u64
+            + rows * MERGE_WORDS as u64
+            + (limits.table_entries + limits.mask_words) as u64;
+        Ok(PlanBound { plan: 4 * words, workspace: workspace_bytes(config, items) })
+    }
+}
+
+/// How many times as many workgroups there are where work items would be too large.
+const MORE: u64 = 4;
+
+impl PlanOptions {
+    fn smallest(&self) -> u64 {
+        u64::from(self.smallest.clamp(TILE_KEYS, MAX_PIECE_KEYS).next_multiple_of(TILE_KEYS))
+    }
+
+    /// Keys of an item, for rows with `keys` keys in all.
+    fn checked_item_keys(&self, keys: u64, tiles: u64, longest: u32) -> Result<u32, WgpuError> {
+        let tile = u64::from(TILE_KEYS);
+        let most = u64::from(MAX_PIECE_KEYS);
+        if let Some(keys) = self.item_keys {
+            let allowed = keys % TILE_KEYS == 0 && (TILE_KEYS..=MAX_PIECE_KEYS).contains(&keys);
+            let splits = longest.div_ceil(keys.max(1));
+            if !allowed {
+                return Err(WgpuError::ItemKeys {
+                    keys,
+                    reason: "it must be a multiple of 16, from 16 to 2^24",
+                });
+            }
+            if splits > MAX_SPLITS {
+                return Err(WgpuError::ItemKeys { keys, reason: "a row would have more than 1024 splits" });
+            }
+            return Ok(keys);
+        }
+        let work = keys * tiles;
+        let workgroups = u64::from(self.workgroups.max(1));
+        let many = work.div_ceil(MORE * workgroups);
+        let share = work.div_ceil(workgroups).min(many.max(u64::from(self.largest)));
+        let fewest = u64::from(longest.div_ceil(MAX_SPLITS - 1));
+        Ok(share.max(self.smallest()).max(fewest).next_multiple_of(tile).min(most) as u32)
+    }
+}
+
+/// Workgroups that share an item for its different heads.
+fn tiles(config: &AttentionConfig, spec: DecodeSpec) -> u64 {
+    config.kv_heads as u64 * (config.group() as u64).div_ceil(spec.queries.into())
+}
+
+fn work_item(piece: &Piece) -> WorkItem {
+    let Piece { table, row, begin, end, split, splits, first_partial, position } = *piece;
+    WorkItem { table, row, begin, end, split, splits, first_partial, position }
+}
+
+fn word(field: &'static str, value: usize) -> Result<u32, WgpuError> {
+    let too_large = pagewise_shaders::Error::TooLarge { kernel: "decode", field, value: value as u64 };
+    u32::try_from(value).map_err(|_| too_large.into())
+}

@@ -1,0 +1,47 @@
+//! Decode attention through wgpu at the shapes of `peers/h100_decode.tsv`, in f16, beside what the same device can
+//! read at best in the same run.
+//!
+//! `cargo bench -p pagewise-benches --bench wgpu_attention [-- WORDS]`; with words, only shapes whose name contains
+//! one of them. Each shape's output is checked against plain code before it is timed. Times are of many dispatches in
+//! one pass, by timestamps where the device has them, over as many caches as keep the last-level cache from serving
+//! them. `PAGEWISE_BENCH_JSON` names a file for the figures. `PAGEWISE_SWEEP=1` tries plans and tunings on a few shapes
+//! instead. A software driver is skipped unless `PAGEWISE_SOFTWARE=1`, which then measures the smallest shapes only.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub, reason = "a bench")]
+
+#[path = "wgpu/decode.rs"]
+mod decode;
+#[path = "wgpu/gpu.rs"]
+mod gpu;
+#[path = "shared/shapes.rs"]
+mod shapes;
+
+use gpu::Gpu;
+use pagewise_attention::wgpu::wgpu::DeviceType;
+use pagewise_attention::wgpu::{self as backend, Context};
+
+fn main() {
+    let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
+    let wanted = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word.as_str()));
+    let software = std::env::var_os("PAGEWISE_SOFTWARE").is_some();
+    let reports = pollster::block_on(backend::adapters());
+    let Some(report) = reports.iter().find(|report| software || report.device_type != DeviceType::Cpu) else {
+        eprintln!("SKIPPED: no GPU adapter to measure ({} software)", reports.len());
+        return;
+    };
+    println!("{report}");
+    let (device, queue) = pollster::block_on(backend::open(report.index)).unwrap();
+    let context = Context::new(device, queue).unwrap();
+    let gpu = Gpu::new(&context, report.device_type == DeviceType::Cpu);
+    let ceiling = gpu.read_ceiling();
+    println!("read ceiling {ceiling:.0} GB/s");
+    let figures = match std::env::var_os("PAGEWISE_SWEEP") {
+        Some(_) => decode::sweep(&gpu, ceiling, wanted),
+        None => decode::all_shapes(&gpu, ceiling, wanted),
+    };
+    if let Some(path) = std::env::var_os("PAGEWISE_BENCH_JSON") {
+        let json = serde_json::json!({
+            "adapter": report.to_string(), "read_ceiling_gb_s": ceiling, "decode": figures,
+        });
+        std::fs::write(path, serde_json::to_string_pretty(&json).unwrap() + "\n").unwrap();
+    }
+}
