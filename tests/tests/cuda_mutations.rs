@@ -169,13 +169,14 @@ fn faults_of_decode_are_found() {
 const PREFILL_CASES: &[(&str, Option<u32>)] = &[
     ("attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal sequences=70:70,33:300,1:0", None),
     (
-        "attention q=bf16 kv=bf16 heads=6/2 dim=128 block=32 mask=window:37 layout=hnd sequences=45:301,20:9",
+        "attention q=bf16 kv=bf16 heads=6/2 dim=128 block=32 mask=window:37 layout=hnd poison_unseen sequences=45:301,20:9",
         None,
     ),
     (
         "attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal scores=60 sequences=64:900,17:1200",
         Some(256),
     ),
+    ("attention q=bf16 kv=bf16 heads=8/2 dim=128 block=256 mask=causal sequences=40:500", None),
     ("attention q=bf16 kv=bf16 heads=8/8 dim=128 block=64 mask=causal scores=60 sequences=30*20:150", None),
 ];
 

@@ -70,7 +70,7 @@ fn prefill_case(random: &mut Random, turn: usize, form: Form) -> Case {
         .collect();
     let layouts = [Layout::Nhd, Layout::Nhd, Layout::Hnd, Layout::Gaps, Layout::Interleaved, Layout::Shared];
     let sizes: &[usize] =
-        if hopper { &[16, 16, 32, 64, 128] } else { &[16, 16, 32, 64, 128, 256, 1, 2, 4, 8] };
+        if hopper { &[16, 16, 32, 64, 128, 256] } else { &[16, 16, 32, 64, 128, 256, 1, 2, 4, 8] };
     Case {
         operation: Operation::Attention,
         q_dtype: dtype,

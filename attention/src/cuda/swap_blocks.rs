@@ -9,21 +9,28 @@ use super::{BlockNumberType, BlockPairs, CacheBlocks, Context, CopyBlocksCall, C
 use crate::{AttentionConfig, check_block_pairs};
 
 /// What moves the bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SwapMethod {
     /// The GPU's copy engines: no multiprocessor is taken from work on other streams. Costs the host some work for each
-    /// run of bytes that lies together on both sides.
-    #[default]
+    /// run of bytes that lies together on both sides; with blocks of 16 tokens those are short, and the engines reach
+    /// less than half of the link.
     CopyEngines,
-    /// One launch of a kernel. Costs the host next to nothing, however scattered the blocks are.
+    /// One launch of a kernel, the default. Costs the host next to nothing, however scattered the blocks are.
     Kernel {
         /// The most thread blocks that it may take; `None` for what fills the link.
         thread_blocks: Option<u32>,
     },
 }
 
-/// Thread blocks that fill the link in either direction.
-const LINK_THREAD_BLOCKS: u32 = 64;
+/// Thread blocks that fill the link in either direction; more only take multiprocessors and memory from other work
+/// (`docs/kernel-notes.md`).
+const LINK_THREAD_BLOCKS: u32 = 32;
+
+impl Default for SwapMethod {
+    fn default() -> Self {
+        Self::Kernel { thread_blocks: None }
+    }
+}
 
 /// Moving blocks between two sets of caches, of which one is in pinned host memory.
 #[derive(Clone, Copy, Debug)]

@@ -392,8 +392,8 @@ pub const PREFILL: &[Fault] = &[
         name: "place in the block",
         family: "prefill_bf16_d128",
         line: "and.b32 %r_place, %r_key, %r_block_mask;",
-        instead: "and.b32 %r_place, %r_key, 7;",
-        breaks: "rows come from the first half of a block",
+        instead: "and.b32 %r_place, %r_key, 3;",
+        breaks: "rows come from the first quarter of a block",
     },
     Fault {
         name: "accumulator not rescaled",
@@ -475,9 +475,9 @@ pub const PREFILL: &[Fault] = &[
     Fault {
         name: "sum of the splits",
         family: "prefill_merge",
-        line: "fma.rn.f32 %f_sum, %f_x, %f_y, %f_sum;",
-        instead: "add.f32 %f_sum, %f_y, %f_sum;",
-        breaks: "sums are added without their weights",
+        line: "shfl.sync.bfly.b32 %f_y, %f_sum, 1, 31, 0xffffffff;",
+        instead: "mov.f32 %f_y, 0f00000000;",
+        breaks: "half of the splits do not count for the sum",
     },
 ];
 
@@ -543,8 +543,8 @@ pub const PREFILL_HOPPER: &[Fault] = &[
         name: "box's place",
         family: "prefill_bf16_d128_hopper",
         line: "and.b32 %r_place, %r_key, %r_block_mask;",
-        instead: "and.b32 %r_place, %r_key, 7;",
-        breaks: "boxes begin within the first half of a block",
+        instead: "mov.u32 %r_place, 0;",
+        breaks: "the second half of a block of 256 is the first again",
     },
     Fault {
         name: "plain to the end",
