@@ -240,7 +240,7 @@ impl CopyBlocks {
                 return Err(Error::UnsupportedTuning { kernel: FAMILY, what, bounds });
             }
         }
-        let target = Target { sm: 80, ptx: (7, 4) };
+        let target = Target::from(80, (7, 4));
         let entry = spec.entry();
         let variables = context! {
             entry => &entry,

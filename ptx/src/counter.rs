@@ -70,7 +70,7 @@ impl Counter {
         if dtype.is_fp8() {
             return Err(Error::UnsupportedTypes { kernel: FAMILY, source_dtype: dtype, cache: dtype });
         }
-        let target = Target { sm: 80, ptx: (7, 4) };
+        let target = Target::from(80, (7, 4));
         let entry = format!("{FAMILY}_{dtype}");
         let vector = 16 / dtype.size();
         let variables = context! {

@@ -298,8 +298,7 @@ impl Decode {
             return Err(Error::UnsupportedDecode { q_dtype, kv_dtype, head_dim });
         }
         // movmatrix came with PTX 7.8; Ada brought the fp8 conversions, PTX 8.1 their names.
-        let target =
-            if kv_dtype.is_fp8() { Target { sm: 89, ptx: (8, 1) } } else { Target { sm: 80, ptx: (7, 8) } };
+        let target = if kv_dtype.is_fp8() { Target::from(89, (8, 1)) } else { Target::from(80, (7, 8)) };
         let threads = tuning.warps * 32;
         let text = template::render(
             FAMILY,

@@ -9,9 +9,31 @@ pub struct Target {
     pub sm: u32,
     /// Lowest PTX version, `(major, minor)`: decides how new the driver must be.
     pub ptx: (u32, u32),
+    /// Whether it runs on that generation alone, for instructions that no other has: `sm_90a`.
+    pub only: bool,
 }
 
 impl Target {
+    /// A generation and all after it.
+    pub const fn from(sm: u32, ptx: (u32, u32)) -> Self {
+        Self { sm, ptx, only: false }
+    }
+
+    /// One generation alone.
+    pub const fn only(sm: u32, ptx: (u32, u32)) -> Self {
+        Self { sm, ptx, only: true }
+    }
+
+    /// Whether a GPU of a generation runs it.
+    pub const fn runs_on(self, sm: u32) -> bool {
+        if self.only { self.sm == sm } else { self.sm <= sm }
+    }
+
+    /// The generation as PTX spells it: `sm_90a`.
+    pub fn name(self) -> String {
+        format!("sm_{}{}", self.sm, if self.only { "a" } else { "" })
+    }
+
     /// The CUDA version whose driver first understood this PTX version, as `cuDriverGetVersion`
     /// counts: 12040 for CUDA 12.4.
     pub const fn cuda_version(self) -> u32 {
@@ -23,7 +45,7 @@ impl Target {
 
 impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "sm_{} (PTX {}.{})", self.sm, self.ptx.0, self.ptx.1)
+        write!(f, "{} (PTX {}.{})", self.name(), self.ptx.0, self.ptx.1)
     }
 }
 

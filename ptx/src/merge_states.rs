@@ -188,7 +188,7 @@ impl MergeStates {
         if vector != 1 && vector != widest {
             return Err(Error::UnsupportedVector { kernel: FAMILY, vector, source_dtype: part, widest });
         }
-        let target = Target { sm: 80, ptx: (7, 4) };
+        let target = Target::from(80, (7, 4));
         let entry = spec.entry();
         let variables = context! {
             entry => &entry,

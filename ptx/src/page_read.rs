@@ -83,7 +83,7 @@ impl PageRead {
     /// # Errors
     /// [`Error::Template`], which is a defect of this crate.
     pub fn new(merges: bool) -> Result<Self, Error> {
-        let target = Target { sm: 80, ptx: (7, 0) };
+        let target = Target::from(80, (7, 0));
         let entry = format!("{FAMILY}{}", if merges { "_merged" } else { "" });
         let text = template::render(
             FAMILY,

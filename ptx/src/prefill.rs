@@ -221,10 +221,10 @@ impl Prefill {
             return Err(Error::UnsupportedPrefill { dtype, head_dim });
         }
         let target = match spec.form {
-            Form::Hopper => Target { sm: 90, ptx: (8, 0) },
+            Form::Hopper => Target::only(90, (8, 0)),
             // The prefetch size of cp.async came with PTX 7.4, sm_90 with 7.8.
-            Form::Large => Target { sm: 90, ptx: (7, 8) },
-            Form::Small => Target { sm: 80, ptx: (7, 4) },
+            Form::Large => Target::from(90, (7, 8)),
+            Form::Small => Target::from(80, (7, 4)),
         };
         let ptx_version = format!("{}.{}", target.ptx.0, target.ptx.1);
         let (entry, dtype) = (spec.entry(), dtype.name());

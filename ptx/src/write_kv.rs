@@ -415,8 +415,7 @@ impl WriteKv {
             });
         }
         // Ada brought the fp8 conversions, PTX 8.1 their names; PTX 7.4 brought cache hints.
-        let target =
-            if cache.is_fp8() { Target { sm: 89, ptx: (8, 1) } } else { Target { sm: 80, ptx: (7, 4) } };
+        let target = if cache.is_fp8() { Target::from(89, (8, 1)) } else { Target::from(80, (7, 4)) };
         let (load_how, load_policy) = match tuning.load {
             LoadHint::Plain => ("ld.global.nc", ""),
             LoadHint::Stream => ("ld.global.nc.L1::no_allocate", ""),

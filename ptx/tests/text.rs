@@ -33,7 +33,7 @@ fn the_text_declares_what_the_descriptor_says() {
         assert_eq!(declared, described, "{}", kernel.entry());
         let (major, minor) = kernel.target().ptx;
         assert!(text.contains(&format!(".version {major}.{minor}\n")));
-        assert!(text.contains(&format!(".target sm_{}\n", kernel.target().sm)));
+        assert!(text.contains(&format!(".target {}\n", kernel.target().name())));
         assert!(text.contains(&format!(".maxntid {}\n", kernel.max_threads())));
         assert_eq!(text.matches(".visible .entry ").count(), 1);
         assert!(text.contains(&format!(".visible .entry {}(\n", kernel.entry())));

@@ -95,6 +95,13 @@ impl Device {
     pub(super) fn check_kernel(&self, kernel: &pagewise_ptx::Kernel) -> Result<(), CudaError> {
         let target = kernel.target();
         let gpu = ComputeCapability::from_sm(target.sm);
+        if target.only && self.compute_capability > gpu {
+            return Err(CudaError::Unsupported {
+                kernel: kernel.family(),
+                what: format!("{} on {}, which is not {}", kernel.entry(), self.name, target.name()),
+                advice: "leave the choice of the form to the plan",
+            });
+        }
         self.check_for(kernel.entry(), gpu, CudaVersion::from_number(target.cuda_version()))?;
         let (found, needed) =
             (self.shared_memory_per_block, kernel.static_shared() + kernel.dynamic_shared());

@@ -128,7 +128,7 @@ impl PrefillMerge {
         if !spec.exists() {
             return Err(Error::UnsupportedPrefill { dtype, head_dim });
         }
-        let target = Target { sm: 80, ptx: (7, 0) };
+        let target = Target::from(80, (7, 0));
         let tile_rows = spec.tile_rows();
         let entry = Self::entry(spec);
         let text = template::render(

@@ -28,14 +28,9 @@ pub(crate) const ARCHS: [Arch; 5] = [
 ];
 
 impl Arch {
-    /// Whether a kernel is for this GPU: one that names `sm_90a` and its like runs there only, any other on its own
-    /// generation and those after it.
+    /// Whether a kernel is for this GPU.
     pub(crate) fn runs(&self, kernel: &Kernel) -> bool {
-        let target = kernel.text().lines().find_map(|line| line.strip_prefix(".target ")).unwrap_or("");
-        match target.ends_with('a') {
-            true => target == self.name,
-            false => self.sm >= kernel.target().sm,
-        }
+        kernel.target().runs_on(self.sm)
     }
 }
 
