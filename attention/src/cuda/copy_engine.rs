@@ -142,11 +142,23 @@ pub(super) unsafe fn copy_runs(runs: &[CopyRun], stream: RawStream) -> Result<()
 
 /// The device address of pinned host memory; its context is current.
 pub(super) fn device_address(host: *const u8) -> Result<u64, CudaError> {
-    let mut address = 0;
-    // SAFETY: the driver looks the address up and writes another through a valid pointer.
-    let result = unsafe { sys::cuMemHostGetDevicePointer_v2(&raw mut address, host.cast_mut().cast(), 0) };
-    match result {
-        sys::CUresult::CUDA_ERROR_INVALID_VALUE => Err(CudaError::NotPinned { address: host.addr() as u64 }),
-        code => CudaError::check("cuMemHostGetDevicePointer", code).map(|()| address),
+    use sys::CUpointer_attribute::{CU_POINTER_ATTRIBUTE_DEVICE_POINTER, CU_POINTER_ATTRIBUTE_MEMORY_TYPE};
+    let (mut kind, mut address) = (0u32, 0u64);
+    let mut attributes = [CU_POINTER_ATTRIBUTE_MEMORY_TYPE, CU_POINTER_ATTRIBUTE_DEVICE_POINTER];
+    let mut values = [(&raw mut kind).cast::<c_void>(), (&raw mut address).cast::<c_void>()];
+    // The question for several attributes has an answer for any address: zero for memory that the driver does not know.
+    // SAFETY: both arrays have the stated length, and each value is as large as its attribute; the address is only looked up.
+    let result = unsafe {
+        sys::cuPointerGetAttributes(
+            attributes.len() as u32,
+            attributes.as_mut_ptr(),
+            values.as_mut_ptr(),
+            host.addr() as sys::CUdeviceptr,
+        )
+    };
+    CudaError::check("cuPointerGetAttributes", result)?;
+    match kind == sys::CUmemorytype::CU_MEMORYTYPE_HOST as u32 && address != 0 {
+        true => Ok(address),
+        false => Err(CudaError::NotPinned { address: host.addr() as u64 }),
     }
 }
