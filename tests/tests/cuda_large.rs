@@ -21,9 +21,10 @@ use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, LaunchConfig, PushKernelA
 use cudarc::nvrtc::Ptx;
 use half::bf16;
 use pagewise_attention::cuda::ptx::counter::{Counter, number};
+use pagewise_attention::cuda::ptx::prefill::Form;
 use pagewise_attention::cuda::{
-    AttentionCall, BlockNumberType, BlockPairs, CacheBlocks, Context, CopyBlocksCall, DecodePlan,
-    LayerAddresses, PlanOptions, cudarc, ptx,
+    AttentionCall, AttentionOptions, AttentionPlan, BlockNumberType, BlockPairs, CacheBlocks, Context,
+    CopyBlocksCall, LayerAddresses, cudarc, ptx,
 };
 use pagewise_attention::{AttentionConfig, CacheLayout, DType, KvStrides, PagedBatch, Problem};
 use random::{Random, run_seed};
@@ -146,11 +147,20 @@ fn caches_beyond_32_bits_give_what_the_definition_says() {
     let device_q = stream.clone_htod(&q).unwrap();
     let device_tables = stream.clone_htod(&tables).unwrap();
 
-    for layout in [CacheLayout::nhd(NUM_BLOCKS, BLOCK, &config), CacheLayout::hnd(NUM_BLOCKS, BLOCK, &config)]
+    // By rows, and in the tiles of each form of prefill.
+    let major = context.device().compute_capability.major;
+    let by_tiles =
+        |form| AttentionOptions { form: Some(form), tiles_from: Some(1), ..AttentionOptions::default() };
+    let by_rows = AttentionOptions { tiles_from: Some(usize::MAX), ..AttentionOptions::default() };
+    let forms = Form::ALL.into_iter().filter(|form| form.runs_on(major)).map(by_tiles);
+    let ways: Vec<AttentionOptions> = std::iter::once(by_rows).chain(forms).collect();
+    let layouts =
+        [CacheLayout::nhd(NUM_BLOCKS, BLOCK, &config), CacheLayout::hnd(NUM_BLOCKS, BLOCK, &config)];
+    for (layout, options) in layouts.into_iter().flat_map(|layout| ways.iter().map(move |way| (layout, *way)))
     {
         let batch = PagedBatch::padded(&query_start, &seq_lens, &tables, max_blocks);
         let problem = Problem::new(&config, layout, batch).unwrap();
-        let plan = DecodePlan::new(&problem, context.device(), PlanOptions::default()).unwrap();
+        let plan = AttentionPlan::new(&problem, context.device(), options).unwrap();
         let sizes = plan.workspace();
         let work = stream.clone_htod(&plan.work()).unwrap();
         let out = stream.clone_htod(&vec![bf16::NAN; rows * DIM]).unwrap();
@@ -173,7 +183,7 @@ fn caches_beyond_32_bits_give_what_the_definition_says() {
         };
         let call = AttentionCall { lse: address(&lse, &stream), ..call };
         // SAFETY: all addresses are those of live slices that hold what the plan reaches.
-        unsafe { context.decode_raw(&plan, &call, stream.cu_stream().into()) }.unwrap();
+        unsafe { context.attention_raw(&plan, &call, stream.cu_stream().into()) }.unwrap();
         let (out, lse) = (stream.clone_dtoh(&out).unwrap(), stream.clone_dtoh(&lse).unwrap());
 
         for (sequence, &len) in LENGTHS.iter().enumerate() {
@@ -185,7 +195,7 @@ fn caches_beyond_32_bits_give_what_the_definition_says() {
             for head in (0..KV_HEADS * GROUP).step_by(step) {
                 let row = sequence * KV_HEADS * GROUP + head;
                 let found = &out[row * DIM..(row + 1) * DIM];
-                let what = format!("PAGEWISE_SEED={seed}, {len} keys, head {head}");
+                let what = format!("PAGEWISE_SEED={seed}, {:?}, {len} keys, head {head}", plan.variants());
                 if len == 0 {
                     assert!(
                         found.iter().all(|x| x.to_f32() == 0.0) && lse[row] == f32::NEG_INFINITY,

@@ -20,14 +20,18 @@ mod random;
 
 use cuda::Receipts;
 use cuda_subject::{Cuda, bytes};
-use pagewise_attention::DType;
+use cudarc::driver::DevicePtr;
+use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use pagewise_attention::conformance::{
     AttentionData, Buffer, Case, CaseMask, Layout, Operation, Outcome, Rows, SequenceShape, Subject, Tables,
     quick, run_case,
 };
 use pagewise_attention::cuda::ptx::all_kernels;
 use pagewise_attention::cuda::ptx::prefill::Form;
-use pagewise_attention::cuda::{AttentionOptions, Context};
+use pagewise_attention::cuda::{
+    AttentionCall, AttentionOptions, AttentionPlan, AttentionWorkspace, Context, cudarc,
+};
+use pagewise_attention::{BlockTables, DType};
 use random::{Random, run_cases, run_seed};
 
 /// The forms that this GPU can run.
@@ -228,5 +232,71 @@ fn with_a_fixed_split_a_row_does_not_depend_on_its_batch() {
         let first = bytes(run(&mut subject, &alone).as_ref());
         let rows = 50 * data.out_strides.token as usize * 2;
         assert!(together[..rows] == first[..rows], "a row differs alone ({form:?})");
+    }
+}
+
+/// A graph of a mixture, split tiles and their merge included, captured once and replayed on one stream while another
+/// works: the same bits every time.
+#[test]
+fn replays_give_the_same_bits_every_time() {
+    let Some(context) = cuda::context() else { return };
+    let engine = context.cudarc().unwrap();
+    // SAFETY: buffers of one stream are never used on the other.
+    unsafe { engine.disable_event_tracking() };
+    let line = "attention q=bf16 kv=bf16 heads=16/4 dim=128 block=16 mask=causal sequences=1:300,200:900,40:3000,3*1:511";
+    for form in forms(&context) {
+        let options =
+            AttentionOptions { form: Some(form), prefill_keys: Some(512), ..AttentionOptions::default() };
+        let threads: Vec<_> = (0..2)
+            .map(|seed| {
+                let data = AttentionData::generate(&Case { seed, ..line.parse().unwrap() });
+                let mut subject = Cuda::new(&context);
+                subject.options = options;
+                let expected = bytes(run(&mut subject, &data).as_ref());
+                assert_eq!(subject.variants.len(), 3, "decode, prefill and merge");
+                (data, expected)
+            })
+            .collect();
+        std::thread::scope(|scope| {
+            for (data, expected) in &threads {
+                scope.spawn(|| replay(&context, data, options, expected));
+            }
+        });
+    }
+}
+
+fn replay(context: &Context, data: &AttentionData, options: AttentionOptions, expected: &[u8]) {
+    let engine = context.cudarc().unwrap();
+    engine.bind_to_thread().unwrap();
+    let stream = engine.new_stream().unwrap();
+    let problem = data.problem().unwrap();
+    let plan = AttentionPlan::new(&problem, context.device(), options).unwrap();
+    let BlockTables::Padded { entries, .. } = problem.batch().block_tables else { unreachable!() };
+    let upload = |bytes: &[u8]| stream.clone_htod(bytes).unwrap();
+    let q = upload(&bytes(data.q.as_ref()));
+    let k = upload(&bytes(data.k_view()));
+    let v = upload(&bytes(data.v_view()));
+    let tables = stream.clone_htod(entries).unwrap();
+    let mut workspace = AttentionWorkspace::of(&stream, &plan).unwrap();
+    workspace.upload_attention(&stream, &plan).unwrap();
+    let mut out = upload(&vec![0xff; expected.len()]);
+    let call = AttentionCall {
+        q: q.device_ptr(&stream).0,
+        k_cache: k.device_ptr(&stream).0,
+        v_cache: v.device_ptr(&stream).0,
+        tables: tables.device_ptr(&stream).0,
+        out: out.device_ptr(&stream).0,
+        ..workspace.addresses(&stream)
+    };
+    context.prepare(&plan).unwrap();
+    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+    // SAFETY: all addresses are those of live slices that hold what the plan reaches.
+    unsafe { context.attention_raw(&plan, &call, stream.cu_stream().into()) }.unwrap();
+    let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+    let graph = stream.end_capture(flags).unwrap().unwrap();
+    for turn in 0..run_cases(50).min(50) {
+        stream.memcpy_htod(&vec![0xff; expected.len()], &mut out).unwrap();
+        graph.launch().unwrap();
+        assert!(stream.clone_dtoh(&out).unwrap() == expected, "replay {turn} differs");
     }
 }

@@ -4,6 +4,8 @@ use std::fmt;
 
 use cudarc::driver::{result, sys};
 
+use pagewise_ptx::prefill::{Form, PrefillSpec};
+
 use super::CudaError;
 
 /// The oldest GPU generation that the kernels are written for: Ampere, for `cp.async` and bf16 `mma`.
@@ -89,6 +91,18 @@ impl Device {
         // The system takes 1 KiB of each thread block's, and of the multiprocessor's memory one of them can have all
         // but that.
         (self.shared_memory_per_block.saturating_add(1024) / shared.saturating_add(1024)).max(1)
+    }
+
+    /// The form of the prefill kernel for this GPU, where blocks and heads allow it (see [`Form`]).
+    pub fn prefill_form(&self) -> Form {
+        let major = self.compute_capability.major;
+        let large = PrefillSpec { dtype: pagewise_ptx::DType::Bf16, head_dim: 128, form: Form::Large };
+        let fits = self.blocks_that_fit(large.shared_bytes()) >= large.blocks_per_multiprocessor();
+        match () {
+            () if Form::Hopper.runs_on(major) => Form::Hopper,
+            () if Form::Large.runs_on(major) && fits => Form::Large,
+            () => Form::Small,
+        }
     }
 
     /// Whether a kernel runs on this GPU with this driver.

@@ -70,18 +70,13 @@ impl PrefillPart {
         match form {
             Some(Form::Hopper) if block_size < HOPPER_BLOCK => None,
             Some(form) => spec(form),
-            None => {
-                let major = device.compute_capability.major;
-                if block_size >= HOPPER_BLOCK
-                    && Form::Hopper.runs_on(major)
-                    && let Some(hopper) = spec(Form::Hopper)
-                {
-                    return Some(hopper);
+            None => match device.prefill_form() {
+                Form::Hopper if block_size >= HOPPER_BLOCK => {
+                    spec(Form::Hopper).or_else(|| spec(Form::Large))
                 }
-                let large = spec(Form::Large)?;
-                let fits = device.blocks_that_fit(large.shared_bytes()) >= large.blocks_per_multiprocessor();
-                if fits && Form::Large.runs_on(major) { Some(large) } else { spec(Form::Small) }
-            }
+                Form::Hopper => spec(Form::Large),
+                form => spec(form),
+            },
         }
     }
 

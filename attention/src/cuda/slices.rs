@@ -73,6 +73,17 @@ impl AttentionWorkspace {
         Self::new(stream, &PlanBound { items: 0, work, workspace: plan.workspace() })
     }
 
+    /// The addresses of its parts, for raw calls; the other fields are 0. Holds nothing back from other streams.
+    pub fn addresses(&self, stream: &Arc<CudaStream>) -> AttentionCall {
+        AttentionCall {
+            work: self.work.device_ptr(stream).0,
+            partial_out: self.partial_out.device_ptr(stream).0,
+            partial_max: self.partial_max.device_ptr(stream).0,
+            tickets: self.tickets.device_ptr(stream).0,
+            ..AttentionCall::default()
+        }
+    }
+
     /// Copies a decode plan's work items to the device: once a step, before its runs.
     ///
     /// # Errors

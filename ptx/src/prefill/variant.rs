@@ -1,5 +1,7 @@
 //! Which variants of `prefill` there are: types, room for a head, and the form.
 
+use std::fmt;
+
 use super::FAMILY;
 use crate::DType;
 use crate::decode::HEAD_DIMS;
@@ -27,6 +29,16 @@ impl Form {
             Self::Small => major >= 8,
             Self::Hopper => major == 9,
         }
+    }
+}
+
+impl fmt::Display for Form {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Large => "mma.sync, tiles of 64 keys",
+            Self::Small => "mma.sync, tiles of 32 keys",
+            Self::Hopper => "wgmma (Hopper)",
+        })
     }
 }
 

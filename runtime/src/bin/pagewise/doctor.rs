@@ -107,9 +107,10 @@ fn cuda(report: &mut Report) {
                 report.line(if at == 0 { "cuda" } else { "" }, &device.to_string());
                 report.more(&match device.check() {
                     Ok(()) => format!(
-                        "usable: {} multiprocessors, {} KiB of shared memory a block",
+                        "usable: {} multiprocessors, {} KiB of shared memory a block, prefill by {}",
                         device.multiprocessors,
-                        device.shared_memory_per_block >> 10
+                        device.shared_memory_per_block >> 10,
+                        device.prefill_form()
                     ),
                     Err(error) => format!("not usable: {error}"),
                 });
