@@ -6,7 +6,7 @@ use pagewise_ptx::decode::WorkspaceSizes;
 use pagewise_ptx::prefill::Form;
 
 use super::call::Planned;
-use super::prefill::PrefillPart;
+use super::prefill_plan::PrefillPart;
 use super::{AttentionCall, Context, CudaError, DecodePlan, Device, PlanOptions, RawStream};
 use crate::Problem;
 use crate::plan::visible_rows;

@@ -26,6 +26,7 @@ mod launch;
 mod merge_states;
 mod plan;
 mod prefill;
+mod prefill_plan;
 mod rotary;
 mod slices;
 mod split;
