@@ -31,7 +31,7 @@ pub use cpu::Cpu;
 pub use data::{AttentionData, CopyData, MergeData, SwapData, WriteData};
 pub use oracle::{Reference, RowReference};
 pub use random::{Random, fresh_seed};
-pub use runner::{CaseResult, Outcome, Report, run, run_case};
+pub use runner::{CaseResult, Outcome, Report, run, run_case, try_case};
 pub use subject::{
     AttentionTask, CopyTask, MergePart, MergeTask, ProbabilityRounding, Refusal, Scale, Subject, SwapTask,
     WriteTask,
