@@ -36,7 +36,7 @@ use std::sync::atomic::Ordering;
 
 use blocks::BlocksCase;
 use cuda_machine::Gpu;
-use cuda_subject::{Cuda, by_rows};
+use cuda_subject::by_rows;
 use faults::Fault;
 use machine::{check_blocks, check_merge, check_rotary, check_write};
 use merge::MergeCase;
@@ -148,7 +148,7 @@ const DECODE_CASES: &[(&str, Option<u32>)] = &[
 #[test]
 fn faults_of_decode_are_found() {
     every_fault_is_found(faults::DECODE, |context| {
-        let mut subject = Cuda::new(context);
+        let mut subject = cuda_subject::subject(context);
         for &(line, item_keys) in DECODE_CASES {
             subject.options =
                 by_rows(PlanOptions { item_keys, ring: Some(Ring::Large), ..PlanOptions::default() });
@@ -181,7 +181,7 @@ const PREFILL_CASES: &[(&str, Option<u32>)] = &[
 ];
 
 fn check_prefill(context: &Context, form: Form) -> Verdict {
-    let mut subject = Cuda::new(context);
+    let mut subject = cuda_subject::subject(context);
     // Random data hide a fault sometimes: two draws of each case.
     for turn in 0..2 {
         for (line, prefill_keys) in PREFILL_CASES {

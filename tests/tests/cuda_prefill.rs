@@ -19,7 +19,7 @@ mod cuda_subject;
 mod random;
 
 use cuda::Receipts;
-use cuda_subject::{Cuda, bytes};
+use cuda_subject::bytes;
 use cudarc::driver::DevicePtr;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use pagewise_attention::conformance::{
@@ -109,7 +109,7 @@ fn prefill_case(random: &mut Random, turn: usize, form: Form) -> Case {
 fn random_cases_agree_with_the_oracle() {
     let Some(context) = cuda::context() else { return };
     let forms = forms(&context);
-    let mut subject = Cuda::new(&context);
+    let mut subject = cuda_subject::subject(&context);
     let mut receipts = Receipts::default();
     let kernels = all_kernels().unwrap();
     let mut check = |subject: &mut Cuda<'_>, case: &Case| {
@@ -183,7 +183,7 @@ fn long_prompts_chunks_and_mixtures_agree_with_the_oracle() {
     if std::env::var_os("PAGEWISE_SMALL").is_some() {
         return;
     }
-    let mut subject = Cuda::new(&context);
+    let mut subject = cuda_subject::subject(&context);
     for line in [
         "attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal sequences=1300:1300",
         "attention q=bf16 kv=bf16 heads=4/1 dim=128 block=16 mask=causal layout=hnd sequences=40:9000",
@@ -210,7 +210,7 @@ fn run(subject: &mut Cuda<'_>, data: &AttentionData) -> Buffer {
 #[test]
 fn with_a_fixed_split_a_row_does_not_depend_on_its_batch() {
     let Some(context) = cuda::context() else { return };
-    let mut subject = Cuda::new(&context);
+    let mut subject = cuda_subject::subject(&context);
     for form in forms(&context) {
         subject.options = AttentionOptions {
             form: Some(form),
@@ -250,7 +250,7 @@ fn replays_give_the_same_bits_every_time() {
         let threads: Vec<_> = (0..2)
             .map(|seed| {
                 let data = AttentionData::generate(&Case { seed, ..line.parse().unwrap() });
-                let mut subject = Cuda::new(&context);
+                let mut subject = cuda_subject::subject(&context);
                 subject.options = options;
                 let expected = bytes(run(&mut subject, &data).as_ref());
                 assert_eq!(subject.variants.len(), 3, "decode, prefill and merge");

@@ -14,6 +14,8 @@ mod case;
 mod check;
 #[cfg(feature = "cpu")]
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod data;
 mod oracle;
 mod random;
@@ -28,6 +30,8 @@ pub use case::{Case, CaseMask, Layout, Operation, ParseCaseError, Rows, ScaleKin
 pub use check::{Agreement, Tolerance};
 #[cfg(feature = "cpu")]
 pub use cpu::Cpu;
+#[cfg(feature = "cuda")]
+pub use cuda::{Cuda, Pinned};
 pub use data::{AttentionData, CopyData, MergeData, SwapData, WriteData};
 pub use oracle::{Reference, RowReference};
 pub use random::{Random, fresh_seed};
