@@ -15,6 +15,7 @@ mod check;
 #[cfg(feature = "cpu")]
 mod cpu;
 mod data;
+mod masks;
 mod oracle;
 mod random;
 mod runner;

@@ -96,7 +96,8 @@ impl Device {
     /// The form of the prefill kernel for this GPU, where blocks and heads allow it (see [`Form`]).
     pub fn prefill_form(&self) -> Form {
         let major = self.compute_capability.major;
-        let large = PrefillSpec { dtype: pagewise_ptx::DType::Bf16, head_dim: 128, form: Form::Large };
+        let large =
+            PrefillSpec { dtype: pagewise_ptx::DType::Bf16, head_dim: 128, form: Form::Large, bits: false };
         let fits = self.blocks_that_fit(large.shared_bytes()) >= large.blocks_per_multiprocessor();
         match () {
             () if Form::Hopper.runs_on(major) => Form::Hopper,
