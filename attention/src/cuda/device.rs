@@ -93,7 +93,8 @@ impl Device {
         (self.shared_memory_per_block.saturating_add(1024) / shared.saturating_add(1024)).max(1)
     }
 
-    /// The form of the prefill kernel for this GPU, where blocks and heads allow it (see [`Form`]).
+    /// The form of the prefill kernel for this GPU, where blocks, heads and mask allow it (see [`Form`]): where Hopper's own
+    /// does not do, the large one stands in.
     pub fn prefill_form(&self) -> Form {
         let major = self.compute_capability.major;
         let large =

@@ -14,7 +14,7 @@ pub enum Form {
     /// The same with tiles of half as many keys, at most 71 KiB: for every GPU from sm_80 on.
     Small,
     /// `wgmma` with the copy engine, on Hopper alone, for heads up to 128 over blocks of 16
-    /// keys and more.
+    /// keys and more, without masks of bits.
     Hopper,
 }
 
