@@ -165,7 +165,7 @@ fn faults_of_decode_are_found() {
 }
 
 /// What prefill's faults must fail: diagonals, windows within blocks, short tiles, splits, more items than
-/// multiprocessors, block sizes above 16.
+/// multiprocessors, block sizes above 16, bits of all kinds over keys that nobody may read.
 const PREFILL_CASES: &[(&str, Option<u32>)] = &[
     ("attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal sequences=70:70,33:300,1:0", None),
     (
@@ -178,6 +178,16 @@ const PREFILL_CASES: &[(&str, Option<u32>)] = &[
     ),
     ("attention q=bf16 kv=bf16 heads=8/2 dim=128 block=256 mask=causal sequences=40:500", None),
     ("attention q=bf16 kv=bf16 heads=8/8 dim=128 block=64 mask=causal scores=60 sequences=30*20:150", None),
+    (
+        "attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=bits poison_unseen sequences=4*70:517,6*40:90",
+        None,
+    ),
+    (
+        "attention q=bf16 kv=bf16 heads=2/2 dim=128 block=16 mask=bits poison_unseen sequences=3*130:900",
+        Some(192),
+    ),
+    // Garbage behind the last key, in its block: NaN is there.
+    ("attention q=bf16 kv=bf16 heads=4/1 dim=128 block=64 mask=bits poison_unseen sequences=9*50:50", None),
 ];
 
 fn check_prefill(context: &Context, form: Form) -> Verdict {

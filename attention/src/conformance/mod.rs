@@ -17,6 +17,7 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod data;
+mod masks;
 mod oracle;
 mod random;
 mod runner;
