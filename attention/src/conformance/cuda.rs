@@ -51,7 +51,8 @@ impl<'a> Cuda<'a> {
         Ok(())
     }
 
-    fn address<T>(&self, slice: &CudaSlice<T>) -> u64 {
+    /// Where a slice is.
+    pub fn address<T>(&self, slice: &CudaSlice<T>) -> u64 {
         slice.device_ptr(&self.stream).0
     }
 
