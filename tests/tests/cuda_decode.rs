@@ -392,7 +392,7 @@ fn one_graph_serves_steps_of_changing_lengths() {
         put(&mut out, &vec![0xff; row_bytes]);
         graph.launch().unwrap();
         let found = stream.clone_dtoh(&out).unwrap();
-        let mut expecting = subject(&context);
+        let mut expecting = cuda_subject::subject(&context);
         expecting.options = by_rows(options);
         let expected = bytes(run(&mut expecting, &data).unwrap().as_ref());
         assert!(found.starts_with(&expected), "step {turn} with {lens:?} gave other bits");
