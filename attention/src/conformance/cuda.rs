@@ -17,7 +17,8 @@ use crate::{AttentionConfig, BlockTables, DType, HostTensor, HostTensorMut, RowS
 /// The CUDA backend on one GPU.
 #[derive(Debug)]
 pub struct Cuda<'a> {
-    context: &'a Context,
+    /// The GPU.
+    pub context: &'a Context,
     /// Everything runs on it, in order.
     pub stream: Arc<CudaStream>,
     /// Makes the plans of the next cases.
