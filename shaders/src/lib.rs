@@ -18,12 +18,14 @@
 //! |---|---|
 //! | [`mod@copy_blocks`] | copies blocks within a cache |
 //! | [`mod@decode`] | attends over a paged cache, keys split over workgroups, and merges the splits |
+//! | [`mod@merge_states`] | merges attention over disjoint sets of keys by its log-sum-exp |
 //! | [`mod@write_kv`] | stores new K and V rows into cache blocks, given by a slot mapping |
 
 pub mod copy_blocks;
 pub mod decode;
 mod dtype;
 mod error;
+pub mod merge_states;
 mod shader;
 mod template;
 pub mod write_kv;
@@ -46,6 +48,9 @@ pub fn all_shaders() -> Result<Vec<Shader>, Error> {
     }
     for unit in copy_blocks::CopyUnit::ALL {
         shaders.push(copy_blocks::CopyBlocks::new(unit)?.into_shader());
+    }
+    for spec in merge_states::MergeStatesSpec::all() {
+        shaders.push(merge_states::MergeStates::new(spec)?.into_shader());
     }
     for q in DType::ALL {
         shaders.push(decode::DecodeMerge::new(q)?.into_shader());

@@ -14,6 +14,7 @@ mod context;
 mod copy_blocks;
 mod dtype;
 mod error;
+mod merge_states;
 mod plan;
 mod write_kv;
 
@@ -26,6 +27,7 @@ pub use buffer::BufferRange;
 pub use context::Context;
 pub use copy_blocks::CopyBlocksCall;
 pub use error::WgpuError;
+pub use merge_states::{MergeStatesCall, PreparedMergeStates};
 pub use pagewise_shaders as shaders;
 pub use plan::{AttentionPlan, PlanBound, PlanOptions, StepLimits};
 pub use write_kv::{PreparedWriteKv, WriteKvCall, WriteKvVariant};
