@@ -86,24 +86,7 @@ var<workgroup> sums: array<f32, ${ rows * queries * workgroup_size }>;
 var<workgroup> weights: array<f32, ${ (rows + 1) * queries * groups }>;
 //% endif
 
-//% if q == "f32"
-// Four elements of a row of q.
-fn load_query(word: u32) -> vec4<f32> {
-    return bitcast<vec4<f32>>(vec4<u32>(q[word], q[word + 1u], q[word + 2u], q[word + 3u]));
-}
-//% elif q == "f16"
-// Four elements of a row of q.
-fn load_query(word: u32) -> vec4<f32> {
-    return vec4<f32>(unpack2x16float(q[word]), unpack2x16float(q[word + 1u]));
-}
-//% else
-// Four elements of a row of q: the upper halves of their bits.
-fn load_query(word: u32) -> vec4<f32> {
-    let low = q[word];
-    let high = q[word + 1u];
-    return bitcast<vec4<f32>>(vec4<u32>(low << 16u, low & 0xffff0000u, high << 16u, high & 0xffff0000u));
-}
-//% endif
+${ elements_lib.load_query(q) }
 
 //% if kv != "f32"
 ${ elements_lib.widen(kv) }
@@ -111,13 +94,7 @@ ${ elements_lib.widen(kv) }
 
 ${ elements_lib.store_out(q) }
 
-// Hyperbolic tangent, as exact as exp2 is: the series where 1 - tanh would cancel.
-fn tanh_exact(x: f32) -> f32 {
-    let y = x * x;
-    let series = x * (1.0 + y * (-1.0 / 3.0 + y * (2.0 / 15.0 + y * (-17.0 / 315.0 + y * (62.0 / 2835.0)))));
-    let large = 1.0 - 2.0 / (exp2(2.0 * LOG2_E * min(abs(x), 16.0)) + 1.0);
-    return select(sign(x) * large, series, abs(x) < 0.2);
-}
+${ elements_lib.tanh_exact() }
 
 @compute @workgroup_size(${ workgroup_size })
 fn decode(

@@ -108,6 +108,7 @@ fn random_options(random: &mut Random) -> PlanOptions {
         workgroups: random.pick(&[1, 64, 1024]),
         smallest: random.pick(&[16, 128]),
         largest: random.pick(&[16, 512]),
+        ..PlanOptions::default()
     }
 }
 

@@ -136,6 +136,7 @@ impl Subject for Wgpu<'_> {
         prepared.encode(&mut encoder.begin_compute_pass(&Default::default()), &plan).map_err(refusal)?;
         context.queue().submit([encoder.finish()]);
         self.variants.push(prepared.variant());
+        self.variants.extend(plan.prefill_variant());
         out.set_bytes(&self.read(&device_out)?);
         if let Some(lse) = lse {
             HostTensorMut::F32(lse).set_bytes(&self.read(&device_lse)?);

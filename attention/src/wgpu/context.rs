@@ -14,6 +14,7 @@ use ::wgpu::{
 use pagewise_shaders::copy_blocks::{CopyBlocks, CopyUnit};
 use pagewise_shaders::decode::{Decode, DecodeMerge, DecodeSpec};
 use pagewise_shaders::merge_states::{MergeStates, MergeStatesSpec};
+use pagewise_shaders::prefill::{Prefill, PrefillSpec};
 use pagewise_shaders::write_kv::{WriteKv, WriteKvSpec};
 use pagewise_shaders::{BindingKind, Shader};
 
@@ -30,6 +31,7 @@ pub struct Context {
     pub(super) copy_blocks: Pipelines<CopyUnit, CopyBlocks>,
     pub(super) decode: Pipelines<DecodeSpec, Decode>,
     pub(super) decode_merge: Pipelines<pagewise_shaders::DType, DecodeMerge>,
+    pub(super) prefill: Pipelines<PrefillSpec, Prefill>,
     pub(super) merge_states: Pipelines<MergeStatesSpec, MergeStates>,
 }
 
@@ -51,6 +53,7 @@ impl Context {
             copy_blocks: Pipelines::default(),
             decode: Pipelines::default(),
             decode_merge: Pipelines::default(),
+            prefill: Pipelines::default(),
             merge_states: Pipelines::default(),
         })
     }

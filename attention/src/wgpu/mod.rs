@@ -16,6 +16,7 @@ mod dtype;
 mod error;
 mod merge_states;
 mod plan;
+mod prefill_plan;
 mod write_kv;
 
 pub use ::wgpu;
