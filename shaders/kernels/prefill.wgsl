@@ -116,10 +116,7 @@ ${ elements_lib.store_out(q) }
 
 ${ elements_lib.tanh_exact() }
 
-// sum + dot(x, y), without the addition of its own that dot needs.
-fn add_dot(x: vec4<f32>, y: vec4<f32>, sum: f32) -> f32 {
-    return fma(x.x, y.x, fma(x.y, y.y, fma(x.z, y.z, fma(x.w, y.w, sum))));
-}
+${ elements_lib.add_dot() }
 
 @compute @workgroup_size(${ workgroup_size })
 fn prefill(
@@ -143,7 +140,7 @@ fn prefill(
     let first_row = plan[item + 1u];
     let queries = plan[item + 2u];
     let begin = plan[item + 3u];
-    let end = plan[item + 4u];
+    let end = min(plan[item + 4u], 0x7fffffffu); // so that no loop to it can wrap around
 //% if not bits
     // The keys that every row sees.
     let plain_begin = plan[item + 5u];

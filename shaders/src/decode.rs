@@ -276,7 +276,7 @@ impl Decode {
             return Err(Error::NoSuchVariant { kernel: FAMILY, name });
         }
         let DecodeSpec { lanes, chunks, queries, tuning, .. } = spec;
-        let DecodeTuning { rows, workgroup_size } = tuning;
+        let DecodeTuning { rows, workgroup_size, kept, ahead } = tuning;
         let share = lanes / queries;
         let offsets: Vec<u32> = (0..share.trailing_zeros()).rev().map(|bit| 1 << bit).collect();
         let unit_size = spec.unit.bytes();
@@ -295,6 +295,8 @@ impl Decode {
             workgroup_size,
             subgroups => spec.subgroups,
             bits => spec.bits,
+            kept,
+            ahead,
             offsets,
             gather_queries => spec.gather_queries(),
             scratch => spec.scratch(),

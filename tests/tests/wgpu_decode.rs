@@ -15,6 +15,7 @@ use pagewise_attention::conformance::{
     AttentionData, Case, CaseMask, Layout, Operation, Outcome, Rows, ScaleKind, SequenceShape, Tables, Wgpu,
     quick, run_case,
 };
+use pagewise_attention::wgpu::shaders::decode::DecodeTuning;
 use pagewise_attention::wgpu::{
     AttentionCall, BufferRange, Context, HeadTerms, PlanOptions, PreparedAttention, StepLimits, WgpuError,
     wgpu,
@@ -112,6 +113,12 @@ fn random_options(random: &mut Random) -> PlanOptions {
     }
 }
 
+/// Another tuning than the default, one that every configuration has.
+fn random_tuning(random: &mut Random) -> DecodeTuning {
+    let (kept, ahead) = (random.one_in(2), random.one_in(2));
+    DecodeTuning { rows: random.pick(&[1, 2]), workgroup_size: 64, kept, ahead }
+}
+
 #[test]
 fn random_cases_agree_with_the_oracle() {
     check_cases(contexts(), true);
@@ -164,6 +171,9 @@ fn check_cases(contexts: Vec<(String, Context)>, whole_table: bool) {
                 0 => next,
                 _ => other_case(&kind, next),
             };
+            if turn % 3 == 0 {
+                subject.tuning = random.one_in(3).then(|| random_tuning(&mut random));
+            }
             kind = case.clone();
             subject.options = random_options(&mut random);
             match check(&mut subject, &case) {
@@ -171,7 +181,7 @@ fn check_cases(contexts: Vec<(String, Context)>, whole_table: bool) {
                 false => skipped += 1,
             }
         }
-        subject.options = PlanOptions::default();
+        (subject.options, subject.tuning) = (PlanOptions::default(), None);
         for case in quick(random.next()) {
             if !whole_table && !random.one_in(4) {
                 continue;

@@ -7,7 +7,7 @@ use super::subject::{AttentionTask, CopyTask, MergeTask, Refusal, Scale, Subject
 use crate::wgpu::shaders::decode::DecodeTuning;
 use crate::wgpu::{
     AttentionCall, BufferRange, Context, CopyBlocksCall, HeadTerms, KvScale, MergeStatesCall, PlanOptions,
-    WgpuError, WriteKvCall,
+    SwapBlocksCall, SwapSide, WgpuError, WriteKvCall,
 };
 use crate::{HostTensor, HostTensorMut, RowStrides};
 
@@ -40,7 +40,7 @@ impl<'a> Wgpu<'a> {
     fn upload(&self, bytes: &[u8]) -> Buffer {
         let mut contents = bytes.to_vec();
         contents.resize(bytes.len().max(16).next_multiple_of(4), 0xff);
-        let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC;
+        let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
         let descriptor = BufferInitDescriptor { label: None, contents: &contents, usage };
         self.context.device().create_buffer_init(&descriptor)
     }
@@ -209,11 +209,26 @@ impl Subject for Wgpu<'_> {
 
     fn swap_blocks(
         &mut self,
-        _: &SwapTask<'_>,
-        _: HostTensorMut<'_>,
-        _: HostTensorMut<'_>,
+        task: &SwapTask<'_>,
+        mut k: HostTensorMut<'_>,
+        mut v: HostTensorMut<'_>,
     ) -> Result<(), Refusal> {
-        unsupported("swap_blocks")
+        let (from_k, from_v) = (self.upload(&task.k.to_bytes()), self.upload(&task.v.to_bytes()));
+        let (to_k, to_v) = (self.upload(&k.as_ref().to_bytes()), self.upload(&v.as_ref().to_bytes()));
+        let [from_k, from_v, to_k_range, to_v_range] =
+            [&from_k, &from_v, &to_k, &to_v].map(BufferRange::whole);
+        let call = SwapBlocksCall {
+            config: task.config,
+            from: SwapSide { layout: &task.source_layout, k: from_k, v: from_v },
+            to: SwapSide { layout: &task.target_layout, k: to_k_range, v: to_v_range },
+            pairs: task.pairs,
+        };
+        let mut encoder = self.context.device().create_command_encoder(&Default::default());
+        self.context.swap_blocks(&mut encoder, &call).map_err(refusal)?;
+        self.context.queue().submit([encoder.finish()]);
+        k.set_bytes(&self.read(&to_k)?);
+        v.set_bytes(&self.read(&to_v)?);
+        Ok(())
     }
 
     fn merge_states(

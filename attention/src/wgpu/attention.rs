@@ -224,10 +224,10 @@ impl Context {
             softcap: config.softcap,
         };
         let spec = self.choose_decode(config, &args, call.tuning)?;
-        let decode = self.decode.get(spec, self.device(), || Ok(Decode::new(spec)?), Decode::shader)?;
+        let decode = self.decode.get(spec, self.builder(), || Ok(Decode::new(spec)?), Decode::shader)?;
         let merge = self.decode_merge.get(
             spec.q,
-            self.device(),
+            self.builder(),
             || Ok(DecodeMerge::new(spec.q)?),
             DecodeMerge::shader,
         )?;

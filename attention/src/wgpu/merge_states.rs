@@ -178,7 +178,7 @@ impl Context {
         let (spec, words) = chosen?;
         let pipeline = self.merge_states.get(
             spec,
-            self.device(),
+            self.builder(),
             || Ok(MergeStates::new(spec)?),
             MergeStates::shader,
         )?;

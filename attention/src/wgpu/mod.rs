@@ -17,6 +17,7 @@ mod error;
 mod merge_states;
 mod plan;
 mod prefill_plan;
+mod swap_blocks;
 mod write_kv;
 
 pub use ::wgpu;
@@ -31,4 +32,5 @@ pub use error::WgpuError;
 pub use merge_states::{MergeStatesCall, PreparedMergeStates};
 pub use pagewise_shaders as shaders;
 pub use plan::{AttentionPlan, PlanBound, PlanOptions, StepLimits};
+pub use swap_blocks::{SwapBlocksCall, SwapSide};
 pub use write_kv::{PreparedWriteKv, WriteKvCall, WriteKvVariant};

@@ -222,7 +222,7 @@ impl Context {
             Some(dispatch) => {
                 let pipeline = self.prefill.get(
                     prefill_spec,
-                    self.device(),
+                    self.builder(),
                     || Ok(Prefill::new(prefill_spec)?),
                     Prefill::shader,
                 )?;

@@ -108,3 +108,11 @@ fn tanh_exact(x: f32) -> f32 {
     return select(sign(x) * large, series, abs(x) < 0.2);
 }
 <%- endmacro %>
+
+//# A dot product that is added to a sum.
+<% macro add_dot() %>
+// sum + dot(x, y), without the addition of its own that dot needs.
+fn add_dot(x: vec4<f32>, y: vec4<f32>, sum: f32) -> f32 {
+    return fma(x.x, y.x, fma(x.y, y.y, fma(x.z, y.z, fma(x.w, y.w, sum))));
+}
+<%- endmacro %>
