@@ -23,6 +23,7 @@ const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
 fn block_case(random: &mut Random, operation: Operation) -> Case {
     let dtype = random.pick(&TYPES);
     let head_dim_qk = 2 * (1 + random.below(64));
+    let shorter = 2 * (1 + random.below(head_dim_qk / 2));
     Case {
         operation,
         q_dtype: dtype,
@@ -30,7 +31,7 @@ fn block_case(random: &mut Random, operation: Operation) -> Case {
         q_heads: 6,
         kv_heads: random.pick(&[1, 2, 3, 6]),
         head_dim_qk,
-        head_dim_v: random.pick(&[head_dim_qk, 2 * (1 + random.below(head_dim_qk / 2))]),
+        head_dim_v: random.pick(&[head_dim_qk, shorter]),
         block_size: random.pick(&[1, 2, 8, 16, 16, 64]),
         layout: random.pick(&[Layout::Nhd, Layout::Hnd, Layout::Gaps, Layout::Interleaved]),
         count: random.below(12),

@@ -25,7 +25,7 @@ use random::{Random, run_cases, run_seed};
 use wgpu_contexts::{contexts, plain_contexts};
 
 /// Random cases of each context.
-const CASES: usize = 45;
+const CASES: usize = 30;
 
 const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
 
