@@ -1,6 +1,7 @@
 //# Variables: name, q, kv (element types); unit (WGSL type of the cache's elements), unit_words; lanes, chunks,
 //# vectors (vec4<f32> of a unit), queries, rows, groups, workgroup_size; subgroups, bits, kept, ahead (booleans);
 //# gather_queries (queries whose outputs the groups add up at a time), scratch (vec4<f32> of workgroup memory).
+//% import "lib/attention.wgsl" as attention_lib
 //% import "lib/elements.wgsl" as elements_lib
 //% set parts = chunks * vectors
 //% set share = lanes // queries
@@ -35,51 +36,7 @@
 // Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention"
 // (SOSP 2023), section 4.1; splits as in Flash-Decoding (Dao et al., 2023); softmax as Milakov and Gimelshein (2018).
 
-struct Params {
-    tiles: u32,         // workgroups of an item: KV heads * tiles of query heads
-    kv_heads: u32,
-    group_size: u32,    // query heads that share a KV head
-    block_shift: u32,   // block size is a power of two
-    k_vectors: u32,     // head_dim_k / 4
-    v_vectors: u32,     // head_dim_v / 4
-    k_units: u32,
-    v_units: u32,
-    q_offset: u32,      // in words
-    q_row_stride: u32,
-    q_head_stride: u32,
-    out_offset: u32,    // in words
-    out_row_stride: u32,
-    out_head_stride: u32,
-    lse_offset: u32,
-    has_lse: u32,
-    k_offset: u32,      // in units
-    k_block_stride: u32,
-    k_token_stride: u32,
-    k_head_stride: u32,
-    v_offset: u32,      // in units
-    v_block_stride: u32,
-    v_token_stride: u32,
-    v_head_stride: u32,
-    terms_offset: u32,
-    scale: f32,
-    softcap: f32,       // 0: none
-    unused: u32,
-}
-
-@group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> q: array<u32>;
-@group(0) @binding(2) var<storage, read> k_cache: array<${ unit }>;
-@group(0) @binding(3) var<storage, read> v_cache: array<${ unit }>;
-@group(0) @binding(4) var<storage, read> plan: array<u32>;
-@group(0) @binding(5) var<storage, read> terms: array<f32>;
-@group(0) @binding(6) var<storage, read_write> out: array<u32>;
-@group(0) @binding(7) var<storage, read_write> lse: array<u32>;
-@group(0) @binding(8) var<storage, read_write> partials: array<vec4<f32>>;
-
-// Below every score. WGSL lets a compiler assume that there are no infinities, so none takes part.
-const LOWEST: f32 = -3.4e38;
-const LOG2_E: f32 = 1.4426950408889634;
-const LN_2: f32 = 0.6931471805599453;
+${ attention_lib.interface(unit) }
 
 // First the queries, [queries, ${ parts }, lanes]; in the end the groups' outputs.
 var<workgroup> scratch: array<vec4<f32>, ${ scratch }>;

@@ -2,6 +2,7 @@
 //# rows (of a tile), row_quads (of an invocation, four rows each), chunk (vec4<f32> of a row that are staged at a time),
 //# q_stride, k_stride, p_stride (of staged rows), columns (vec4<f32> of an output row for a lane), value_keys (V rows
 //# that are staged at a time), tile (vec4<f32> of workgroup memory); bits (boolean); workgroup_size.
+//% import "lib/attention.wgsl" as attention_lib
 //% import "lib/elements.wgsl" as elements_lib
 //% set lane_rows = 4 * row_quads
 //% set k_at = rows * q_stride
@@ -36,51 +37,7 @@
 enable f16;
 //% endif
 
-struct Params {
-    tiles: u32,
-    kv_heads: u32,
-    group_size: u32,    // query heads that share a KV head
-    block_shift: u32,   // block size is a power of two
-    k_vectors: u32,     // head_dim_k / 4
-    v_vectors: u32,     // head_dim_v / 4
-    k_units: u32,
-    v_units: u32,
-    q_offset: u32,      // in words
-    q_row_stride: u32,
-    q_head_stride: u32,
-    out_offset: u32,    // in words
-    out_row_stride: u32,
-    out_head_stride: u32,
-    lse_offset: u32,
-    has_lse: u32,
-    k_offset: u32,      // in units
-    k_block_stride: u32,
-    k_token_stride: u32,
-    k_head_stride: u32,
-    v_offset: u32,      // in units
-    v_block_stride: u32,
-    v_token_stride: u32,
-    v_head_stride: u32,
-    terms_offset: u32,
-    scale: f32,
-    softcap: f32,       // 0: none
-    unused: u32,
-}
-
-@group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> q: array<u32>;
-@group(0) @binding(2) var<storage, read> k_cache: array<${ unit }>;
-@group(0) @binding(3) var<storage, read> v_cache: array<${ unit }>;
-@group(0) @binding(4) var<storage, read> plan: array<u32>;
-@group(0) @binding(5) var<storage, read> terms: array<f32>;
-@group(0) @binding(6) var<storage, read_write> out: array<u32>;
-@group(0) @binding(7) var<storage, read_write> lse: array<u32>;
-@group(0) @binding(8) var<storage, read_write> partials: array<vec4<f32>>;
-
-// Below every score. WGSL lets a compiler assume that there are no infinities, so none takes part.
-const LOWEST: f32 = -3.4e38;
-const LOG2_E: f32 = 1.4426950408889634;
-const LN_2: f32 = 0.6931471805599453;
+${ attention_lib.interface(unit) }
 // What the queries' place says of a row that is none.
 const NO_ROW: u32 = 0xffffffffu;
 
