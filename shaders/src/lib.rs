@@ -18,12 +18,14 @@
 //! |---|---|
 //! | [`mod@copy_blocks`] | copies blocks within a cache |
 //! | [`mod@decode`] | attends over a paged cache, keys split over workgroups, and merges the splits |
+//! | [`model`] | the dense layers of a transformer: products, norms, activations, tables, argmax |
 //! | [`mod@write_kv`] | stores new K and V rows into cache blocks, given by a slot mapping |
 
 pub mod copy_blocks;
 pub mod decode;
 mod dtype;
 mod error;
+pub mod model;
 mod shader;
 mod template;
 pub mod write_kv;
@@ -50,5 +52,6 @@ pub fn all_shaders() -> Result<Vec<Shader>, Error> {
     for q in DType::ALL {
         shaders.push(decode::DecodeMerge::new(q)?.into_shader());
     }
+    shaders.extend(model::all_shaders()?);
     Ok(shaders)
 }

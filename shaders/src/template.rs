@@ -10,7 +10,10 @@ use minijinja::{Environment, UndefinedBehavior, Value};
 use crate::Error;
 
 /// The shared idioms, which kernels import by these names.
-const LIB: &[(&str, &str)] = &[("lib/elements.wgsl", include_str!("../kernels/lib/elements.wgsl"))];
+const LIB: &[(&str, &str)] = &[
+    ("lib/dense.wgsl", include_str!("../kernels/lib/dense.wgsl")),
+    ("lib/elements.wgsl", include_str!("../kernels/lib/elements.wgsl")),
+];
 
 /// Renders `source` (the template named `name`) with the map `variables`.
 pub(crate) fn render(name: &'static str, source: &str, variables: Value) -> Result<String, Error> {
