@@ -131,14 +131,31 @@ impl<K: Copy + Eq + Hash, D> Pipelines<K, D> {
             return Ok(Arc::clone(pipeline));
         }
         let descriptor = descriptor()?;
-        let (pipeline, layout) = build(device, shader(&descriptor))?;
+        let (pipeline, layout) = compile(device, shader(&descriptor), UniformOffset::Fixed)?;
         let pipeline = Arc::new(Pipeline { descriptor, pipeline, layout });
         pipelines.insert(key, Arc::clone(&pipeline));
         Ok(pipeline)
     }
 }
 
-fn build(device: &Device, shader: &Shader) -> Result<(ComputePipeline, BindGroupLayout), WgpuError> {
+/// Where a kernel's uniform buffer begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UniformOffset {
+    /// As the bind group says.
+    Fixed,
+    /// As each `set_bind_group` says: one bind group serves calls with different parameters.
+    Dynamic,
+}
+
+/// Builds the pipeline of a rendered kernel, with the layout of its bind group 0.
+///
+/// # Errors
+/// [`WgpuError::Compile`] when the device refuses it.
+pub fn compile(
+    device: &Device,
+    shader: &Shader,
+    uniform: UniformOffset,
+) -> Result<(ComputePipeline, BindGroupLayout), WgpuError> {
     let scope = device.push_error_scope(ErrorFilter::Validation);
     let name = Some(shader.name());
     let module = device.create_shader_module(ShaderModuleDescriptor {
@@ -157,7 +174,8 @@ fn build(device: &Device, shader: &Shader) -> Result<(ComputePipeline, BindGroup
                     BindingKind::ReadOnly => BufferBindingType::Storage { read_only: true },
                     BindingKind::ReadWrite => BufferBindingType::Storage { read_only: false },
                 },
-                has_dynamic_offset: false,
+                has_dynamic_offset: uniform == UniformOffset::Dynamic
+                    && matches!(binding.kind, BindingKind::Uniform { .. }),
                 min_binding_size: None,
             },
             count: None,

@@ -23,7 +23,7 @@ pub use adapter::{
 };
 pub use attention::{AttentionCall, HeadTerms, KvScale, PreparedAttention};
 pub use buffer::BufferRange;
-pub use context::Context;
+pub use context::{Context, UniformOffset, compile};
 pub use copy_blocks::CopyBlocksCall;
 pub use error::WgpuError;
 pub use pagewise_shaders as shaders;
