@@ -1,6 +1,7 @@
 //! The device: which adapter, with which limits, memory from it, and what it says when it fails. Nothing here panics:
 //! every error of the device is kept until somebody asks, and is then a typed error of the step that met it.
 
+use super::recorder::Pipelines;
 use crate::backend::BackendError;
 use pagewise_attention::wgpu::wgpu::{
     Buffer, BufferDescriptor, BufferUsages, DeviceType, Error, PollType, SubmissionIndex,
@@ -73,10 +74,11 @@ struct Faults {
     error: Option<String>,
 }
 
-/// A device of our own and its faults.
+/// A device of our own, what is compiled for it, and its faults.
 #[derive(Debug)]
 pub(super) struct Gpu {
     pub(super) context: Context,
+    pub(super) pipelines: Pipelines,
     faults: Arc<Mutex<Faults>>,
 }
 
@@ -98,7 +100,7 @@ impl Gpu {
         device.set_device_lost_callback(move |reason, message| {
             lock(&kept).lost.get_or_insert(format!("{reason:?} {message}").trim().to_owned());
         });
-        Ok(Self { context: Context::new(device, queue)?, faults })
+        Ok(Self { context: Context::new(device, queue)?, pipelines: Pipelines::default(), faults })
     }
 
     /// What went wrong since this was last asked; a lost device stays lost.

@@ -39,7 +39,7 @@ use weight::{Part, Uploader};
 /// A GPU, and what is kept on it from step to step.
 #[derive(Debug)]
 pub struct WgpuBackend {
-    gpu: Gpu,
+    gpu: Arc<Gpu>,
     name: String,
     pool: Arc<Pool>,
     uploader: Uploader,
@@ -69,10 +69,22 @@ impl WgpuBackend {
     /// # Errors
     /// [`BackendError::Wgpu`] if it gives no device.
     pub fn open(report: &AdapterReport) -> Result<Self, BackendError> {
-        let gpu = Gpu::open(report)?;
-        let uploader = Uploader::new(gpu.largest_binding());
+        let gpu = Arc::new(Gpu::open(report)?);
+        let largest = gpu.largest_binding();
+        Self::over(gpu, report.to_string(), largest)
+    }
+
+    /// Another one on the same device, for another model: what is compiled is shared, memory is not.
+    ///
+    /// # Errors
+    /// [`BackendError`] if the device is lost or has no memory left.
+    pub fn sibling(&self) -> Result<Self, BackendError> {
+        Self::over(Arc::clone(&self.gpu), self.name.clone(), self.uploader.largest)
+    }
+
+    fn over(gpu: Arc<Gpu>, name: String, largest_weight: u64) -> Result<Self, BackendError> {
+        let uploader = Uploader::new(largest_weight);
         let no_bias = gpu.storage(device::WEIGHTS, 16)?;
-        let name = report.to_string();
         Ok(Self { gpu, name, pool: Arc::default(), uploader, work: Mutex::default(), no_bias })
     }
 
@@ -103,6 +115,9 @@ impl WgpuBackend {
     /// # Errors
     /// The device fails.
     pub fn argmax(&self, logits: &WgpuTensor) -> Result<Vec<Option<u32>>, BackendError> {
+        if logits.rows() == 0 {
+            return Ok(Vec::new());
+        }
         let mut work = lock(&self.work);
         let Work { recorder, memory } = &mut *work;
         let ids = memory.ids(&self.gpu, logits.rows())?;
@@ -134,6 +149,9 @@ impl WgpuBackend {
         out: &WgpuTensor,
     ) -> Result<(), BackendError> {
         expect("the table's width", table.width(), out.width())?;
+        if out.rows() == 0 {
+            return Ok(());
+        }
         for part in table.parts() {
             let args = LookupArgs {
                 rows: out.rows() as u32,
@@ -173,6 +191,9 @@ impl WgpuBackend {
                 found: width,
                 expected: out.width(),
             });
+        }
+        if out.rows() == 0 {
+            return Ok(());
         }
         let place = |vector: &WgpuWeight| {
             let part = vector.parts().first();
@@ -220,6 +241,9 @@ impl WgpuBackend {
         let Product { weight, bias, out, out_features, accumulate } = *product;
         expect("the input of a product", x.width(), weight.width())?;
         expect("the rows of a product", out.rows(), x.rows())?;
+        if x.rows() == 0 {
+            return Ok(());
+        }
         let bias = bias.and_then(|bias| bias.parts().first());
         let form = Form::for_rows(x.rows() as u32);
         let spec = ProductSpec { dtype: weight.dtype(), form };
@@ -259,6 +283,9 @@ impl WgpuBackend {
         for input in inputs {
             expect("the rows of an element-wise operation", input.rows(), out.rows())?;
             expect("the width of an element-wise operation", input.width(), out.width())?;
+        }
+        if out.rows() == 0 {
+            return Ok(());
         }
         let place = |index: usize| inputs.get(index).map_or(Rows::default(), |tensor| tensor.place());
         let args = ElementwiseArgs {

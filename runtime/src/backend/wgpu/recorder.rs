@@ -1,7 +1,7 @@
 //! The commands of a step: one encoder with one compute pass, submitted once. Owns the pipelines of the dense kernels,
 //! their parameters and their bind groups, each made when it is first needed and kept.
 
-use super::device::{ACTIVATIONS, Gpu, Purpose};
+use super::device::{ACTIVATIONS, Gpu, Purpose, lock};
 use super::tensor::{WgpuTensor, size_class};
 use crate::backend::BackendError;
 use bytemuck::{AnyBitPattern, NoUninit};
@@ -19,6 +19,7 @@ use pagewise_shaders::model::{PARAM_WORDS, argmax, rotary};
 use pagewise_shaders::{BindingKind, Shader};
 use std::collections::HashMap;
 use std::num::NonZeroU64;
+use std::sync::{Arc, Mutex};
 
 /// A dense kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -53,12 +54,34 @@ pub(super) struct Dispatch<'a> {
     pub(super) workgroups: [u32; 3],
 }
 
+/// A kernel that is compiled.
 #[derive(Debug)]
-struct Pipeline {
+pub(super) struct Pipeline {
     pipeline: ComputePipeline,
     layout: BindGroupLayout,
     /// Numbers of the bindings behind the parameters.
     bindings: Vec<u32>,
+}
+
+/// The dense kernels of a device, which all models on it share.
+#[derive(Debug, Default)]
+pub(super) struct Pipelines(Mutex<HashMap<Kernel, Arc<Pipeline>>>);
+
+impl Pipelines {
+    fn get(&self, gpu: &Gpu, kernel: Kernel) -> Result<Arc<Pipeline>, BackendError> {
+        let mut pipelines = lock(&self.0);
+        if let Some(pipeline) = pipelines.get(&kernel) {
+            return Ok(Arc::clone(pipeline));
+        }
+        let shader = kernel.shader().map_err(WgpuError::from)?;
+        let (pipeline, layout) = compile(gpu.context.device(), &shader, UniformOffset::Dynamic)?;
+        let uniform = |kind| matches!(kind, BindingKind::Uniform { .. });
+        let bindings =
+            shader.bindings().iter().filter(|binding| !uniform(binding.kind)).map(|binding| binding.index);
+        let pipeline = Arc::new(Pipeline { pipeline, layout, bindings: bindings.collect() });
+        pipelines.insert(kernel, Arc::clone(&pipeline));
+        Ok(pipeline)
+    }
 }
 
 /// Parameters of [`SLOTS`] dispatches, and what the buffer holds of them.
@@ -94,7 +117,7 @@ pub(super) struct Recorder {
     open: Option<Open>,
     used: usize,
     pages: Vec<Page>,
-    pipelines: HashMap<Kernel, Pipeline>,
+    pipelines: HashMap<Kernel, Arc<Pipeline>>,
     bind_groups: HashMap<BindKey, BindGroup>,
     readback: Option<Buffer>,
 }
@@ -143,15 +166,9 @@ impl Recorder {
     }
 
     fn build(&mut self, gpu: &Gpu, kernel: Kernel) -> Result<(), BackendError> {
-        if self.pipelines.contains_key(&kernel) {
-            return Ok(());
+        if !self.pipelines.contains_key(&kernel) {
+            self.pipelines.insert(kernel, gpu.pipelines.get(gpu, kernel)?);
         }
-        let shader = kernel.shader().map_err(WgpuError::from)?;
-        let (pipeline, layout) = compile(gpu.context.device(), &shader, UniformOffset::Dynamic)?;
-        let uniform = |kind| matches!(kind, BindingKind::Uniform { .. });
-        let bindings =
-            shader.bindings().iter().filter(|binding| !uniform(binding.kind)).map(|binding| binding.index);
-        self.pipelines.insert(kernel, Pipeline { pipeline, layout, bindings: bindings.collect() });
         Ok(())
     }
 
@@ -208,6 +225,15 @@ impl Recorder {
         }
         self.pass(gpu);
         self.used = 0;
+        if bytes == 0 {
+            // Nothing is asked for, but keys and values are to be written.
+            if let Some(Open { pass, encoder }) = self.open.take() {
+                drop(pass);
+                let submission = gpu.context.queue().submit([encoder.finish()]);
+                gpu.wait(Some(submission))?;
+            }
+            return Ok(Vec::new());
+        }
         let (Some(Open { pass, mut encoder }), Some(readback)) = (self.open.take(), &self.readback) else {
             return Ok(Vec::new());
         };

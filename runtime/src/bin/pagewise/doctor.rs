@@ -17,7 +17,7 @@ pub(crate) struct DoctorArgs {}
 /// Runs the command.
 pub(crate) fn run(_: &DoctorArgs) -> Result<(), Failure> {
     let auto = match choose_backend(BackendChoice::Auto) {
-        Ok(line) => line.to_owned(),
+        Ok(chosen) => chosen.to_string(),
         Err(error) => error.to_string(),
     };
     let mut report = Report::default();
