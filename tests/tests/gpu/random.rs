@@ -46,6 +46,7 @@ pub fn run_seed() -> u64 {
 }
 
 /// How many cases of each kind: `PAGEWISE_CASES`, or `default`.
+#[allow(dead_code, reason = "not every test has cases")]
 pub fn run_cases(default: usize) -> usize {
     std::env::var("PAGEWISE_CASES")
         .map_or(default, |cases| cases.parse().expect("PAGEWISE_CASES is a number"))

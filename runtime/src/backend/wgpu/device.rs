@@ -167,8 +167,12 @@ impl Gpu {
 
     /// Waits for a submission, or for all.
     pub(super) fn wait(&self, submission: Option<SubmissionIndex>) -> Result<(), BackendError> {
-        let waited =
-            self.context.device().poll(PollType::Wait { submission_index: submission, timeout: None });
+        let device = self.context.device();
+        let waited = device.poll(PollType::Wait { submission_index: submission, timeout: None });
+        if waited.is_err() {
+            // That a device is lost is only said when it is asked without waiting.
+            let _ = device.poll(PollType::Poll);
+        }
         self.check()?;
         waited.map(drop).map_err(|error| BackendError::Device { reason: error.to_string() })
     }
