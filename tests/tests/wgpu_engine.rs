@@ -10,7 +10,7 @@ mod engine_pair;
 #[path = "gpu/random.rs"]
 mod random;
 
-use engine_pair::{Pair, Sequence, adapters, argmax, engine, lines};
+use engine_pair::{Pair, Sequence, adapters, argmax, beams, engine};
 use pagewise_attention::DType;
 use pagewise_runtime::backend::wgpu::WgpuBackend;
 use pagewise_runtime::backend::{AttentionSpec, Backend, BackendError};
@@ -175,8 +175,9 @@ fn swapped_and_recomputed_requests_agree_with_the_cpu() {
             let requests = || -> Vec<Request> {
                 golden.iter().chain(&golden).map(|golden| greedy(&golden.prompt, 24)).collect()
             };
-            let mut cpu = engine(None, &fixture(name), 4, blocks, if swap { 64 } else { 0 });
-            let mut wgpu = engine(Some(&backend), &fixture(name), 4, blocks, if swap { 64 } else { 0 });
+            let blocks = [blocks, if swap { 64 } else { 0 }];
+            let mut cpu = engine(None, &fixture(name), None, 4, blocks);
+            let mut wgpu = engine(Some(&backend), &fixture(name), None, 4, blocks);
             let (cpu_outputs, wgpu_outputs) =
                 (cpu.generate(requests()).unwrap(), wgpu.generate(requests()).unwrap());
             for (i, (cpu, wgpu)) in cpu_outputs.into_iter().zip(wgpu_outputs).enumerate() {
@@ -195,8 +196,8 @@ fn swapped_and_recomputed_requests_agree_with_the_cpu() {
 fn beam_searches_are_those_of_transformers() {
     for backend in adapters() {
         for name in ["llama_gqa", "gemma2"] {
-            let cases = lines(name);
-            let mut engine = engine(Some(&backend), &fixture(name), 4, 4096, 0);
+            let cases = beams(name);
+            let mut engine = engine(Some(&backend), &fixture(name), None, 4, [4096, 0]);
             let requests = cases.iter().map(|case| case.request.clone()).collect();
             for (case, output) in cases.iter().zip(engine.generate(requests).unwrap()) {
                 let output = output.unwrap();
@@ -267,8 +268,10 @@ fn smollm2_says_what_it_says_on_the_cpu() {
             items.truncate(2);
         }
         let requests = || -> Vec<Request> { items.iter().map(|item| greedy(&item.prompt, 16)).collect() };
-        let cpu = engine(None, &dir, 16, 512, 0).generate(requests()).unwrap();
-        let wgpu = engine(Some(&backend), &dir, 16, 512, 0).generate(requests()).unwrap();
+        // The published weights are bf16, so that this is the same model.
+        let bf16 = Some(DType::Bf16);
+        let cpu = engine(None, &dir, bf16, 16, [512, 0]).generate(requests()).unwrap();
+        let wgpu = engine(Some(&backend), &dir, bf16, 16, [512, 0]).generate(requests()).unwrap();
         let mut decided = 0;
         for (i, (cpu, wgpu)) in cpu.into_iter().zip(wgpu).enumerate() {
             // Logits of about 25 in f32 through 30 layers.

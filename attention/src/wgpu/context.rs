@@ -8,8 +8,8 @@ use ::wgpu::{
     BindGroup, BindGroupDescriptor, BindGroupEntry, BindGroupLayout, BindGroupLayoutDescriptor,
     BindGroupLayoutEntry, BindingResource, BindingType, Buffer, BufferBindingType, BufferDescriptor,
     BufferUsages, ComputePipeline, ComputePipelineDescriptor, Device, ErrorFilter, Features, Limits,
-    PipelineCompilationOptions, PipelineLayoutDescriptor, Queue, ShaderModuleDescriptor, ShaderSource,
-    ShaderStages,
+    PipelineCompilationOptions, PipelineLayoutDescriptor, Queue, ShaderModuleDescriptor, ShaderRuntimeChecks,
+    ShaderSource, ShaderStages,
 };
 use pagewise_shaders::copy_blocks::{CopyBlocks, CopyUnit};
 use pagewise_shaders::decode::{Decode, DecodeMerge, DecodeSpec};
@@ -158,10 +158,11 @@ pub fn compile(
 ) -> Result<(ComputePipeline, BindGroupLayout), WgpuError> {
     let scope = device.push_error_scope(ErrorFilter::Validation);
     let name = Some(shader.name());
-    let module = device.create_shader_module(ShaderModuleDescriptor {
-        label: name,
-        source: ShaderSource::Wgsl(shader.text().into()),
-    });
+    let descriptor = ShaderModuleDescriptor { label: name, source: ShaderSource::Wgsl(shader.text().into()) };
+    // Indices stay checked. Counters that end loops after 2^64 turns would keep compilers from unrolling them.
+    let checks = ShaderRuntimeChecks { force_loop_bounding: false, ..ShaderRuntimeChecks::checked() };
+    // SAFETY: every loop of our kernels walks with a constant step to a bound that it does not change, so that all end.
+    let module = unsafe { device.create_shader_module_trusted(descriptor, checks) };
     let entries: Vec<BindGroupLayoutEntry> = shader
         .bindings()
         .iter()

@@ -11,6 +11,8 @@ use crate::{DType, Error, template};
 
 /// Lanes of `matvec` that share a feature.
 const LANES: u32 = 32;
+/// Features that they compute side by side: what they read of `x` serves all of them.
+const TEAM_FEATURES: u32 = 4;
 /// Features of a tile of `linear`.
 const TILE_FEATURES: u32 = 64;
 /// The most rows of `matvec`.
@@ -57,14 +59,9 @@ impl Form {
     /// Features of a workgroup.
     fn features(self) -> u32 {
         match self {
-            Self::Few(_) => self.team_features() * WORKGROUP_SIZE / LANES,
+            Self::Few(_) => TEAM_FEATURES * WORKGROUP_SIZE / LANES,
             Self::Tiled(_) => TILE_FEATURES,
         }
-    }
-
-    /// Features of a team: more rows share what they read of `x` among more of them.
-    fn team_features(self) -> u32 {
-        if self.rows() == 1 { 2 } else { 4 }
     }
 
     fn family(self) -> &'static str {
@@ -126,7 +123,7 @@ impl ProductSpec {
                     name => self.name(),
                     dtype => self.dtype.name(),
                     rows,
-                    features => self.form.team_features(),
+                    features => TEAM_FEATURES,
                     lanes => LANES,
                     teams => WORKGROUP_SIZE / LANES,
                     workgroup_size => WORKGROUP_SIZE,

@@ -199,13 +199,13 @@ where
     Box::new(ModelExecutor::new(backend, model, spec.clone(), config.vocab_size).unwrap())
 }
 
-/// An engine on a GPU, or on the CPU, that swaps where there are host blocks.
+/// An engine on a GPU, or on the CPU, with so many blocks there and on the host; it swaps where there are any.
 pub fn engine(
     backend: Option<&WgpuBackend>,
     dir: &Path,
+    dtype: Option<DType>,
     block_size: usize,
-    num_blocks: usize,
-    host_blocks: usize,
+    [num_blocks, host_blocks]: [usize; 2],
 ) -> Engine {
     let ModelDir { config, generation, .. } = ModelDir::open(dir).unwrap();
     let mut spec = AttentionSpec::new(&config, DType::F32, block_size, num_blocks);
@@ -221,8 +221,8 @@ pub fn engine(
     })
     .unwrap();
     let executor = match backend {
-        Some(backend) => executor(sibling(backend), &config, dir, None, &spec),
-        None => executor(CpuBackend::new(Some(2)).unwrap(), &config, dir, None, &spec),
+        Some(backend) => executor(sibling(backend), &config, dir, dtype, &spec),
+        None => executor(CpuBackend::new(Some(2)).unwrap(), &config, dir, dtype, &spec),
     };
     let engine_config = EngineConfig {
         max_num_seqs: 64,
@@ -242,8 +242,8 @@ pub struct BeamCase {
     pub scores: Vec<f64>,
 }
 
-/// The searches of a fixture's older file whose ends are the model's own.
-pub fn lines(name: &str) -> Vec<BeamCase> {
+/// The searches of a fixture's older file.
+pub fn beams(name: &str) -> Vec<BeamCase> {
     #[derive(Deserialize)]
     struct Golden {
         prompts: Vec<Prompt>,

@@ -55,12 +55,9 @@ impl AdapterChoice {
         };
         let wanted = match self {
             Self::Named(name) => name.clone(),
-            Self::Best | Self::Hardware => "a GPU that is not software".to_owned(),
+            Self::Best | Self::Hardware => "a GPU, other than in software".to_owned(),
         };
-        let report = chosen.ok_or(WgpuError::Device {
-            adapter: wanted,
-            reason: format!("no adapter of this machine is that; there are: {known}"),
-        })?;
+        let report = chosen.ok_or(WgpuError::NoMatch { wanted, known })?;
         report.check()?;
         Ok(report)
     }

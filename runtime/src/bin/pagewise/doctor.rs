@@ -154,7 +154,7 @@ fn wgpu(report: &mut Report) {
         });
     }
     report.more(&match wgpu::shaders::all_shaders() {
-        Ok(shaders) => kernel_summary(shaders.iter().map(|shader| shader.name())),
+        Ok(shaders) => kernel_summary(shaders.iter().map(|shader| shader.family())),
         Err(error) => format!("kernels: {error}"),
     });
 }
