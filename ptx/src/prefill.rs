@@ -90,6 +90,11 @@ pub struct PrefillArgs {
     pub slopes: u64,
     /// Device address of the sinks, f32 `[q_heads]`, or 0.
     pub sinks: u64,
+    /// Device address of the mask's bits, u32 `[rows, mask_words]`, for variants with bits: bit `j % 32` of word `j / 32`
+    /// lets a row see key `j` of its range.
+    pub mask_bits: u64,
+    /// Words of a row of them.
+    pub mask_words: u32,
     /// Device address of the work items.
     pub work: u64,
     /// Device address of what each query row sees, i32 `[rows, 4]`: first key, end, position, 0.
@@ -108,7 +113,7 @@ const fn param(name: &'static str, ty: ParamType) -> Param {
     Param { name, ty }
 }
 
-/// The parameter list, the same for all variants.
+/// The parameters that all variants have.
 const PARAMS: [Param; 29] = {
     use ParamType::{F32, Pointer, U32, U64};
     [
@@ -148,6 +153,12 @@ const PARAMS: [Param; 29] = {
 fn hopper_params() -> Vec<Param> {
     let maps = ["k_map", "v_map"].map(|name| param(name, ParamType::TensorMap));
     maps.into_iter().chain(PARAMS).chain([param("items", ParamType::U32)]).collect()
+}
+
+/// The parameters of the variants with bits.
+fn bits_params() -> Vec<Param> {
+    let bits = [param("mask_bits", ParamType::Pointer), param("mask_words", ParamType::U32)];
+    PARAMS.into_iter().chain(bits).collect()
 }
 
 impl PrefillArgs {
@@ -192,6 +203,14 @@ impl PrefillArgs {
         ]
     }
 
+    /// Those of the variants with bits.
+    pub fn bits_values(&self) -> [Arg; BITS_VALUES] {
+        let mut values = [Arg::u32(self.mask_words); BITS_VALUES];
+        let known = self.values().into_iter().chain([Arg::pointer(self.mask_bits)]);
+        values.iter_mut().zip(known).for_each(|(place, value)| *place = value);
+        values
+    }
+
     /// Those of the Hopper form that follow the tensor maps, for so many items.
     pub fn hopper_values(&self, items: u32) -> [Arg; HOPPER_VALUES] {
         let mut values = [Arg::u32(items); HOPPER_VALUES];
@@ -202,6 +221,9 @@ impl PrefillArgs {
 
 /// The parameters of the Hopper form after the tensor maps.
 const HOPPER_VALUES: usize = PARAMS.len() + 1;
+
+/// The parameters of the variants with bits.
+const BITS_VALUES: usize = PARAMS.len() + 2;
 
 /// One variant, rendered.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -240,6 +262,7 @@ impl Prefill {
                         producer_registers => 40,
                         consumer_registers => 232,
                         rows_name => "%r_rows_at",
+                        bits => false,
                     },
                 )?,
                 hopper_params(),
@@ -256,9 +279,11 @@ impl Prefill {
                         keys => spec.tile_keys(),
                         blocks_per_sm => spec.blocks_per_multiprocessor(),
                         rows_name => "s_rows",
+                        bits => spec.bits,
+                        words => spec.tile_words(),
                     },
                 )?,
-                PARAMS.to_vec(),
+                if spec.bits { bits_params() } else { PARAMS.to_vec() },
             ),
         };
         Ok(Self {

@@ -17,6 +17,7 @@ const LIB: &[(&str, &str)] = &[
     ("decode/scores.ptx", include_str!("../kernels/decode/scores.ptx")),
     ("decode/values.ptx", include_str!("../kernels/decode/values.ptx")),
     ("decode/merge.ptx", include_str!("../kernels/decode/merge.ptx")),
+    ("prefill/bits.ptx", include_str!("../kernels/prefill/bits.ptx")),
     ("prefill/contract.ptx", include_str!("../kernels/prefill/contract.ptx")),
     ("prefill/params.ptx", include_str!("../kernels/prefill/params.ptx")),
     ("prefill/rows.ptx", include_str!("../kernels/prefill/rows.ptx")),

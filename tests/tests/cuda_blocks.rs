@@ -37,11 +37,12 @@ use std::sync::Arc;
 use blocks::{BlocksCase, BlocksTensors, compare_bytes, wanted_blocks_case};
 use cuda::Receipts;
 use cuda_machine::Gpu;
-use cuda_subject::{Cuda, Pinned, pair_bytes};
+use cuda_subject::{pair_bytes, pinned};
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use machine::check_blocks;
 use pagewise_attention::conformance::{AttentionData, Case, Operation, Outcome, Subject, quick, run_case};
+use pagewise_attention::conformance::{Cuda, Pinned};
 use pagewise_attention::cuda::ptx::all_kernels;
 use pagewise_attention::cuda::{
     BlocksWorkspace, CacheBlocks, Context, CopyBlocksCall, CopyBlocksSlices, CudaError, HostCache,
@@ -93,7 +94,7 @@ fn random_cases_move_every_byte_and_no_other() {
 #[test]
 fn the_conformance_cases_agree() {
     let Some(context) = cuda::context() else { return };
-    let mut subject = Cuda::new(&context);
+    let mut subject = cuda_subject::subject(&context);
     let is_ours = |case: &Case| matches!(case.operation, Operation::CopyBlocks | Operation::SwapBlocks);
     let cases: Vec<_> = quick(run_seed() % 1_000_000_000).into_iter().filter(is_ours).collect();
     assert!(cases.len() >= 8);
@@ -116,7 +117,7 @@ enum Placed {
 impl Placed {
     fn new(context: &Context, stream: &Arc<CudaStream>, buffers: &[Vec<u8>], on_host: bool) -> Self {
         match on_host {
-            true => Self::Host(buffers.iter().map(|bytes| Pinned::new(context, bytes)).collect()),
+            true => Self::Host(buffers.iter().map(|bytes| pinned(context, bytes)).collect()),
             false => Self::Device(buffers.iter().map(|bytes| stream.clone_htod(bytes).unwrap()).collect()),
         }
     }
@@ -132,7 +133,7 @@ impl Placed {
         stream.synchronize().unwrap();
         match self {
             Self::Device(slices) => slices.iter().map(|slice| stream.clone_dtoh(slice).unwrap()).collect(),
-            Self::Host(buffers) => buffers.iter().map(|buffer| buffer.bytes().to_vec()).collect(),
+            Self::Host(buffers) => buffers.iter().map(|buffer| buffer.bytes().unwrap().to_vec()).collect(),
         }
     }
 }
@@ -413,7 +414,7 @@ fn copies_overlap_with_decode_on_another_stream() {
         "attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal sequences=1:3000,1:700,1:90,1:1500";
     let case = Case { seed: run_seed() % 1_000_000_000, ..line.parse().unwrap() };
     let data = AttentionData::generate(&case);
-    let mut subject = Cuda::new(&context);
+    let mut subject = cuda_subject::subject(&context);
     let decode = |subject: &mut Cuda<'_>| {
         let mut out = data.poisoned_out();
         subject.attention(&data.task().unwrap(), out.as_mut(), None).unwrap();
@@ -432,7 +433,7 @@ fn copies_overlap_with_decode_on_another_stream() {
         .map(|(k, v)| (stream.clone_htod(k).unwrap(), stream.clone_htod(v).unwrap()))
         .collect();
     let bytes = 2 * cache.host[0].0.len();
-    let pinned: Vec<Pinned> = (0..8).map(|_| Pinned::new(&context, &vec![0; bytes])).collect();
+    let pinned: Vec<Pinned> = (0..8).map(|_| pinned(&context, &vec![0; bytes])).collect();
     let on_device =
         LayerAddresses::new(device.iter().map(|(k, v)| (address(k, &stream), address(v, &stream))));
     let on_host = LayerAddresses::new(pinned.as_chunks::<2>().0.iter().map(|[k, v]| (k.address, v.address)));
@@ -496,8 +497,11 @@ fn copies_overlap_with_decode_on_another_stream() {
             // Blocks 200 to 399 were swapped out; the others are as they were.
             let first = 2 * cache.block(200).start;
             let bytes: Vec<u8> = tensor.iter().flat_map(|number| number.to_le_bytes()).collect();
-            assert!(host.bytes()[first..] == bytes[first..], "host memory of layer {layer}");
-            assert!(host.bytes()[..first].iter().all(|&byte| byte == 0), "host memory of layer {layer}");
+            assert!(host.bytes().unwrap()[first..] == bytes[first..], "host memory of layer {layer}");
+            assert!(
+                host.bytes().unwrap()[..first].iter().all(|&byte| byte == 0),
+                "host memory of layer {layer}"
+            );
         }
     }
     eprintln!("{}: decode and copies agree with what they give alone", context.device());

@@ -18,9 +18,10 @@ mod cuda_subject;
 mod random;
 
 use cuda::Receipts;
-use cuda_subject::{Cuda, by_rows, bytes};
+use cuda_subject::{by_rows, bytes, subject};
 use cudarc::driver::CudaSlice;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use pagewise_attention::conformance::Cuda;
 use pagewise_attention::conformance::{
     AttentionData, Buffer, Case, CaseMask, Layout, Operation, Outcome, Refusal, Rows, ScaleKind,
     SequenceShape, Subject, Tables, quick, run_case,
@@ -138,7 +139,7 @@ fn random_options(random: &mut Random, case: &Case) -> PlanOptions {
 #[test]
 fn random_cases_agree_with_the_oracle() {
     let Some(context) = cuda::context() else { return };
-    let mut subject = Cuda::new(&context);
+    let mut subject = cuda_subject::subject(&context);
     let mut receipts = Receipts::default();
     let kernels = all_kernels().unwrap();
     let mut check = |subject: &mut Cuda<'_>, case: &Case| {
@@ -193,7 +194,7 @@ fn long_sequences_and_many_splits_agree_with_the_oracle() {
     if std::env::var_os("PAGEWISE_SMALL").is_some() {
         return;
     }
-    let mut subject = Cuda::new(&context);
+    let mut subject = cuda_subject::subject(&context);
     for (line, item_keys) in [
         ("attention q=bf16 kv=bf16 heads=8/1 dim=128 block=16 mask=causal sequences=1:40000", None),
         (
@@ -222,7 +223,7 @@ fn run(subject: &mut Cuda<'_>, data: &AttentionData) -> Result<Buffer, Refusal> 
 #[test]
 fn with_a_fixed_split_a_row_does_not_depend_on_its_batch() {
     let Some(context) = cuda::context() else { return };
-    let mut subject = Cuda::new(&context);
+    let mut subject = cuda_subject::subject(&context);
     subject.options = by_rows(PlanOptions { item_keys: Some(128), ..PlanOptions::default() });
     let batch: Case =
         "attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal sequences=1:700,1:90,1:1500"
@@ -254,7 +255,7 @@ fn replays_give_the_same_bits_every_time() {
     let threads: Vec<_> = (0..2)
         .map(|seed| {
             let data = AttentionData::generate(&Case { seed, ..case.clone() });
-            let expected = bytes(run(&mut Cuda::new(&context), &data).unwrap().as_ref());
+            let expected = bytes(run(&mut subject(&context), &data).unwrap().as_ref());
             (data, expected)
         })
         .collect();
@@ -290,7 +291,7 @@ fn replay(
     let partial_max = upload(&vec![0xff; sizes.partial_max as usize]);
     let tickets = upload(&vec![0; sizes.tickets as usize]);
     let subject =
-        Cuda { stream: stream.clone(), options: by_rows(PlanOptions::default()), ..Cuda::new(context) };
+        Cuda { stream: stream.clone(), options: by_rows(PlanOptions::default()), ..subject(context) };
     let call = AttentionCall {
         q: subject.address(&q),
         k_cache: subject.address(&k),
@@ -326,7 +327,7 @@ fn one_graph_serves_steps_of_changing_lengths() {
     engine.bind_to_thread().unwrap();
     let stream = engine.new_stream().unwrap();
     let subject =
-        Cuda { stream: stream.clone(), options: by_rows(PlanOptions::default()), ..Cuda::new(&context) };
+        Cuda { stream: stream.clone(), options: by_rows(PlanOptions::default()), ..subject(&context) };
     let line = "attention q=bf16 kv=bf16 heads=16/4 dim=128 block=16 mask=causal";
     let (rows, longest) = (6, 3000);
     let case = |lens: &[usize], seed| -> Case {
@@ -391,7 +392,7 @@ fn one_graph_serves_steps_of_changing_lengths() {
         put(&mut out, &vec![0xff; row_bytes]);
         graph.launch().unwrap();
         let found = stream.clone_dtoh(&out).unwrap();
-        let mut expecting = Cuda::new(&context);
+        let mut expecting = subject(&context);
         expecting.options = by_rows(options);
         let expected = bytes(run(&mut expecting, &data).unwrap().as_ref());
         assert!(found.starts_with(&expected), "step {turn} with {lens:?} gave other bits");
@@ -445,13 +446,13 @@ fn slices_are_checked_and_give_the_same_bits() {
     decode(q.as_view(), Some(slopes.as_view())).unwrap();
     let found: Vec<u8> =
         stream.clone_dtoh(&out).unwrap().iter().flat_map(|value| value.to_le_bytes()).collect();
-    assert!(found == bytes(run(&mut Cuda::new(&context), &data).unwrap().as_ref()));
+    assert!(found == bytes(run(&mut subject(&context), &data).unwrap().as_ref()));
 }
 
 #[test]
 fn what_the_kernel_does_not_do_is_a_typed_refusal() {
     let Some(context) = cuda::context() else { return };
-    let mut subject = Cuda::new(&context);
+    let mut subject = cuda_subject::subject(&context);
     for line in [
         "attention q=bf16 kv=f16 heads=8/2 dim=128 block=16 mask=causal sequences=1:90",
         "attention q=f32 kv=bf16 heads=8/2 dim=128 block=16 mask=causal sequences=1:90",

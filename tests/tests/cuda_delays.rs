@@ -21,7 +21,8 @@ mod random;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use cuda_subject::{Cuda, by_rows};
+use cuda_subject::by_rows;
+use pagewise_attention::conformance::Cuda;
 use pagewise_attention::conformance::{AttentionData, Buffer, Case, Outcome, Subject, run_case};
 use pagewise_attention::cuda::PlanOptions;
 use random::{run_cases, run_seed};
@@ -46,7 +47,7 @@ fn the_order_in_which_thread_blocks_finish_does_not_matter() {
         counted.fetch_add(count, Ordering::Relaxed);
         text
     });
-    let mut subject = Cuda::new(&context);
+    let mut subject = cuda_subject::subject(&context);
     let turns = run_cases(60);
     for &(line, item_keys) in CASES {
         subject.options = by_rows(PlanOptions { item_keys: Some(item_keys), ..PlanOptions::default() });

@@ -31,7 +31,6 @@ mod write_kv;
 
 use cuda::Receipts;
 use cuda_machine::Gpu;
-use cuda_subject::Cuda;
 use machine::check_merge;
 use merge::{MergeAddresses, MergeCase};
 use pagewise_attention::conformance::{Operation, Outcome, quick, run_case};
@@ -71,7 +70,7 @@ fn random_cases_agree_with_the_definition() {
 #[test]
 fn the_conformance_cases_agree_with_the_oracle() {
     let Some(context) = cuda::context() else { return };
-    let mut subject = Cuda::new(&context);
+    let mut subject = cuda_subject::subject(&context);
     let cases: Vec<_> = quick(run_seed() % 1_000_000_000)
         .into_iter()
         .filter(|case| case.operation == Operation::MergeStates)

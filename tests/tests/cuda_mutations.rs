@@ -36,7 +36,7 @@ use std::sync::atomic::Ordering;
 
 use blocks::BlocksCase;
 use cuda_machine::Gpu;
-use cuda_subject::{Cuda, by_rows};
+use cuda_subject::by_rows;
 use faults::Fault;
 use machine::{check_blocks, check_merge, check_rotary, check_write};
 use merge::MergeCase;
@@ -148,7 +148,7 @@ const DECODE_CASES: &[(&str, Option<u32>)] = &[
 #[test]
 fn faults_of_decode_are_found() {
     every_fault_is_found(faults::DECODE, |context| {
-        let mut subject = Cuda::new(context);
+        let mut subject = cuda_subject::subject(context);
         for &(line, item_keys) in DECODE_CASES {
             subject.options =
                 by_rows(PlanOptions { item_keys, ring: Some(Ring::Large), ..PlanOptions::default() });
@@ -165,7 +165,7 @@ fn faults_of_decode_are_found() {
 }
 
 /// What prefill's faults must fail: diagonals, windows within blocks, short tiles, splits, more items than
-/// multiprocessors, block sizes above 16.
+/// multiprocessors, block sizes above 16, bits of all kinds over keys that nobody may read.
 const PREFILL_CASES: &[(&str, Option<u32>)] = &[
     ("attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal sequences=70:70,33:300,1:0", None),
     (
@@ -178,10 +178,20 @@ const PREFILL_CASES: &[(&str, Option<u32>)] = &[
     ),
     ("attention q=bf16 kv=bf16 heads=8/2 dim=128 block=256 mask=causal sequences=40:500", None),
     ("attention q=bf16 kv=bf16 heads=8/8 dim=128 block=64 mask=causal scores=60 sequences=30*20:150", None),
+    (
+        "attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=bits poison_unseen sequences=4*70:517,6*40:90",
+        None,
+    ),
+    (
+        "attention q=bf16 kv=bf16 heads=2/2 dim=128 block=16 mask=bits poison_unseen sequences=3*130:900",
+        Some(192),
+    ),
+    // Garbage behind the last key, in its block: NaN is there.
+    ("attention q=bf16 kv=bf16 heads=4/1 dim=128 block=64 mask=bits poison_unseen sequences=9*50:50", None),
 ];
 
 fn check_prefill(context: &Context, form: Form) -> Verdict {
-    let mut subject = Cuda::new(context);
+    let mut subject = cuda_subject::subject(context);
     // Random data hide a fault sometimes: two draws of each case.
     for turn in 0..2 {
         for (line, prefill_keys) in PREFILL_CASES {

@@ -1,5 +1,6 @@
 //! A case's inputs: shapes, block tables, tensors, and poison wherever a backend has no business.
 
+use super::masks::mask_words;
 use super::oracle;
 use super::subject::{AttentionTask, CopyTask, MergePart, MergeTask, Scale, SwapTask, WriteTask};
 use super::{Buffer, Case, CaseMask, Layout, Random, Rows, ScaleKind, Tables};
@@ -173,7 +174,7 @@ impl AttentionData {
         let longest = case.sequences.iter().map(|shape| shape.keys).max().unwrap_or(0);
         let mask_row_words = longest.div_ceil(32) + 1;
         let mask_words = match case.mask {
-            CaseMask::Bits => mask_words(total, mask_row_words, &mut random),
+            CaseMask::Bits => mask_words(&case.sequences, mask_row_words, &mut random),
             _ => Vec::new(),
         };
         let blocks_of = |keys: usize| keys.div_ceil(block_size);
@@ -427,25 +428,6 @@ impl AttentionData {
     pub fn poisoned_lse(&self) -> Vec<f32> {
         vec![f32::NAN; self.total_queries() * self.config.q_heads]
     }
-}
-
-/// Rows that see nothing, everything, few keys and many.
-fn mask_words(rows: usize, row_words: usize, random: &mut Random) -> Vec<u32> {
-    let mut words = Vec::with_capacity(rows * row_words);
-    for _ in 0..rows {
-        let kind = random.below(6);
-        for _ in 0..row_words {
-            let (a, b) = (random.bits() as u32, random.bits() as u32);
-            words.push(match kind {
-                0 => 0,
-                1 => u32::MAX,
-                2 => a & b & (b >> 7),
-                3 => a | b,
-                _ => a,
-            });
-        }
-    }
-    words
 }
 
 /// Inputs of a `write_kv` case.

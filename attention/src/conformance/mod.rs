@@ -14,7 +14,10 @@ mod case;
 mod check;
 #[cfg(feature = "cpu")]
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod data;
+mod masks;
 mod oracle;
 mod random;
 mod runner;
@@ -28,10 +31,12 @@ pub use case::{Case, CaseMask, Layout, Operation, ParseCaseError, Rows, ScaleKin
 pub use check::{Agreement, Tolerance};
 #[cfg(feature = "cpu")]
 pub use cpu::Cpu;
+#[cfg(feature = "cuda")]
+pub use cuda::{Cuda, Pinned};
 pub use data::{AttentionData, CopyData, MergeData, SwapData, WriteData};
 pub use oracle::{Reference, RowReference};
 pub use random::{Random, fresh_seed};
-pub use runner::{CaseResult, Outcome, Report, run, run_case};
+pub use runner::{CaseResult, Outcome, Report, run, run_case, try_case};
 pub use subject::{
     AttentionTask, CopyTask, MergePart, MergeTask, ProbabilityRounding, Refusal, Scale, Subject, SwapTask,
     WriteTask,

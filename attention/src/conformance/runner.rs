@@ -120,6 +120,13 @@ pub fn run(subject: &mut dyn Subject, cases: &[Case]) -> Report {
 
 /// Runs one case.
 pub fn run_case(subject: &mut dyn Subject, case: &Case) -> CaseResult {
+    let unanswered = || Outcome::Failed("the subject only says that it is not done yet".to_owned());
+    try_case(subject, case).unwrap_or_else(|| CaseResult { line: case.to_string(), outcome: unanswered() })
+}
+
+/// Runs one case on a subject that may have to be asked again; `None` is "not yet". A case's data are made from its
+/// line, so that it asks the same each time.
+pub fn try_case(subject: &mut dyn Subject, case: &Case) -> Option<CaseResult> {
     let result = match case.operation {
         Operation::Attention => attention(subject, case),
         Operation::WriteKv => write_kv(subject, case),
@@ -131,8 +138,9 @@ pub fn run_case(subject: &mut dyn Subject, case: &Case) -> CaseResult {
         Ok(agreement) => Outcome::Passed(agreement),
         Err(Refusal::Failed(reason)) => Outcome::Failed(reason),
         Err(Refusal::Unsupported(reason)) => Outcome::Skipped(reason),
+        Err(Refusal::Pending) => return None,
     };
-    CaseResult { line: case.to_string(), outcome }
+    Some(CaseResult { line: case.to_string(), outcome })
 }
 
 fn failed(reason: impl fmt::Display) -> Refusal {

@@ -9,6 +9,9 @@ pub enum Refusal {
     Unsupported(String),
     /// It should have, and failed.
     Failed(String),
+    /// Its device works, and this thread must not wait for it, as in a browser: to be asked the same again later. See
+    /// [`try_case`](super::try_case).
+    Pending,
 }
 
 /// What stored elements are multiplied with: dequantised value = stored · scale.

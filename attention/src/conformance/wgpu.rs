@@ -22,6 +22,17 @@ pub struct Wgpu<'a> {
     pub tuning: Option<DecodeTuning>,
     /// Kernel variants that ran since this was last emptied.
     pub variants: Vec<String>,
+    /// Where this thread must not wait for the device.
+    readbacks: Option<Readbacks>,
+}
+
+/// What one case reads back, by and by: each time it is asked again, it gets one buffer further.
+#[derive(Debug, Default)]
+struct Readbacks {
+    arrived: Vec<Vec<u8>>,
+    /// How many of them were given out since the case was last begun.
+    given: usize,
+    under_way: Option<Buffer>,
 }
 
 impl<'a> Wgpu<'a> {
@@ -33,7 +44,34 @@ impl<'a> Wgpu<'a> {
             options: PlanOptions::default(),
             tuning: None,
             variants: Vec::new(),
+            readbacks: None,
         }
+    }
+
+    /// The same where this thread must not wait for the device. Of a case that [`try_case`](super::try_case) gives no
+    /// result of, map [`under_way`](Self::under_way), hand its bytes to [`arrived`](Self::arrived), and try again;
+    /// before another case, [`forget`](Self::forget).
+    pub fn that_does_not_wait(name: impl Into<String>, context: &'a Context) -> Self {
+        Self { readbacks: Some(Readbacks::default()), ..Self::new(name, context) }
+    }
+
+    /// The buffer to map for reading.
+    pub fn under_way(&self) -> Option<&Buffer> {
+        self.readbacks.as_ref()?.under_way.as_ref()
+    }
+
+    /// What the buffer under way held.
+    pub fn arrived(&mut self, bytes: Vec<u8>) {
+        if let Some(readbacks) = &mut self.readbacks {
+            readbacks.arrived.push(bytes);
+            readbacks.given = 0;
+            readbacks.under_way = None;
+        }
+    }
+
+    /// Begins another case.
+    pub fn forget(&mut self) {
+        self.readbacks = self.readbacks.take().map(|_| Readbacks::default());
     }
 
     /// A buffer with these contents, of whole words and at least 16 bytes; what is added is poison.
@@ -45,7 +83,13 @@ impl<'a> Wgpu<'a> {
         self.context.device().create_buffer_init(&descriptor)
     }
 
-    fn read(&self, buffer: &Buffer) -> Result<Vec<u8>, Refusal> {
+    fn read(&mut self, buffer: &Buffer) -> Result<Vec<u8>, Refusal> {
+        if let Some(Readbacks { arrived, given, .. }) = &mut self.readbacks
+            && let Some(bytes) = arrived.get(*given)
+        {
+            *given += 1;
+            return Ok(bytes.clone());
+        }
         let usage = BufferUsages::MAP_READ | BufferUsages::COPY_DST;
         let descriptor =
             BufferDescriptor { label: None, size: buffer.size(), usage, mapped_at_creation: false };
@@ -54,6 +98,10 @@ impl<'a> Wgpu<'a> {
         let mut encoder = device.create_command_encoder(&Default::default());
         encoder.copy_buffer_to_buffer(buffer, 0, &copy, 0, buffer.size());
         self.context.queue().submit([encoder.finish()]);
+        if let Some(readbacks) = &mut self.readbacks {
+            readbacks.under_way = Some(copy);
+            return Err(Refusal::Pending);
+        }
         copy.slice(..).map_async(MapMode::Read, |_| {});
         device.poll(PollType::wait_indefinitely()).map_err(failed)?;
         let mapped = copy.slice(..).get_mapped_range().map_err(failed)?;

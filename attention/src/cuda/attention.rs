@@ -39,7 +39,7 @@ pub struct AttentionPlan {
 
 impl AttentionPlan {
     /// Plans a step. Sequences with few query rows go to the decode kernel, and so do those that the prefill kernel
-    /// has no variant for: f32, fp8 caches, masks of bits, queries whose windows lie apart.
+    /// has no variant for: f32, fp8 caches, queries whose windows lie apart.
     ///
     /// # Errors
     /// [`CudaError::Unsupported`] for what neither kernel does, [`CudaError::TooLarge`] beyond their 32-bit sizes.
@@ -119,7 +119,8 @@ impl Context {
     /// # Safety
     /// - Every address is in device memory of this context's GPU and valid, until the launches have completed, for
     ///   what the plan's shapes and strides reach.
-    /// - The block tables on the device agree with those that were planned, wherever a query sees a key.
+    /// - The block tables on the device agree with those that were planned, wherever a query sees a key; so do the
+    ///   mask's bits.
     /// - `work` holds the plan's work, and the workspace is used by no other launch meanwhile.
     /// - The stream belongs to this context.
     ///

@@ -93,10 +93,12 @@ impl Device {
         (self.shared_memory_per_block.saturating_add(1024) / shared.saturating_add(1024)).max(1)
     }
 
-    /// The form of the prefill kernel for this GPU, where blocks and heads allow it (see [`Form`]).
+    /// The form of the prefill kernel for this GPU, where blocks, heads and mask allow it (see [`Form`]): where Hopper's own
+    /// does not do, the large one stands in.
     pub fn prefill_form(&self) -> Form {
         let major = self.compute_capability.major;
-        let large = PrefillSpec { dtype: pagewise_ptx::DType::Bf16, head_dim: 128, form: Form::Large };
+        let large =
+            PrefillSpec { dtype: pagewise_ptx::DType::Bf16, head_dim: 128, form: Form::Large, bits: false };
         let fits = self.blocks_that_fit(large.shared_bytes()) >= large.blocks_per_multiprocessor();
         match () {
             () if Form::Hopper.runs_on(major) => Form::Hopper,

@@ -38,7 +38,7 @@ impl Context {
         stream: RawStream,
     ) -> Result<(), CudaError> {
         let config = planned.config;
-        let Tensors { q, k, v, out, slopes, sinks, .. } = Tensors::of("prefill", planned, call)?;
+        let Tensors { q, k, v, out, slopes, sinks, mask_bits } = Tensors::of("prefill", planned, call)?;
         let merges = work + 4 * (part.items.len() * PrefillItem::WORDS) as u64;
         let ranges = merges + 4 * (part.merges.len() * MergeItem::WORDS) as u64;
         let args = PrefillArgs {
@@ -55,6 +55,8 @@ impl Context {
             softcap: config.softcap,
             slopes,
             sinks,
+            mask_bits,
+            mask_words: part.mask_words,
             work,
             ranges,
             out,
@@ -81,6 +83,9 @@ impl Context {
                     let v_map = TensorMap::new(view(v, config.head_dim_v))?;
                     let args = args.hopper_values(part.items.len() as u32);
                     entry.kernel.launch_with_maps(launch, &[k_map, v_map], &args, stream)?;
+                }
+                Form::Large | Form::Small if part.spec.bits => {
+                    entry.kernel.launch(launch, &args.bits_values(), stream)?;
                 }
                 Form::Large | Form::Small => entry.kernel.launch(launch, &args.values(), stream)?,
             }
@@ -114,8 +119,8 @@ impl Context {
     }
 
     fn prefill_merge_kernel(&self, spec: PrefillSpec) -> Result<Arc<Entry<PrefillMerge>>, CudaError> {
-        // One for all forms.
-        self.prefill_merge.get(PrefillSpec { form: Form::Large, ..spec }, || {
+        // One for all forms, with bits and without.
+        self.prefill_merge.get(PrefillSpec { form: Form::Large, bits: false, ..spec }, || {
             let descriptor = PrefillMerge::new(spec)?;
             let kernel = self.load(descriptor.kernel())?;
             Ok(Entry { descriptor, kernel })

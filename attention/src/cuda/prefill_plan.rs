@@ -39,6 +39,8 @@ pub(super) struct PrefillPart {
     pub(super) merges: Vec<MergeItem>,
     /// First key that a query row sees, end, position, 0.
     ranges: Vec<[i32; 4]>,
+    /// Words of a row of the mask's bits.
+    pub(super) mask_words: u32,
     partials: u32,
 }
 
@@ -50,16 +52,18 @@ struct Tile {
 }
 
 impl PrefillPart {
-    /// The variant for a configuration, or `None` where prefill has none, and decode takes the rows one by one.
+    /// The variant for a configuration, or `None` where prefill has none, and decode takes the rows one by one. The
+    /// Hopper form knows no bits: where it is not asked for, the large one stands in.
     pub(super) fn spec(problem: &Problem<'_>, device: &Device, form: Option<Form>) -> Option<PrefillSpec> {
         let (config, block_size) = (problem.config(), problem.layout().block_size);
         let room = u32::try_from(config.head_dim_qk.max(config.head_dim_v)).ok()?;
-        let same = config.q_dtype == config.kv_dtype && config.mask != Mask::Bits;
+        let same = config.q_dtype == config.kv_dtype;
         let whole = config.head_dim_qk.is_multiple_of(8) && config.head_dim_v.is_multiple_of(8);
         if !(same && whole) {
             return None;
         }
-        let spec = |form| PrefillSpec::for_head(ptx_type(config.q_dtype), room, form);
+        let bits = config.mask == Mask::Bits;
+        let spec = |form| PrefillSpec::for_head(ptx_type(config.q_dtype), room, form, bits);
         match form {
             Some(Form::Hopper) if block_size < HOPPER_BLOCK => None,
             Some(form) => spec(form),
@@ -125,8 +129,17 @@ impl PrefillPart {
             Some(keys) => u64::from(keys.div_ceil(spec.tile_keys()).max(1)),
             None => piece(&tiles, u64::from(kv_heads), slots),
         };
-        let mut part =
-            Self { spec, group, items: Vec::new(), grid: 0, merges: Vec::new(), ranges, partials: 0 };
+        let mask_words = problem.batch().mask_bits.map_or(0, |bits| bits.row_words);
+        let mut part = Self {
+            spec,
+            group,
+            items: Vec::new(),
+            grid: 0,
+            merges: Vec::new(),
+            ranges,
+            mask_words: small("row_words of the mask", mask_words)?,
+            partials: 0,
+        };
         for tile in &tiles {
             for head in 0..kv_heads {
                 part.add(tile, head, piece)?;
@@ -220,6 +233,10 @@ fn see(problem: &Problem<'_>, index: usize, ranges: &mut [[i32; 4]]) -> Result<(
     let rows = ranges.get_mut(sequence.query_start..).unwrap_or_default();
     for (query, range) in rows.iter_mut().take(sequence.query_len).enumerate() {
         let keys = batch.visible(problem.config().mask, &sequence, query);
+        let keys = match batch.mask_bits {
+            Some(bits) => bits.seen_within(sequence.query_start + query, keys),
+            None => keys,
+        };
         let position = batch.position(&sequence, query);
         *range = [
             small("a sequence's length", keys.start)?.cast_signed(),
@@ -338,7 +355,7 @@ mod tests {
 
     use super::*;
     use crate::cuda::{CudaVersion, device::ComputeCapability};
-    use crate::{AttentionConfig, CacheLayout, DType, PagedBatch};
+    use crate::{AttentionConfig, CacheLayout, DType, MaskBits, PagedBatch};
 
     /// An H100.
     fn device() -> Device {
@@ -412,6 +429,60 @@ mod tests {
                 }
             }
             prop_assert!(seen.is_empty(), "items of no row: {seen:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn bits_narrow_a_tile_to_the_keys_that_its_rows_see(
+            (queries, before) in (1..200usize, 0..1500usize),
+            group in prop::sample::select(vec![1usize, 3, 4, 20]),
+            form in prop::sample::select(vec![Form::Large, Form::Small]),
+            prefill_keys in prop::option::of(1..500u32),
+            // Keys that rows see are of the first stretch, counted in words; garbage follows the last key.
+            (first, words) in (0..20usize, prop::collection::vec(any::<u32>(), 1..7)),
+            blind in 1..5usize,
+        ) {
+            let mut config = AttentionConfig::new(2 * group, 2, 128, DType::Bf16);
+            config.mask = Mask::Bits;
+            let len = queries + before;
+            let row_words = len.div_ceil(32) + 1;
+            let mut bits = vec![0u32; queries * row_words];
+            for (row, place) in bits.chunks_exact_mut(row_words).enumerate() {
+                if row % blind == 0 {
+                    place.iter_mut().skip(first).zip(&words).for_each(|(to, from)| *to = from.rotate_left(row as u32));
+                }
+                place[row_words - 1] = u32::MAX;
+            }
+            let (query_start, lens) = ([0, queries as i32], [len as i32]);
+            let entries: Vec<i32> = (0..len.div_ceil(16) as i32).collect();
+            let layout = CacheLayout::nhd(entries.len(), 16, &config);
+            let mut batch = PagedBatch::padded(&query_start, &lens, &entries, entries.len());
+            let bits = MaskBits { words: &bits, row_words };
+            batch.mask_bits = Some(bits);
+            let problem = Problem::new(&config, layout, batch).unwrap();
+            prop_assert!(PrefillPart::spec(&problem, &device(), Some(Form::Hopper)).is_none());
+            prop_assert_eq!(PrefillPart::spec(&problem, &device(), None).unwrap().form, Form::Large);
+            let spec = PrefillPart::spec(&problem, &device(), Some(form)).unwrap();
+            prop_assert!(spec.bits);
+            let part = PrefillPart::new(&problem, &[0], spec, &device(), prefill_keys).unwrap();
+            prop_assert_eq!(part.mask_words as usize, row_words);
+            for query in 0..queries {
+                let seen: Vec<usize> = (0..len).filter(|&key| bits.sees(query, key)).collect();
+                let (begin, end) = seen.first().map_or((0, 0), |first| (*first, seen[seen.len() - 1] + 1));
+                prop_assert_eq!(part.ranges[query], [begin as i32, end as i32, (before + query) as i32, 0]);
+            }
+            for item in &part.items {
+                let rows = item.first as usize / group..=(item.first + item.rows - 1) as usize / group;
+                let seen = |key: u32| rows.clone().any(|query| bits.sees(query, key as usize));
+                // All items of the tile together hold every key that a row sees, and begin and end with one.
+                let same = part.items.iter().filter(|other| (other.first, other.head) == (item.first, item.head));
+                let begin = same.clone().map(|item| item.begin).min().unwrap();
+                let end = same.map(|item| item.end).max().unwrap();
+                prop_assert!(end as usize <= len);
+                prop_assert!((0..begin).chain(end..len as u32).all(|key| !seen(key)));
+                prop_assert!(begin == end || (seen(begin) && seen(end - 1)));
+            }
         }
     }
 

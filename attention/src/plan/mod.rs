@@ -5,9 +5,9 @@
 mod rows;
 mod split;
 
+pub(crate) use rows::{Keys, visible_rows};
 #[cfg(feature = "cuda")]
-pub(crate) use rows::first_entry;
-pub(crate) use rows::{Keys, count, visible_rows};
+pub(crate) use rows::{count, first_entry};
 pub(crate) use split::{Cut, MAX_PIECE_KEYS, Piece, TILE_KEYS, split};
 
 /// A size beyond what 32-bit indices hold.

@@ -1,5 +1,7 @@
 //! What one step asks for: ragged queries, the length of each sequence, and its block table.
 
+use std::ops::Range;
+
 use super::{AttentionConfig, CacheLayout, Mask, ProblemError};
 
 /// Block tables of a batch. Entries that hold no key which a query of the sequence can see (past its length,
@@ -33,6 +35,25 @@ pub struct MaskBits<'a> {
 }
 
 impl MaskBits<'_> {
+    /// The smallest range that holds every key of `keys` that a row sees; empty if it sees none.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn seen_within(&self, row: usize, keys: Range<usize>) -> Range<usize> {
+        let words = self.words.get(row * self.row_words..(row + 1) * self.row_words).unwrap_or_default();
+        // The bits of a word that stand for keys of the range.
+        let word = |index: usize| {
+            let first = index * 32;
+            let low = keys.start.saturating_sub(first).min(32);
+            let high = keys.end.saturating_sub(first).min(32);
+            let within = ((1u64 << high) - 1) & !((1u64 << low) - 1);
+            words.get(index).map_or(0, |&word| word & within as u32)
+        };
+        let mut places = keys.start / 32..keys.end.div_ceil(32);
+        let Some(first) = places.find(|&index| word(index) != 0) else { return keys.start..keys.start };
+        let last = places.rfind(|&index| word(index) != 0).unwrap_or(first);
+        let start = first * 32 + word(first).trailing_zeros() as usize;
+        start..last * 32 + 32 - word(last).leading_zeros() as usize
+    }
+
     /// Whether a row sees a key.
     pub fn sees(&self, row: usize, key: usize) -> bool {
         self.words.get(row * self.row_words + key / 32).is_some_and(|word| word >> (key % 32) & 1 == 1)
@@ -101,7 +122,7 @@ impl<'a> PagedBatch<'a> {
 
     /// The range of keys outside of which the `index`-th query of `sequence` sees nothing; with
     /// [`Mask::Bits`] some inside may be hidden too.
-    pub fn visible(&self, mask: Mask, sequence: &SequenceView<'_>, index: usize) -> std::ops::Range<usize> {
+    pub fn visible(&self, mask: Mask, sequence: &SequenceView<'_>, index: usize) -> Range<usize> {
         let len = sequence.len;
         match mask {
             Mask::None | Mask::Bits => 0..len,

@@ -88,7 +88,8 @@ impl AdapterReport {
         let info = adapter.get_info();
         Self {
             index,
-            name: info.name,
+            // Browsers give none away.
+            name: if info.name.is_empty() { "an unnamed adapter".to_owned() } else { info.name },
             backend: info.backend,
             device_type: info.device_type,
             driver: format!("{} {}", info.driver, info.driver_info).trim().to_owned(),

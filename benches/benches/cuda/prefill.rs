@@ -3,7 +3,7 @@
 use cudarc::driver::CudaSlice;
 use pagewise_attention::cuda::ptx::prefill::Form;
 use pagewise_attention::cuda::{AttentionCall, AttentionOptions, AttentionPlan, cudarc};
-use pagewise_attention::{AttentionConfig, DType, PagedBatch, Problem};
+use pagewise_attention::{AttentionConfig, DType, Mask, MaskBits, PagedBatch, Problem};
 use serde_json::{Value, json};
 
 use crate::cache::{BLOCK, Cache, Layout};
@@ -65,6 +65,27 @@ pub fn all_shapes(gpu: &Gpu<'_>) -> Vec<Value> {
             }));
         }
     }
+    // The same prompt by a mask of bits that says the same, in tiles and row by row.
+    for form in forms.iter().filter(|form| **form != Form::Hopper) {
+        let causal = vec![(2048, 2048)];
+        let options = AttentionOptions { form: Some(*form), ..AttentionOptions::default() };
+        let by_rows = AttentionOptions { tiles_from: Some(usize::MAX), ..options };
+        let plain = Prepared::new(gpu, &causal, BLOCK).measure(options).0;
+        let bits = Prepared::new(gpu, &causal, BLOCK).by_bits();
+        let (us, error, variants) = bits.measure(options);
+        let rows = bits.measure(by_rows).0;
+        let rate = bits.flops() / us / 1e6;
+        println!(
+            "1x2048 bits  block {BLOCK:3} {form:7?} {us:9.1} us {rate:6.0} TFLOP/s  x{:.2} of the time of causal, x{:.3} of row by row  error {error:.1e}  {}",
+            us / plain,
+            us / rows,
+            variants.join(" + ")
+        );
+        results.push(json!({
+            "shape": "1x2048 bits", "block": BLOCK, "form": format!("{form:?}"), "us": us, "tflop_s": rate, "relative_error": error,
+            "variants": variants, "causal_us": plain, "by_rows_us": rows,
+        }));
+    }
     // A mixture, and its parts.
     let (decodes, chunk) = (vec![(1, 2048); 64], vec![(2048, 2048)]);
     let mixture = [decodes.clone(), chunk.clone()].concat();
@@ -88,6 +109,8 @@ struct Prepared<'a, 'b> {
     query_start: Vec<i32>,
     lens: Vec<i32>,
     q: CudaSlice<u8>,
+    /// Where the mask is one of bits: words of a row, all words, and those on the device.
+    bits: Option<(usize, Vec<u32>, CudaSlice<u32>)>,
     /// First element of a row of the output, and what it should be.
     expected: Vec<(usize, Vec<f64>)>,
 }
@@ -118,7 +141,27 @@ impl<'a, 'b> Prepared<'a, 'b> {
                     .push((first, cache.attend(gpu, &config, &row, sequence, len, head / config.group())));
             }
         }
-        Self { gpu, config, cache, query_start, lens, q, expected }
+        Self { gpu, config, cache, query_start, lens, q, bits: None, expected }
+    }
+
+    /// The same, causality being said by a mask of bits.
+    fn by_bits(mut self) -> Self {
+        let row_words = self.lens.iter().max().map_or(0, |&len| (len as usize).div_ceil(32));
+        let mut words = Vec::new();
+        for (rows, &len) in self.query_start.windows(2).zip(&self.lens) {
+            let queries = (rows[1] - rows[0]) as usize;
+            for query in 0..queries {
+                let seen = len as usize - queries + query + 1;
+                words.extend((0..row_words).map(|word| match seen.saturating_sub(32 * word) {
+                    left @ 0..32 => (1u32 << left) - 1,
+                    _ => u32::MAX,
+                }));
+            }
+        }
+        self.config.mask = Mask::Bits;
+        let device = self.gpu.stream.clone_htod(&words).unwrap();
+        self.bits = Some((row_words, words, device));
+        self
     }
 
     /// Operations: two products for each pair of a query head and a key that it sees.
@@ -138,7 +181,9 @@ impl<'a, 'b> Prepared<'a, 'b> {
     /// Plans, checks and times: µs, relative error, kernels.
     fn measure(&self, options: AttentionOptions) -> (f64, f64, Vec<String>) {
         let (gpu, cache) = (self.gpu, &self.cache);
-        let batch = PagedBatch::padded(&self.query_start, &self.lens, &cache.tables[0], cache.max_blocks);
+        let mut batch = PagedBatch::padded(&self.query_start, &self.lens, &cache.tables[0], cache.max_blocks);
+        batch.mask_bits =
+            self.bits.as_ref().map(|(row_words, words, _)| MaskBits { words, row_words: *row_words });
         let problem = Problem::new(&self.config, cache.layout, batch).unwrap();
         let plan = AttentionPlan::new(&problem, gpu.context.device(), options).unwrap();
         let sizes = plan.workspace();
@@ -153,6 +198,7 @@ impl<'a, 'b> Prepared<'a, 'b> {
             k_cache: cache.k_address(gpu),
             v_cache: cache.v_address(gpu, &self.config),
             tables: cache.tables_address(gpu, set),
+            mask_bits: self.bits.as_ref().map_or(0, |(_, _, device)| gpu.address(device)),
             out: gpu.address(&out),
             work: gpu.address(&work),
             partial_out: gpu.address(&partial_out),

@@ -111,7 +111,7 @@ pub struct PrefillMerge {
 impl PrefillMerge {
     /// A variant of prefill for every variant of this kernel.
     pub fn all() -> impl Iterator<Item = PrefillSpec> {
-        PrefillSpec::all().filter(|spec| spec.form == Form::Large)
+        PrefillSpec::all().filter(|spec| spec.form == Form::Large && !spec.bits)
     }
 
     /// The entry point of the variant that goes with one of prefill.

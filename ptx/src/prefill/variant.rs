@@ -9,12 +9,12 @@ use crate::decode::HEAD_DIMS;
 /// How a tile is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Form {
-    /// `mma.sync` with `cp.async`, at most 100 KiB of shared memory, for GPUs that have twice that: sm_90 and sm_100.
+    /// `mma.sync` with `cp.async`, at most 105 KiB of shared memory, for GPUs that have twice that: sm_90 and sm_100.
     Large,
-    /// The same with tiles of half as many keys, at most 68 KiB: for every GPU from sm_80 on.
+    /// The same with tiles of half as many keys, at most 71 KiB: for every GPU from sm_80 on.
     Small,
     /// `wgmma` with the copy engine, on Hopper alone, for heads up to 128 over blocks of 16
-    /// keys and more.
+    /// keys and more, without masks of bits.
     Hopper,
 }
 
@@ -51,21 +51,24 @@ pub struct PrefillSpec {
     pub head_dim: u32,
     /// How a tile is computed.
     pub form: Form,
+    /// Whether the keys that a row sees are given by bits, and not only by a range; the Hopper form has no such variant.
+    pub bits: bool,
 }
 
 impl PrefillSpec {
     /// The variant for a head of so many elements. `None` if there is none.
-    pub fn for_head(dtype: DType, head_dim: u32, form: Form) -> Option<Self> {
+    pub fn for_head(dtype: DType, head_dim: u32, form: Form, bits: bool) -> Option<Self> {
         let head_dim = HEAD_DIMS.into_iter().find(|&room| head_dim <= room)?;
-        Some(Self { dtype, head_dim, form }).filter(|spec| spec.exists())
+        Some(Self { dtype, head_dim, form, bits }).filter(|spec| spec.exists())
     }
 
     /// Every variant.
     pub fn all() -> impl Iterator<Item = Self> {
         let types = [DType::F16, DType::Bf16].into_iter();
         let rooms = types.flat_map(|dtype| HEAD_DIMS.into_iter().map(move |dim| (dtype, dim)));
-        rooms.flat_map(|(dtype, dim)| {
-            Form::ALL.into_iter().filter_map(move |form| Self::for_head(dtype, dim, form))
+        let kinds = [false, true].into_iter().flat_map(|bits| Form::ALL.map(|form| (form, bits)));
+        rooms.flat_map(move |(dtype, dim)| {
+            kinds.clone().filter_map(move |(form, bits)| Self::for_head(dtype, dim, form, bits))
         })
     }
 
@@ -73,18 +76,19 @@ impl PrefillSpec {
     pub fn exists(self) -> bool {
         matches!(self.dtype, DType::F16 | DType::Bf16)
             && HEAD_DIMS.contains(&self.head_dim)
-            && (self.form != Form::Hopper || self.head_dim <= 128)
+            && (self.form != Form::Hopper || (self.head_dim <= 128 && !self.bits))
     }
 
-    /// The entry point: `prefill_bf16_d128`.
+    /// The entry point: `prefill_bf16_d128`, `prefill_bf16_d128_bits_small`.
     pub fn entry(self) -> String {
-        let Self { dtype, head_dim, form } = self;
+        let Self { dtype, head_dim, form, bits } = self;
+        let bits = if bits { "_bits" } else { "" };
         let form = match form {
             Form::Large => "",
             Form::Small => "_small",
             Form::Hopper => "_hopper",
         };
-        format!("{FAMILY}_{dtype}_d{head_dim}{form}")
+        format!("{FAMILY}_{dtype}_d{head_dim}{bits}{form}")
     }
 
     /// Rows of a tile.
@@ -139,12 +143,20 @@ impl PrefillSpec {
         self.static_bytes() + self.dynamic_bytes()
     }
 
-    /// Of them, those that the text declares: a description of each row.
+    /// Of them, those that the text declares: a description of each row, and with bits, for four tiles of keys, each
+    /// row's words and four words for each warp.
     pub(super) const fn static_bytes(self) -> u32 {
+        let bits =
+            if self.bits { 4 * (self.tile_words() * self.tile_rows() * 4 + self.warps() * 16) } else { 0 };
         match self.form {
             Form::Hopper => 0,
-            Form::Large | Form::Small => self.tile_rows() * 32,
+            Form::Large | Form::Small => self.tile_rows() * 32 + bits,
         }
+    }
+
+    /// Words that hold a bit for each of a tile's keys.
+    pub(super) const fn tile_words(self) -> u32 {
+        self.tile_keys().div_ceil(32)
     }
 
     /// Those of Q, and of the tiles of K and V; on Hopper Q twice, two tables of rows and the barriers, from the first
