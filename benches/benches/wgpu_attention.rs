@@ -1,5 +1,5 @@
-//! Decode attention through wgpu at the shapes of `peers/h100_decode.tsv`, in f16, beside what the same device can
-//! read at best in the same run.
+//! Attention through wgpu in f16: decode at the shapes of `peers/h100_decode.tsv`, beside what the same device can read
+//! at best in the same run; prefill, and a mixture of both.
 //!
 //! `cargo bench -p pagewise-benches --bench wgpu_attention [-- WORDS]`; with words, only shapes whose name contains
 //! one of them. Each shape's output is checked against plain code before it is timed. Times are of many dispatches in
@@ -12,6 +12,8 @@
 mod decode;
 #[path = "wgpu/gpu.rs"]
 mod gpu;
+#[path = "wgpu/prefill.rs"]
+mod prefill;
 #[path = "shared/shapes.rs"]
 mod shapes;
 
@@ -34,13 +36,13 @@ fn main() {
     let gpu = Gpu::new(&context, report.device_type == DeviceType::Cpu);
     let ceiling = gpu.read_ceiling();
     println!("read ceiling {ceiling:.0} GB/s");
-    let figures = match std::env::var_os("PAGEWISE_SWEEP") {
-        Some(_) => decode::sweep(&gpu, ceiling, wanted),
-        None => decode::all_shapes(&gpu, ceiling, wanted),
+    let (decode, prefill) = match std::env::var_os("PAGEWISE_SWEEP") {
+        Some(_) => (decode::sweep(&gpu, ceiling, wanted), prefill::sweep(&gpu, wanted)),
+        None => (decode::all_shapes(&gpu, ceiling, wanted), prefill::all_shapes(&gpu, wanted)),
     };
     if let Some(path) = std::env::var_os("PAGEWISE_BENCH_JSON") {
         let json = serde_json::json!({
-            "adapter": report.to_string(), "read_ceiling_gb_s": ceiling, "decode": figures,
+            "adapter": report.to_string(), "read_ceiling_gb_s": ceiling, "decode": decode, "prefill": prefill,
         });
         std::fs::write(path, serde_json::to_string_pretty(&json).unwrap() + "\n").unwrap();
     }

@@ -1,5 +1,5 @@
 //# Variables: name, q, kv (element types); unit (WGSL type of the cache's elements), unit_words; lanes, chunks,
-//# vectors (vec4<f32> of a unit), queries, rows, groups, workgroup_size; subgroups, bits (booleans);
+//# vectors (vec4<f32> of a unit), queries, rows, groups, workgroup_size; subgroups, bits, kept, ahead (booleans);
 //# gather_queries (queries whose outputs the groups add up at a time), scratch (vec4<f32> of workgroup memory).
 //% import "lib/elements.wgsl" as elements_lib
 //% set parts = chunks * vectors
@@ -21,8 +21,14 @@
 //   ${ workgroup_size } invocations = ${ groups } groups x ${ lanes } lanes;  a lane holds ${ chunks } unit${ "s" if chunks > 1 } of a K or V row,
 //   a group takes ${ rows } key${ "s" if rows > 1 } at a time, and has a softmax of its own until the end.
 //
+//% if ahead
+// A round's V is asked for before its K is used, the next round's K before this one's probabilities are, and block
+// table entries a round earlier.
+//% else
 // All loads of a round, K and V, are issued before the first is used, and the next round's block table entries with
-// them. After a dot product's sum over the lanes, lane i holds the scores of query i / ${ share } alone: each
+// them.
+//% endif
+// After a dot product's sum over the lanes, lane i holds the scores of query i / ${ share } alone: each
 // probability is computed ${ "once" if share == 1 else "by " ~ share ~ " lanes" }, and dealt out again for the second product.
 //
 // Bytes: every K and V element of an item once for each ${ queries } query heads.
@@ -86,24 +92,7 @@ var<workgroup> sums: array<f32, ${ rows * queries * workgroup_size }>;
 var<workgroup> weights: array<f32, ${ (rows + 1) * queries * groups }>;
 //% endif
 
-//% if q == "f32"
-// Four elements of a row of q.
-fn load_query(word: u32) -> vec4<f32> {
-    return bitcast<vec4<f32>>(vec4<u32>(q[word], q[word + 1u], q[word + 2u], q[word + 3u]));
-}
-//% elif q == "f16"
-// Four elements of a row of q.
-fn load_query(word: u32) -> vec4<f32> {
-    return vec4<f32>(unpack2x16float(q[word]), unpack2x16float(q[word + 1u]));
-}
-//% else
-// Four elements of a row of q: the upper halves of their bits.
-fn load_query(word: u32) -> vec4<f32> {
-    let low = q[word];
-    let high = q[word + 1u];
-    return bitcast<vec4<f32>>(vec4<u32>(low << 16u, low & 0xffff0000u, high << 16u, high & 0xffff0000u));
-}
-//% endif
+${ elements_lib.load_query(q) }
 
 //% if kv != "f32"
 ${ elements_lib.widen(kv) }
@@ -111,13 +100,9 @@ ${ elements_lib.widen(kv) }
 
 ${ elements_lib.store_out(q) }
 
-// Hyperbolic tangent, as exact as exp2 is: the series where 1 - tanh would cancel.
-fn tanh_exact(x: f32) -> f32 {
-    let y = x * x;
-    let series = x * (1.0 + y * (-1.0 / 3.0 + y * (2.0 / 15.0 + y * (-17.0 / 315.0 + y * (62.0 / 2835.0)))));
-    let large = 1.0 - 2.0 / (exp2(2.0 * LOG2_E * min(abs(x), 16.0)) + 1.0);
-    return select(sign(x) * large, series, abs(x) < 0.2);
-}
+${ elements_lib.tanh_exact() }
+
+${ elements_lib.add_dot() }
 
 @compute @workgroup_size(${ workgroup_size })
 fn decode(
@@ -150,7 +135,7 @@ fn decode(
     let table = plan[2] + plan[item];
     let row = plan[item + 1u];
     let begin = plan[item + 2u];
-    let end = plan[item + 3u];
+    let end = min(plan[item + 3u], 0x7fffffffu); // so that no loop to it can wrap around
     let split = plan[item + 4u];
     let splits = plan[item + 5u];
     let first_partial = plan[item + 6u];
@@ -180,6 +165,14 @@ fn decode(
     }
     workgroupBarrier();
 
+//% if kept
+//% for g in range(queries)
+//% for j in range(parts)
+    let q_${ g }_${ j } = scratch[${ (g * parts + j) * lanes }u + lane];
+//% endfor
+//% endfor
+//% endif
+
     // This lane's query, for what is done once a score.
     let my_query = lane / ${ share }u;
     let slope = terms[params.terms_offset + min(first_head + my_query, q_heads - 1u)];
@@ -205,14 +198,24 @@ fn decode(
     var key_${ r } = begin + group + ${ r * groups }u;
     var block_${ r } = plan[table + (min(key_${ r }, last) >> params.block_shift)];
 //% endfor
+//% if ahead
+//% for r in range(rows)
+    let first_row_${ r } = block_${ r } * params.k_block_stride + (min(key_${ r }, last) & block_mask) * params.k_token_stride;
+//% for c in range(chunks)
+    var k_${ r }_${ c } = k_cache[first_row_${ r } + k_unit_${ c }];
+//% endfor
+//% endfor
+//% endif
 
     for (var first = begin; first < end; first += ${ rows * groups }u) {
 //% for r in range(rows)
         let place_${ r } = min(key_${ r }, last) & block_mask;
+//% if not ahead
         let k_row_${ r } = block_${ r } * params.k_block_stride + place_${ r } * params.k_token_stride;
 //% for c in range(chunks)
         let k_${ r }_${ c } = k_cache[k_row_${ r } + k_unit_${ c }];
 //% endfor
+//% endif
 //% endfor
 //% for r in range(rows)
         let v_row_${ r } = block_${ r } * params.v_block_stride + place_${ r } * params.v_token_stride;
@@ -239,12 +242,23 @@ fn decode(
 //% endfor
 //% for g in range(queries)
 //% for j in range(parts)
+//% if not kept
         let q_${ g }_${ j } = scratch[${ (g * parts + j) * lanes }u + lane];
+//% endif
 //% for r in range(rows)
-        <% if j == 0 %>var dot_${ r }_${ g } =<% else %>dot_${ r }_${ g } +=<% endif %> dot(x_${ r }_${ j }, q_${ g }_${ j });
+        <% if j == 0 %>var <% endif %>dot_${ r }_${ g } = add_dot(x_${ r }_${ j }, q_${ g }_${ j }, <% if j == 0 %>0.0<% else %>dot_${ r }_${ g }<% endif %>);
 //% endfor
 //% endfor
 //% endfor
+//% if ahead
+//% for r in range(rows)
+        let next_place_${ r } = min(key_${ r } + ${ rows * groups }u, last) & block_mask;
+        let next_row_${ r } = block_${ r } * params.k_block_stride + next_place_${ r } * params.k_token_stride;
+//% for c in range(chunks)
+        k_${ r }_${ c } = k_cache[next_row_${ r } + k_unit_${ c }];
+//% endfor
+//% endfor
+//% endif
 
         // Sums over the lanes; each lane keeps those of its own query.
 //% if subgroups
@@ -315,12 +329,29 @@ fn decode(
         new_maximum = max(new_maximum, score_${ r });
         key_${ r } += ${ rows * groups }u;
 //% endfor
+//% if subgroups
+        // The maximum follows only when a score passes it by a factor of 2^8: until then nothing need be rescaled, and
+        // sums of at most 2^8 times as much lose nothing in f32.
+        if (subgroupAny(new_maximum > maximum + 8.0)) {
+            let rescale = exp2(maximum - new_maximum);
+            maximum = new_maximum;
+            sum *= rescale;
+//% for g in range(queries)
+            let rescale_${ g } = subgroupShuffle(rescale, first_lane + ${ g * share }u);
+//% for j in range(parts)
+            acc_${ g }_${ j } *= rescale_${ g };
+//% endfor
+//% endfor
+        }
+//% else
         let rescale = exp2(maximum - new_maximum);
         maximum = new_maximum;
+        sum *= rescale;
+//% endif
 //% for r in range(rows)
         let p_${ r } = select(0.0, exp2(score_${ r } - maximum), seen_${ r });
 //% endfor
-        sum = sum * rescale<% for r in range(rows) %> + p_${ r }<% endfor %>;
+        sum += <% for r in range(rows) %>${ " + " if r > 0 }p_${ r }<% endfor %>;
 
         // Every lane needs the probabilities of all queries.
 //% if not subgroups
@@ -346,7 +377,6 @@ fn decode(
 //% endfor
 //% for g in range(queries)
 //% if subgroups
-        let rescale_${ g } = subgroupShuffle(rescale, first_lane + ${ g * share }u);
 //% for r in range(rows)
         let p_${ r }_${ g } = subgroupShuffle(p_${ r }, first_lane + ${ g * share }u);
 //% endfor
@@ -357,7 +387,9 @@ fn decode(
 //% endfor
 //% endif
 //% for j in range(parts)
+//% if not subgroups
         acc_${ g }_${ j } *= rescale_${ g };
+//% endif
 //% for r in range(rows)
         acc_${ g }_${ j } = fma(vec4<f32>(p_${ r }_${ g }), y_${ r }_${ j }, acc_${ g }_${ j });
 //% endfor

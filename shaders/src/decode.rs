@@ -19,8 +19,8 @@ const FAMILY: &str = "decode";
 /// The same of the merge.
 const MERGE_FAMILY: &str = "decode_merge";
 
-/// Words of `decode`'s uniform buffer.
-const PARAM_WORDS: usize = 28;
+/// Words of `decode`'s uniform buffer, and of `prefill`'s.
+pub const PARAM_WORDS: usize = 28;
 /// Words of `decode_merge`'s.
 const MERGE_PARAM_WORDS: usize = 12;
 
@@ -31,7 +31,7 @@ const MERGE_WORKGROUP: u32 = 256;
 pub const MAX_SPLITS: u32 = 1024;
 
 /// Words of the plan before its first item: numbers of items and of rows to merge, where block tables and mask bits
-/// begin, the words of a row of mask bits, where the rows to merge begin.
+/// begin, the words of a row of mask bits, where the rows to merge begin; `prefill`'s number of items, where they begin.
 pub const HEADER_WORDS: usize = 8;
 
 /// Words of a row that is to be merged: row, first partial result, splits, 0.
@@ -145,19 +145,28 @@ impl DecodeArgs {
     /// [`Error::NotDivisible`] when the variant's units do not divide an offset, stride or head dimension,
     /// [`Error::TooLarge`] when one does not fit 32 bits.
     pub fn uniform(&self, spec: DecodeSpec) -> Result<[u32; PARAM_WORDS], Error> {
+        let query_tiles = self.group.div_ceil(spec.queries);
+        let tiles = self.kv_heads.checked_mul(query_tiles);
+        let too_large = Error::TooLarge { kernel: FAMILY, field: "q_heads", value: u64::from(self.kv_heads) };
+        self.uniform_in_units(spec.q, spec.unit_elements(), tiles.ok_or(too_large)?)
+    }
+
+    /// The same for caches in units of so many elements, and so many workgroups of an item.
+    pub(crate) fn uniform_in_units(
+        &self,
+        q_dtype: DType,
+        unit: u32,
+        tiles: u32,
+    ) -> Result<[u32; PARAM_WORDS], Error> {
         let Self { kv_heads, group, q, k, v, out, .. } = *self;
-        let unit = spec.unit_elements();
         let cache = |field, elements| in_units(field, elements, unit);
-        let word = 4 / spec.q.size();
+        let word = 4 / q_dtype.size();
         let row = |field, elements| in_units(field, elements, word);
         // No index may wrap around, so the ends of the caches must be addressable too.
         cache("k_cache.extent", k.extent.next_multiple_of(u64::from(unit)))?;
         cache("v_cache.extent", v.extent.next_multiple_of(u64::from(unit)))?;
-        let query_tiles = group.div_ceil(spec.queries);
-        let tiles = kv_heads.checked_mul(query_tiles);
-        let too_large = Error::TooLarge { kernel: FAMILY, field: "q_heads", value: u64::from(kv_heads) };
         Ok([
-            tiles.ok_or(too_large)?,
+            tiles,
             kv_heads,
             group,
             self.block_shift,
@@ -232,6 +241,23 @@ pub fn workgroups(kernel: &'static str, count: u64, per_dimension: u32) -> Resul
     }
 }
 
+/// The bindings of `decode` and `prefill`, whose caches are read in units of so many bytes.
+pub(crate) fn bindings(unit_size: u32) -> Vec<Binding> {
+    let binding = |index, name, kind, element_size| Binding { index, name, kind, element_size };
+    let uniform = BindingKind::Uniform { size: 4 * PARAM_WORDS as u32 };
+    vec![
+        binding(0, "params", uniform, 4),
+        binding(1, "q", BindingKind::ReadOnly, 4),
+        binding(2, "k_cache", BindingKind::ReadOnly, unit_size),
+        binding(3, "v_cache", BindingKind::ReadOnly, unit_size),
+        binding(4, "plan", BindingKind::ReadOnly, 4),
+        binding(5, "terms", BindingKind::ReadOnly, 4),
+        binding(6, "out", BindingKind::ReadWrite, 4),
+        binding(7, "lse", BindingKind::ReadWrite, 4),
+        binding(8, "partials", BindingKind::ReadWrite, 16),
+    ]
+}
+
 /// One variant of `decode`, rendered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Decode {
@@ -250,7 +276,7 @@ impl Decode {
             return Err(Error::NoSuchVariant { kernel: FAMILY, name });
         }
         let DecodeSpec { lanes, chunks, queries, tuning, .. } = spec;
-        let DecodeTuning { rows, workgroup_size } = tuning;
+        let DecodeTuning { rows, workgroup_size, kept, ahead } = tuning;
         let share = lanes / queries;
         let offsets: Vec<u32> = (0..share.trailing_zeros()).rev().map(|bit| 1 << bit).collect();
         let unit_size = spec.unit.bytes();
@@ -269,29 +295,18 @@ impl Decode {
             workgroup_size,
             subgroups => spec.subgroups,
             bits => spec.bits,
+            kept,
+            ahead,
             offsets,
             gather_queries => spec.gather_queries(),
             scratch => spec.scratch(),
         };
         let text = template::render(FAMILY, include_str!("../kernels/decode.wgsl"), variables)?;
-        let binding = |index, name, kind, element_size| Binding { index, name, kind, element_size };
-        let uniform = BindingKind::Uniform { size: 4 * PARAM_WORDS as u32 };
-        let bindings = vec![
-            binding(0, "params", uniform, 4),
-            binding(1, "q", BindingKind::ReadOnly, 4),
-            binding(2, "k_cache", BindingKind::ReadOnly, unit_size),
-            binding(3, "v_cache", BindingKind::ReadOnly, unit_size),
-            binding(4, "plan", BindingKind::ReadOnly, 4),
-            binding(5, "terms", BindingKind::ReadOnly, 4),
-            binding(6, "out", BindingKind::ReadWrite, 4),
-            binding(7, "lse", BindingKind::ReadWrite, 4),
-            binding(8, "partials", BindingKind::ReadWrite, 16),
-        ];
         let shader = Shader {
             family: FAMILY,
             name: spec.name(),
             text,
-            bindings,
+            bindings: bindings(unit_size),
             workgroup_size,
             needs_f16: false,
             needs_subgroups: spec.subgroups,

@@ -19,13 +19,17 @@
 //! | [`mod@copy_blocks`] | copies blocks within a cache |
 //! | [`mod@decode`] | attends over a paged cache, keys split over workgroups, and merges the splits |
 //! | [`model`] | the dense layers of a transformer: products, norms, activations, tables, argmax |
+//! | [`mod@merge_states`] | merges attention over disjoint sets of keys by its log-sum-exp |
+//! | [`mod@prefill`] | attends over a paged cache, many query rows of a sequence in tiles |
 //! | [`mod@write_kv`] | stores new K and V rows into cache blocks, given by a slot mapping |
 
 pub mod copy_blocks;
 pub mod decode;
 mod dtype;
 mod error;
+pub mod merge_states;
 pub mod model;
+pub mod prefill;
 mod shader;
 mod template;
 pub mod write_kv;
@@ -46,8 +50,14 @@ pub fn all_shaders() -> Result<Vec<Shader>, Error> {
     for spec in decode::DecodeSpec::all() {
         shaders.push(decode::Decode::new(spec)?.into_shader());
     }
+    for spec in prefill::PrefillSpec::all() {
+        shaders.push(prefill::Prefill::new(spec)?.into_shader());
+    }
     for unit in copy_blocks::CopyUnit::ALL {
         shaders.push(copy_blocks::CopyBlocks::new(unit)?.into_shader());
+    }
+    for spec in merge_states::MergeStatesSpec::all() {
+        shaders.push(merge_states::MergeStates::new(spec)?.into_shader());
     }
     for q in DType::ALL {
         shaders.push(decode::DecodeMerge::new(q)?.into_shader());

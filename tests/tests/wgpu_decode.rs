@@ -15,6 +15,7 @@ use pagewise_attention::conformance::{
     AttentionData, Case, CaseMask, Layout, Operation, Outcome, Rows, ScaleKind, SequenceShape, Tables, Wgpu,
     quick, run_case,
 };
+use pagewise_attention::wgpu::shaders::decode::DecodeTuning;
 use pagewise_attention::wgpu::{
     AttentionCall, BufferRange, Context, HeadTerms, PlanOptions, PreparedAttention, StepLimits, WgpuError,
     wgpu,
@@ -24,7 +25,7 @@ use random::{Random, run_cases, run_seed};
 use wgpu_contexts::{contexts, plain_contexts};
 
 /// Random cases of each context.
-const CASES: usize = 45;
+const CASES: usize = 30;
 
 const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
 
@@ -108,7 +109,14 @@ fn random_options(random: &mut Random) -> PlanOptions {
         workgroups: random.pick(&[1, 64, 1024]),
         smallest: random.pick(&[16, 128]),
         largest: random.pick(&[16, 512]),
+        ..PlanOptions::default()
     }
+}
+
+/// Another tuning than the default, one that every configuration has.
+fn random_tuning(random: &mut Random) -> DecodeTuning {
+    let (kept, ahead) = (random.one_in(2), random.one_in(2));
+    DecodeTuning { rows: random.pick(&[1, 2]), workgroup_size: 64, kept, ahead }
 }
 
 #[test]
@@ -163,6 +171,9 @@ fn check_cases(contexts: Vec<(String, Context)>, whole_table: bool) {
                 0 => next,
                 _ => other_case(&kind, next),
             };
+            if turn % 3 == 0 {
+                subject.tuning = random.one_in(3).then(|| random_tuning(&mut random));
+            }
             kind = case.clone();
             subject.options = random_options(&mut random);
             match check(&mut subject, &case) {
@@ -170,7 +181,7 @@ fn check_cases(contexts: Vec<(String, Context)>, whole_table: bool) {
                 false => skipped += 1,
             }
         }
-        subject.options = PlanOptions::default();
+        (subject.options, subject.tuning) = (PlanOptions::default(), None);
         for case in quick(random.next()) {
             if !whole_table && !random.one_in(4) {
                 continue;

@@ -21,7 +21,7 @@ use pagewise_attention::wgpu::wgpu::{
     BindGroupDescriptor, BindGroupEntry, BindingResource, Buffer, BufferBinding, BufferDescriptor,
     BufferUsages, ComputePipeline, MapMode, PollType,
 };
-use pagewise_attention::wgpu::{Context, UniformOffset, compile, wgpu};
+use pagewise_attention::wgpu::{Context, UniformOffset, wgpu};
 use random::{Random, run_cases, run_seed};
 use std::collections::HashMap;
 use std::num::NonZeroU64;
@@ -75,7 +75,7 @@ impl Machine {
         let (pipeline, layout) = self
             .pipelines
             .entry(shader.name().to_owned())
-            .or_insert_with(|| compile(&device, shader, UniformOffset::Dynamic).unwrap())
+            .or_insert_with(|| self.context.compile(shader, UniformOffset::Dynamic).unwrap())
             .clone();
         let params = self.buffer(&uniform);
         let buffers: Vec<Buffer> = tensors.iter().map(|words| self.buffer(words)).collect();

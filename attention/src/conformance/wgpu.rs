@@ -6,10 +6,10 @@ use ::wgpu::{Buffer, BufferDescriptor, BufferUsages, MapMode, PollType};
 use super::subject::{AttentionTask, CopyTask, MergeTask, Refusal, Scale, Subject, SwapTask, WriteTask};
 use crate::wgpu::shaders::decode::DecodeTuning;
 use crate::wgpu::{
-    AttentionCall, BufferRange, Context, CopyBlocksCall, HeadTerms, KvScale, PlanOptions, WgpuError,
-    WriteKvCall,
+    AttentionCall, BufferRange, Context, CopyBlocksCall, HeadTerms, KvScale, MergeStatesCall, PlanOptions,
+    SwapBlocksCall, SwapSide, WgpuError, WriteKvCall,
 };
-use crate::{HostTensor, HostTensorMut};
+use crate::{HostTensor, HostTensorMut, RowStrides};
 
 /// The wgpu backend on one device.
 #[derive(Debug)]
@@ -78,7 +78,7 @@ impl<'a> Wgpu<'a> {
     fn upload(&self, bytes: &[u8]) -> Buffer {
         let mut contents = bytes.to_vec();
         contents.resize(bytes.len().max(16).next_multiple_of(4), 0xff);
-        let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC;
+        let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
         let descriptor = BufferInitDescriptor { label: None, contents: &contents, usage };
         self.context.device().create_buffer_init(&descriptor)
     }
@@ -184,6 +184,7 @@ impl Subject for Wgpu<'_> {
         prepared.encode(&mut encoder.begin_compute_pass(&Default::default()), &plan).map_err(refusal)?;
         context.queue().submit([encoder.finish()]);
         self.variants.push(prepared.variant());
+        self.variants.extend(plan.prefill_variant());
         out.set_bytes(&self.read(&device_out)?);
         if let Some(lse) = lse {
             HostTensorMut::F32(lse).set_bytes(&self.read(&device_lse)?);
@@ -256,19 +257,66 @@ impl Subject for Wgpu<'_> {
 
     fn swap_blocks(
         &mut self,
-        _: &SwapTask<'_>,
-        _: HostTensorMut<'_>,
-        _: HostTensorMut<'_>,
+        task: &SwapTask<'_>,
+        mut k: HostTensorMut<'_>,
+        mut v: HostTensorMut<'_>,
     ) -> Result<(), Refusal> {
-        unsupported("swap_blocks")
+        let (from_k, from_v) = (self.upload(&task.k.to_bytes()), self.upload(&task.v.to_bytes()));
+        let (to_k, to_v) = (self.upload(&k.as_ref().to_bytes()), self.upload(&v.as_ref().to_bytes()));
+        let [from_k, from_v, to_k_range, to_v_range] =
+            [&from_k, &from_v, &to_k, &to_v].map(BufferRange::whole);
+        let call = SwapBlocksCall {
+            config: task.config,
+            from: SwapSide { layout: &task.source_layout, k: from_k, v: from_v },
+            to: SwapSide { layout: &task.target_layout, k: to_k_range, v: to_v_range },
+            pairs: task.pairs,
+        };
+        let mut encoder = self.context.device().create_command_encoder(&Default::default());
+        self.context.swap_blocks(&mut encoder, &call).map_err(refusal)?;
+        self.context.queue().submit([encoder.finish()]);
+        k.set_bytes(&self.read(&to_k)?);
+        v.set_bytes(&self.read(&to_v)?);
+        Ok(())
     }
 
     fn merge_states(
         &mut self,
-        _: &MergeTask<'_>,
-        _: HostTensorMut<'_>,
-        _: &mut [f32],
+        task: &MergeTask<'_>,
+        mut out: HostTensorMut<'_>,
+        lse: &mut [f32],
     ) -> Result<(), Refusal> {
-        unsupported("merge_states")
+        let MergeTask { rows, heads, head_dim, parts } = *task;
+        let part_out: Vec<u8> = parts.iter().flat_map(|part| part.out.to_bytes()).collect();
+        let part_lse: Vec<u8> = parts.iter().flat_map(|part| HostTensor::F32(part.lse).to_bytes()).collect();
+        let (part_out, part_lse) = (self.upload(&part_out), self.upload(&part_lse));
+        let device_out = self.upload(&out.as_ref().to_bytes());
+        let device_lse = self.upload(&HostTensor::F32(lse).to_bytes());
+        let strides = RowStrides::packed(heads, head_dim);
+        let lse_strides = RowStrides::packed(heads, 1);
+        let call = MergeStatesCall {
+            parts: parts.len(),
+            rows,
+            heads,
+            head_dim,
+            part_dtype: out.as_ref().dtype(),
+            part_out: BufferRange::whole(&part_out),
+            part_out_strides: strides,
+            part_out_stride: (rows * heads * head_dim) as u64,
+            part_lse: BufferRange::whole(&part_lse),
+            part_lse_strides: lse_strides,
+            part_lse_stride: (rows * heads) as u64,
+            out_dtype: out.as_ref().dtype(),
+            out: BufferRange::whole(&device_out),
+            out_strides: strides,
+            lse: Some(BufferRange::whole(&device_lse)),
+            lse_strides,
+        };
+        let mut encoder = self.context.device().create_command_encoder(&Default::default());
+        let prepared = self.context.merge_states(&mut encoder, &call).map_err(refusal)?;
+        self.context.queue().submit([encoder.finish()]);
+        self.variants.push(prepared.variant().to_owned());
+        out.set_bytes(&self.read(&device_out)?);
+        HostTensorMut::F32(lse).set_bytes(&self.read(&device_lse)?);
+        Ok(())
     }
 }

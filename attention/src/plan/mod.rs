@@ -6,7 +6,7 @@ mod rows;
 mod split;
 
 pub(crate) use rows::{Keys, visible_rows};
-#[cfg(feature = "cuda")]
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
 pub(crate) use rows::{count, first_entry};
 pub(crate) use split::{Cut, MAX_PIECE_KEYS, Piece, TILE_KEYS, split};
 

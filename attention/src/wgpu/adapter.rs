@@ -48,7 +48,7 @@ pub fn check_limits(limits: &Limits) -> Result<(), WgpuError> {
 
 /// The features that kernels make use of where they are: none of them is required.
 pub fn wanted_features() -> Features {
-    Features::SHADER_F16 | Features::SUBGROUP | Features::TIMESTAMP_QUERY
+    Features::SHADER_F16 | Features::SUBGROUP | Features::TIMESTAMP_QUERY | Features::PIPELINE_CACHE
 }
 
 /// How to make a device of an adapter for this backend: its wanted features, and its own limits, since the

@@ -5,10 +5,12 @@
 
 use std::sync::Arc;
 
-use ::wgpu::{BindGroup, BindingResource, BufferUsages, ComputePass, Features};
+use ::wgpu::{BindGroup, BindingResource, Buffer, BufferUsages, ComputePass, Features};
 use pagewise_shaders::decode::{
     CacheRows, Decode, DecodeArgs, DecodeMerge, DecodeNeeds, DecodeSpec, DecodeTuning, LOWEST, Rows, Unit,
 };
+
+use pagewise_shaders::prefill::{PrefillNeeds, PrefillSpec, PrefillTuning};
 
 use super::buffer::{Bound, Need, bind};
 use super::context::Pipeline;
@@ -80,6 +82,7 @@ pub struct PreparedAttention {
     decode: Arc<Pipeline<Decode>>,
     merge: Arc<Pipeline<DecodeMerge>>,
     decode_group: BindGroup,
+    prefill_group: BindGroup,
     merge_group: BindGroup,
     config: AttentionConfig,
     layout: CacheLayout,
@@ -91,7 +94,7 @@ pub struct PreparedAttention {
 }
 
 impl PreparedAttention {
-    /// The kernel variant, as in `pagewise_shaders`.
+    /// The decode kernel's variant, as in `pagewise_shaders`; the prefill kernel's is the plan's.
     pub fn variant(&self) -> String {
         self.decode.descriptor.spec().name()
     }
@@ -107,6 +110,12 @@ impl PreparedAttention {
         if let Some([x, y, z]) = plan.dispatch {
             pass.set_pipeline(&self.decode.pipeline);
             pass.set_bind_group(0, &self.decode_group, &[]);
+            pass.dispatch_workgroups(x, y, z);
+        }
+        if let Some(prefill) = &plan.prefill {
+            let [x, y, z] = prefill.dispatch;
+            pass.set_pipeline(&prefill.pipeline.pipeline);
+            pass.set_bind_group(0, &self.prefill_group, &[]);
             pass.dispatch_workgroups(x, y, z);
         }
         if let Some([x, y, z]) = plan.merge_dispatch {
@@ -215,20 +224,21 @@ impl Context {
             softcap: config.softcap,
         };
         let spec = self.choose_decode(config, &args, call.tuning)?;
-        let decode = self.decode.get(spec, self.device(), || Ok(Decode::new(spec)?), Decode::shader)?;
+        let decode = self.decode.get(spec, self.builder(), || Ok(Decode::new(spec)?), Decode::shader)?;
         let merge = self.decode_merge.get(
             spec.q,
-            self.device(),
+            self.builder(),
             || Ok(DecodeMerge::new(spec.q)?),
             DecodeMerge::shader,
         )?;
         let uniform = self.buffer("decode parameters", &args.uniform(spec)?, BufferUsages::UNIFORM);
         let merge_uniform =
             self.buffer("decode_merge parameters", &args.merge_uniform(spec)?, BufferUsages::UNIFORM);
-        let decode_group = self.group(
-            "decode",
-            &decode.layout,
-            [
+        let prefill_uniform = PrefillSpec::uniform(spec.q, &args)?;
+        let prefill_uniform = self.buffer("prefill parameters", &prefill_uniform, BufferUsages::UNIFORM);
+        // Both kernels have the same bindings, so decode's layout serves prefill, whose pipeline is the plan's.
+        let group = |label, uniform: &Buffer| {
+            let tensors = [
                 uniform.as_entire_binding(),
                 tensor(&q),
                 tensor(&k),
@@ -238,8 +248,11 @@ impl Context {
                 tensor(&out),
                 tensor(&lse),
                 tensor(&workspace),
-            ],
-        );
+            ];
+            self.group(label, &decode.layout, tensors)
+        };
+        let decode_group = group("decode", &uniform);
+        let prefill_group = group("prefill", &prefill_uniform);
         let merge_group = self.group(
             "decode_merge",
             &merge.layout,
@@ -256,6 +269,7 @@ impl Context {
             decode,
             merge,
             decode_group,
+            prefill_group,
             merge_group,
             config: config.clone(),
             layout: *layout,
@@ -289,6 +303,30 @@ impl Context {
     pub(super) fn usual_spec(&self, config: &AttentionConfig) -> Result<DecodeSpec, WgpuError> {
         let needs = self.needs(config, Unit::Vec4)?;
         DecodeSpec::for_needs(needs).ok_or(WgpuError::NoVariant { kernel: "decode" })
+    }
+
+    /// The prefill variant for a configuration. All of them read caches by four elements.
+    pub(super) fn prefill_spec(
+        &self,
+        config: &AttentionConfig,
+        tuning: Option<PrefillTuning>,
+    ) -> Result<PrefillSpec, WgpuError> {
+        let spec = PrefillSpec::for_needs(PrefillNeeds {
+            q: shader_type("queries", config.q_dtype)?,
+            kv: shader_type("the cache", config.kv_dtype)?,
+            head_dim_v: small("head_dim_v", config.head_dim_v)?,
+            bits: config.mask == Mask::Bits,
+            half: self.features().contains(Features::SHADER_F16),
+            workgroup_memory: self.limits().max_compute_workgroup_storage_size,
+        });
+        let spec = PrefillSpec { tuning: tuning.unwrap_or(spec.tuning), ..spec };
+        let needed = spec.workgroup_memory();
+        let found = self.limits().max_compute_workgroup_storage_size;
+        if needed > found {
+            let (limit, what) = ("max_compute_workgroup_storage_size", spec.name());
+            return Err(WgpuError::Limit { limit, what, found: found.into(), needed: needed.into() });
+        }
+        Ok(spec)
     }
 
     /// The variant with the largest units that divide every offset, stride and head dimension.

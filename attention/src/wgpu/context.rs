@@ -8,11 +8,13 @@ use ::wgpu::{
     BindGroup, BindGroupDescriptor, BindGroupEntry, BindGroupLayout, BindGroupLayoutDescriptor,
     BindGroupLayoutEntry, BindingResource, BindingType, Buffer, BufferBindingType, BufferDescriptor,
     BufferUsages, ComputePipeline, ComputePipelineDescriptor, Device, ErrorFilter, Features, Limits,
-    PipelineCompilationOptions, PipelineLayoutDescriptor, Queue, ShaderModuleDescriptor, ShaderRuntimeChecks,
-    ShaderSource, ShaderStages,
+    PipelineCache, PipelineCacheDescriptor, PipelineCompilationOptions, PipelineLayoutDescriptor, Queue,
+    ShaderModuleDescriptor, ShaderRuntimeChecks, ShaderSource, ShaderStages,
 };
 use pagewise_shaders::copy_blocks::{CopyBlocks, CopyUnit};
 use pagewise_shaders::decode::{Decode, DecodeMerge, DecodeSpec};
+use pagewise_shaders::merge_states::{MergeStates, MergeStatesSpec};
+use pagewise_shaders::prefill::{Prefill, PrefillSpec};
 use pagewise_shaders::write_kv::{WriteKv, WriteKvSpec};
 use pagewise_shaders::{BindingKind, Shader};
 
@@ -25,10 +27,13 @@ pub struct Context {
     queue: Queue,
     limits: Limits,
     features: Features,
+    cache: Option<PipelineCache>,
     pub(super) write_kv: Pipelines<WriteKvSpec, WriteKv>,
     pub(super) copy_blocks: Pipelines<CopyUnit, CopyBlocks>,
     pub(super) decode: Pipelines<DecodeSpec, Decode>,
     pub(super) decode_merge: Pipelines<pagewise_shaders::DType, DecodeMerge>,
+    pub(super) prefill: Pipelines<PrefillSpec, Prefill>,
+    pub(super) merge_states: Pipelines<MergeStatesSpec, MergeStates>,
 }
 
 impl Context {
@@ -38,9 +43,33 @@ impl Context {
     /// [`WgpuError::Limit`] when the device was made with limits that are too low; see
     /// [`device_descriptor`](super::device_descriptor).
     pub fn new(device: Device, queue: Queue) -> Result<Self, WgpuError> {
+        // SAFETY: there is no data.
+        unsafe { Self::with_pipeline_cache(device, queue, None) }
+    }
+
+    /// The same, with what [`Context::pipeline_cache_data`] gave in an earlier run: where the device has the feature
+    /// `PIPELINE_CACHE`, pipelines are then not compiled again. Data of another device or driver is of no use and does
+    /// no harm.
+    ///
+    /// # Safety
+    /// The data is what [`Context::pipeline_cache_data`] gave, unchanged.
+    ///
+    /// # Errors
+    /// As [`Context::new`].
+    pub unsafe fn with_pipeline_cache(
+        device: Device,
+        queue: Queue,
+        data: Option<&[u8]>,
+    ) -> Result<Self, WgpuError> {
         let (limits, features) = (device.limits(), device.features());
         check_limits(&limits)?;
+        let descriptor = PipelineCacheDescriptor { label: Some("pagewise"), data, fallback: true };
+        let cache = features.contains(Features::PIPELINE_CACHE).then(|| {
+            // SAFETY: the caller says that the data comes from a pipeline cache.
+            unsafe { device.create_pipeline_cache(&descriptor) }
+        });
         Ok(Self {
+            cache,
             device,
             queue,
             limits,
@@ -49,7 +78,33 @@ impl Context {
             copy_blocks: Pipelines::default(),
             decode: Pipelines::default(),
             decode_merge: Pipelines::default(),
+            prefill: Pipelines::default(),
+            merge_states: Pipelines::default(),
         })
+    }
+
+    /// What the device keeps of the pipelines that were built so far, to be stored and given to
+    /// [`Context::with_pipeline_cache`]; `None` on devices without the feature `PIPELINE_CACHE`.
+    pub fn pipeline_cache_data(&self) -> Option<Vec<u8>> {
+        self.cache.as_ref()?.get_data()
+    }
+
+    /// Builds the pipeline of any kernel of [`pagewise_shaders`], with the layout of its bind group 0. Nothing is kept:
+    /// that is the caller's.
+    ///
+    /// # Errors
+    /// [`WgpuError::Compile`] when the device refuses it.
+    pub fn compile(
+        &self,
+        shader: &Shader,
+        uniform: UniformOffset,
+    ) -> Result<(ComputePipeline, BindGroupLayout), WgpuError> {
+        build(self.builder(), shader, uniform)
+    }
+
+    /// What pipelines are built with.
+    pub(super) fn builder(&self) -> Builder<'_> {
+        Builder { device: &self.device, cache: self.cache.as_ref() }
     }
 
     /// The device.
@@ -98,6 +153,13 @@ impl Context {
     }
 }
 
+/// What pipelines are built with.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Builder<'a> {
+    device: &'a Device,
+    cache: Option<&'a PipelineCache>,
+}
+
 /// A kernel, ready to be bound and dispatched.
 #[derive(Debug)]
 pub(super) struct Pipeline<D> {
@@ -121,7 +183,7 @@ impl<K: Copy + Eq + Hash, D> Pipelines<K, D> {
     pub(super) fn get(
         &self,
         key: K,
-        device: &Device,
+        builder: Builder<'_>,
         descriptor: impl FnOnce() -> Result<D, WgpuError>,
         shader: impl FnOnce(&D) -> &Shader,
     ) -> Result<Arc<Pipeline<D>>, WgpuError> {
@@ -131,7 +193,7 @@ impl<K: Copy + Eq + Hash, D> Pipelines<K, D> {
             return Ok(Arc::clone(pipeline));
         }
         let descriptor = descriptor()?;
-        let (pipeline, layout) = compile(device, shader(&descriptor), UniformOffset::Fixed)?;
+        let (pipeline, layout) = build(builder, shader(&descriptor), UniformOffset::Fixed)?;
         let pipeline = Arc::new(Pipeline { descriptor, pipeline, layout });
         pipelines.insert(key, Arc::clone(&pipeline));
         Ok(pipeline)
@@ -147,21 +209,20 @@ pub enum UniformOffset {
     Dynamic,
 }
 
-/// Builds the pipeline of a rendered kernel, with the layout of its bind group 0.
-///
-/// # Errors
-/// [`WgpuError::Compile`] when the device refuses it.
-pub fn compile(
-    device: &Device,
+fn build(
+    builder: Builder<'_>,
     shader: &Shader,
     uniform: UniformOffset,
 ) -> Result<(ComputePipeline, BindGroupLayout), WgpuError> {
+    let Builder { device, cache } = builder;
     let scope = device.push_error_scope(ErrorFilter::Validation);
     let name = Some(shader.name());
     let descriptor = ShaderModuleDescriptor { label: name, source: ShaderSource::Wgsl(shader.text().into()) };
-    // Indices stay checked. Counters that end loops after 2^64 turns would keep compilers from unrolling them.
-    let checks = ShaderRuntimeChecks { force_loop_bounding: false, ..ShaderRuntimeChecks::checked() };
-    // SAFETY: every loop of our kernels walks with a constant step to a bound that it does not change, so that all end.
+    // Bounds stay checked. What goes is a counter in every loop that ends those that do not end by themselves.
+    let mut checks = ShaderRuntimeChecks::checked();
+    checks.force_loop_bounding = false;
+    // SAFETY: the loops of our kernels end whatever lies in the buffers: a variable rises by a constant to a bound that
+    // is so far from the largest number that it cannot wrap around.
     let module = unsafe { device.create_shader_module_trusted(descriptor, checks) };
     let entries: Vec<BindGroupLayoutEntry> = shader
         .bindings()
@@ -199,7 +260,7 @@ pub fn compile(
             zero_initialize_workgroup_memory: false,
             ..PipelineCompilationOptions::default()
         },
-        cache: None,
+        cache,
     });
     // In a browser the answer would come later than now, and waiting is not possible: errors show on its console.
     let error = if cfg!(target_family = "wasm") {

@@ -84,7 +84,7 @@ impl Context {
         let words: Vec<u32> = pairs.iter().flat_map(|&(from, to)| [from, to]).collect();
         let pairs = self.buffer("copy_blocks pairs", &words, BufferUsages::STORAGE);
         let pipeline =
-            self.copy_blocks.get(unit, self.device(), || Ok(CopyBlocks::new(unit)?), CopyBlocks::shader)?;
+            self.copy_blocks.get(unit, self.builder(), || Ok(CopyBlocks::new(unit)?), CopyBlocks::shader)?;
         let group = self.group(
             "copy_blocks",
             &pipeline.layout,

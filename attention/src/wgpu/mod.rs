@@ -14,7 +14,10 @@ mod context;
 mod copy_blocks;
 mod dtype;
 mod error;
+mod merge_states;
 mod plan;
+mod prefill_plan;
+mod swap_blocks;
 mod write_kv;
 
 pub use ::wgpu;
@@ -23,9 +26,11 @@ pub use adapter::{
 };
 pub use attention::{AttentionCall, HeadTerms, KvScale, PreparedAttention};
 pub use buffer::BufferRange;
-pub use context::{Context, UniformOffset, compile};
+pub use context::{Context, UniformOffset};
 pub use copy_blocks::CopyBlocksCall;
 pub use error::WgpuError;
+pub use merge_states::{MergeStatesCall, PreparedMergeStates};
 pub use pagewise_shaders as shaders;
 pub use plan::{AttentionPlan, PlanBound, PlanOptions, StepLimits};
+pub use swap_blocks::{SwapBlocksCall, SwapSide};
 pub use write_kv::{PreparedWriteKv, WriteKvCall, WriteKvVariant};

@@ -1,11 +1,17 @@
-//! The work of one step for the wgpu backend: which keys go to which workgroup, and what lies in the plan's buffer.
+//! The work of one step for the wgpu backend: which rows go to which kernel, which keys to which workgroup, and what lies
+//! in the plan's buffer.
 //!
-//! Pure host arithmetic. How rows are cut is `crate::plan`'s, the kernel that consumes the items
-//! [`pagewise_shaders::decode`]'s. Block tables and mask bits travel in the plan: with them the kernel has the eight
+//! How rows are cut is `crate::plan`'s, how tiles of rows are `prefill_plan.rs`'s; the kernels that consume the items are
+//! [`pagewise_shaders::decode`]'s and [`pagewise_shaders::prefill`]'s. Block tables and mask bits travel in the plan: with them the kernel has the eight
 //! storage buffers that WebGPU grants, and the tables on the device are those that were checked.
 
-use pagewise_shaders::decode::{DecodeSpec, HEADER_WORDS, MAX_SPLITS, MERGE_WORDS, WorkItem, workgroups};
+use std::sync::Arc;
 
+use pagewise_shaders::decode::{DecodeSpec, HEADER_WORDS, MAX_SPLITS, MERGE_WORDS, WorkItem, workgroups};
+use pagewise_shaders::prefill::{Prefill, PrefillItem, PrefillTuning};
+
+use super::context::Pipeline;
+use super::prefill_plan::{Pieces, PrefillPart, most_pieces};
 use super::{Context, WgpuError};
 use crate::plan::{Cut, MAX_PIECE_KEYS, Piece, TILE_KEYS, split, visible_rows};
 use crate::{AttentionConfig, BlockTables, CacheLayout, Mask, Problem, RowStrides};
@@ -24,11 +30,30 @@ pub struct PlanOptions {
     /// Otherwise: keys of a work item from which on there are rather more workgroups, up to four times as many, so
     /// that the last ones to end are a small part of all.
     pub largest: u32,
+    /// Query rows of a sequence from which on they are worked on in tiles (prefill), if that is not to be chosen.
+    pub tiles_from: Option<usize>,
+    /// Keys of a tile's work item, if fixed. Then the split of a tile, and so the bits of its rows, depend on its
+    /// sequence alone and not on the rest of the batch.
+    pub prefill_keys: Option<u32>,
+    /// How the prefill kernel is tuned, if otherwise than by default.
+    pub prefill_tuning: Option<PrefillTuning>,
 }
+
+/// Query rows of a sequence, times the query heads that share a KV head, from which on its rows are worked on in
+/// tiles. Below that reading the keys once for each row is no slower than filling up a tile.
+const TILES_FROM: usize = 16;
 
 impl Default for PlanOptions {
     fn default() -> Self {
-        Self { item_keys: None, workgroups: 1024, smallest: 128, largest: 512 }
+        Self {
+            item_keys: None,
+            workgroups: 1024,
+            smallest: 128,
+            largest: 512,
+            tiles_from: None,
+            prefill_keys: None,
+            prefill_tuning: None,
+        }
     }
 }
 
@@ -63,10 +88,25 @@ pub struct AttentionPlan {
     pub(super) out: RowStrides,
     pub(super) rows: usize,
     pub(super) dispatch: Option<[u32; 3]>,
+    pub(super) prefill: Option<PrefillLaunch>,
     pub(super) merge_dispatch: Option<[u32; 3]>,
     words: Vec<u32>,
     items: usize,
     partials: u32,
+}
+
+/// The prefill kernel of a plan, and how many workgroups of it.
+#[derive(Clone, Debug)]
+pub(super) struct PrefillLaunch {
+    pub(super) pipeline: Arc<Pipeline<Prefill>>,
+    pub(super) dispatch: [u32; 3],
+}
+
+impl PartialEq for PrefillLaunch {
+    fn eq(&self, other: &Self) -> bool {
+        let key = |launch: &Self| (launch.pipeline.descriptor.spec(), launch.dispatch);
+        key(self) == key(other)
+    }
 }
 
 impl AttentionPlan {
@@ -85,9 +125,14 @@ impl AttentionPlan {
         workspace_bytes(&self.config, self.partials.into())
     }
 
-    /// Number of work items.
+    /// Number of work items of both kernels.
     pub fn items(&self) -> usize {
         self.items
+    }
+
+    /// The variant of the prefill kernel, if some rows are worked on in tiles.
+    pub fn prefill_variant(&self) -> Option<String> {
+        self.prefill.as_ref().map(|prefill| prefill.pipeline.descriptor.spec().name())
     }
 
     /// Number of query rows whose keys are split.
@@ -102,7 +147,8 @@ fn workspace_bytes(config: &AttentionConfig, partials: u64) -> u64 {
 }
 
 impl Context {
-    /// Plans a step. Every query row is planned by itself.
+    /// Plans a step, and builds the prefill pipeline when it is the first with rows for it. Sequences of few query rows
+    /// are worked on row by row (decode), others in tiles (prefill).
     ///
     /// # Errors
     /// [`WgpuError`] for what no kernel variant does, sizes beyond 32 bits, or too many workgroups.
@@ -113,14 +159,20 @@ impl Context {
     ) -> Result<AttentionPlan, WgpuError> {
         let config = problem.config();
         let spec = self.usual_spec(config)?;
-        let rows = visible_rows(problem, |_| true)?;
+        let from = options.tiles_from.unwrap_or(TILES_FROM.div_ceil(config.group())).max(2);
+        let tiled: Vec<usize> =
+            (0..problem.num_sequences()).filter(|&index| problem.sequence(index).query_len >= from).collect();
+        let rows = visible_rows(problem, |index| tiled.binary_search(&index).is_err())?;
         let tiles = tiles(config, spec);
         let keys: u64 = rows.iter().map(|keys| u64::from(keys.span())).sum();
         let longest = rows.iter().map(|keys| keys.span()).max().unwrap_or(0);
         let item_keys = options.checked_item_keys(keys, tiles, longest)?;
         let (pieces, partials) = split(&rows, tiles, Cut::Equal(item_keys))?;
-        let merges: Vec<&Piece> =
-            pieces.iter().filter(|piece| piece.splits > 1 && piece.split == 0).collect();
+        let prefill_spec = self.prefill_spec(config, options.prefill_tuning)?;
+        let tiled = PrefillPart::new(problem, &tiled, prefill_spec, options.pieces(), partials)?;
+        let merges = pieces.iter().filter(|piece| piece.splits > 1 && piece.split == 0);
+        let merges = merges.map(|piece| [piece.row, piece.first_partial, piece.splits, 0]);
+        let merges: Vec<[u32; MERGE_WORDS]> = merges.chain(tiled.merges.iter().copied()).collect();
 
         let batch = problem.batch();
         let entries = match batch.block_tables {
@@ -132,8 +184,11 @@ impl Context {
         let mask = batch.mask_bits.filter(|_| config.mask == Mask::Bits);
         let mask_words = mask.map_or(&[][..], |bits| bits.words);
         let merges_at = HEADER_WORDS + WorkItem::WORDS * pieces.len();
-        let tables_at = merges_at + MERGE_WORDS * merges.len();
+        let tiled_at = merges_at + MERGE_WORDS * merges.len();
+        let ranges_at = tiled_at + PrefillItem::WORDS * tiled.items.len();
+        let tables_at = ranges_at + PrefillItem::RANGE_WORDS * tiled.ranges.len();
         let mask_at = tables_at + entries.len();
+        let total = word("the plan's length", mask_at + mask_words.len())?;
         let mut words = vec![
             word("the number of work items", pieces.len())?,
             word("the number of split rows", merges.len())?,
@@ -141,20 +196,39 @@ impl Context {
             word("the plan's length", mask_at)?,
             word("row_words of the mask", mask.map_or(0, |bits| bits.row_words))?,
             word("the plan's length", merges_at)?,
-            0,
-            0,
+            word("the number of work items", tiled.items.len())?,
+            word("the plan's length", tiled_at)?,
         ];
-        words.reserve_exact(mask_at - HEADER_WORDS + mask_words.len());
+        words.reserve_exact(total as usize - HEADER_WORDS);
         words.extend(pieces.iter().flat_map(|piece| work_item(piece).words()));
-        words.extend(merges.iter().flat_map(|piece| [piece.row, piece.first_partial, piece.splits, 0]));
+        words.extend(merges.iter().flatten());
+        let first_range = word("the plan's length", ranges_at)?;
+        words.extend(tiled.items.iter().flat_map(|item| {
+            let ranges = first_range + item.ranges;
+            PrefillItem { ranges, ..*item }.words()
+        }));
+        words.extend(tiled.ranges.iter().flatten());
         words.extend(entries.iter().map(|entry| entry.cast_unsigned()));
         words.extend(mask_words);
-        word("the plan's length", words.len())?;
 
         let per_dimension = self.limits().max_compute_workgroups_per_dimension;
         let dispatch = |kernel, count: u64| match count {
             0 => Ok(None),
             _ => workgroups(kernel, count, per_dimension).map(Some),
+        };
+        let head_tiles = u64::from(prefill_spec.head_tiles(word("the group", config.group())?));
+        let tiled_workgroups = tiled.items.len() as u64 * config.kv_heads as u64 * head_tiles;
+        let prefill = match dispatch("prefill", tiled_workgroups)? {
+            Some(dispatch) => {
+                let pipeline = self.prefill.get(
+                    prefill_spec,
+                    self.builder(),
+                    || Ok(Prefill::new(prefill_spec)?),
+                    Prefill::shader,
+                )?;
+                Some(PrefillLaunch { pipeline, dispatch })
+            }
+            None => None,
         };
         Ok(AttentionPlan {
             config: config.clone(),
@@ -163,10 +237,11 @@ impl Context {
             out: problem.out_strides(),
             rows: problem.total_queries(),
             dispatch: dispatch("decode", pieces.len() as u64 * tiles)?,
+            prefill,
             merge_dispatch: dispatch("decode_merge", merges.len() as u64 * config.q_heads as u64)?,
-            items: pieces.len(),
+            items: pieces.len() + tiled.items.len(),
             words,
-            partials,
+            partials: tiled.partials,
         })
     }
 
@@ -189,12 +264,16 @@ impl Context {
             Some(keys) => span / u64::from(keys.max(1)),
             None => (span / options.smallest()).min(MORE * u64::from(options.workgroups).div_ceil(tiles)),
         };
-        let items = rows + pieces;
+        // A row is worked on by itself or in a tile, whose items and ranges take more words.
+        let spec = self.prefill_spec(config, options.prefill_tuning)?;
+        let tiled = most_pieces(config, spec, rows, limits.keys as u64, options.pieces());
+        let of_row = WorkItem::WORDS.max(PrefillItem::WORDS + PrefillItem::RANGE_WORDS) + MERGE_WORDS;
         let words = HEADER_WORDS as u64
-            + items * WorkItem::WORDS as u64
-            + rows * MERGE_WORDS as u64
+            + rows * of_row as u64
+            + pieces * WorkItem::WORDS as u64
+            + tiled * PrefillItem::WORDS as u64
             + (limits.table_entries + limits.mask_words) as u64;
-        Ok(PlanBound { plan: 4 * words, workspace: workspace_bytes(config, items) })
+        Ok(PlanBound { plan: 4 * words, workspace: workspace_bytes(config, rows + pieces + tiled) })
     }
 }
 
@@ -202,6 +281,11 @@ impl Context {
 const MORE: u64 = 4;
 
 impl PlanOptions {
+    /// How tiles are split.
+    fn pieces(&self) -> Pieces {
+        Pieces { keys: self.prefill_keys, workgroups: self.workgroups }
+    }
+
     fn smallest(&self) -> u64 {
         u64::from(self.smallest.clamp(TILE_KEYS, MAX_PIECE_KEYS).next_multiple_of(TILE_KEYS))
     }

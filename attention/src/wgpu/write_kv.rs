@@ -166,7 +166,8 @@ impl Context {
             value_cache: blocks(v_cache.first, layout.v),
         };
         let spec = self.choose(source_type, cache_type, &args)?;
-        let pipeline = self.write_kv.get(spec, self.device(), || Ok(WriteKv::new(spec)?), WriteKv::shader)?;
+        let pipeline =
+            self.write_kv.get(spec, self.builder(), || Ok(WriteKv::new(spec)?), WriteKv::shader)?;
         let per_dimension = self.limits().max_compute_workgroups_per_dimension;
         let workgroups = workgroups(&pipeline.descriptor, args.shape, per_dimension)?;
 

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use crate::gpu::{Gpu, Random, element};
 use crate::shapes::{Shape, shapes};
 
-const BLOCK: usize = 16;
+pub const BLOCK: usize = 16;
 
 /// Of software drivers only what takes no minutes.
 const SOFTWARE_BYTES: f64 = 5e6;
@@ -99,19 +99,16 @@ pub fn all_shapes(gpu: &Gpu<'_>, ceiling: f64, wanted: impl Fn(&str) -> bool) ->
 /// Plans and tunings, on a few shapes.
 pub fn sweep(gpu: &Gpu<'_>, ceiling: f64, wanted: impl Fn(&str) -> bool) -> Vec<Value> {
     let chosen = [
-        "32/8 1x1024",
         "32/8 1x8192",
-        "32/8 1x32768",
-        "32/8 8x1024",
-        "32/8 8x8192",
-        "32/8 64x4096",
+        "32/8 64x1024",
         "32/8 ragged64",
-        "32/32 8x1024",
         "32/32 64x1024",
+        "64/8 1x131072",
         "64/8 8x8192",
+        "64/8 64x1024",
+        "64/8 128x1024",
         "64/8 64x4096",
-        "8/1 8x8192",
-        "8/1 1x131072",
+        "8/1 256x2048",
     ];
     let mut results = Vec::new();
     for shape in in_f16(gpu).filter(|shape| wanted(&shape.name)) {
@@ -137,15 +134,17 @@ pub fn sweep(gpu: &Gpu<'_>, ceiling: f64, wanted: impl Fn(&str) -> bool) -> Vec<
             }
         };
         for workgroups in [512, 1024, 2048] {
-            for (smallest, largest) in [(64, 512), (128, 256), (128, 512), (128, 1024), (256, 2048)] {
-                try_one(PlanOptions { item_keys: None, workgroups, smallest, largest }, None);
+            for (smallest, largest) in [(64, 512), (128, 512), (128, 1024), (256, 2048)] {
+                try_one(PlanOptions { workgroups, smallest, largest, ..PlanOptions::default() }, None);
             }
         }
-        for rows in [1, 2, 4, 8] {
-            for workgroup_size in [64, 128, 256] {
-                let tuning = DecodeTuning { rows, workgroup_size };
-                for workgroups in [1024, 2048] {
-                    try_one(PlanOptions { workgroups, ..PlanOptions::default() }, Some(tuning));
+        for rows in [2, 4, 8] {
+            for workgroup_size in [64, 128] {
+                for (kept, ahead) in [(false, false), (false, true), (true, false), (true, true)] {
+                    let tuning = DecodeTuning { rows, workgroup_size, kept, ahead };
+                    for workgroups in [1024, 2048] {
+                        try_one(PlanOptions { workgroups, ..PlanOptions::default() }, Some(tuning));
+                    }
                 }
             }
         }
@@ -157,7 +156,7 @@ pub fn sweep(gpu: &Gpu<'_>, ceiling: f64, wanted: impl Fn(&str) -> bool) -> Vec<
 }
 
 /// Elements of the pattern before V's first: 256-byte aligned, as bindings want it.
-const V_SHIFT: usize = 128 * 125;
+pub const V_SHIFT: usize = 128 * 125;
 
 /// One shape's caches, queries and expected outputs, for any number of plans.
 struct Prepared<'a, 'b> {
@@ -363,15 +362,15 @@ impl<'a, 'b> Prepared<'a, 'b> {
 }
 
 /// One query row of one head.
-struct Row<'a> {
-    q: &'a [f16],
-    table: &'a [i32],
-    len: usize,
-    head: usize,
+pub struct Row<'a> {
+    pub q: &'a [f16],
+    pub table: &'a [i32],
+    pub len: usize,
+    pub head: usize,
 }
 
 /// One row of attention in f64, by the definition.
-fn attend(config: &AttentionConfig, layout: &CacheLayout, row: &Row<'_>) -> Vec<f64> {
+pub fn attend(config: &AttentionConfig, layout: &CacheLayout, row: &Row<'_>) -> Vec<f64> {
     let place = |strides: KvStrides, key: usize| {
         row.table[key / BLOCK] as usize * strides.block as usize
             + key % BLOCK * strides.token as usize

@@ -75,3 +75,44 @@ fn store_out(word: u32, x: vec4<f32>) {
 }
 //% endif
 <%- endmacro %>
+
+//# Load four neighbouring elements of a row of `q`, from a word on.
+<% macro load_query(dtype) %>
+//% if dtype == "f32"
+// Four elements of a row of q.
+fn load_query(word: u32) -> vec4<f32> {
+    return bitcast<vec4<f32>>(vec4<u32>(q[word], q[word + 1u], q[word + 2u], q[word + 3u]));
+}
+//% elif dtype == "f16"
+// Four elements of a row of q.
+fn load_query(word: u32) -> vec4<f32> {
+    return vec4<f32>(unpack2x16float(q[word]), unpack2x16float(q[word + 1u]));
+}
+//% else
+// Four elements of a row of q: the upper halves of their bits.
+fn load_query(word: u32) -> vec4<f32> {
+    let low = q[word];
+    let high = q[word + 1u];
+    return bitcast<vec4<f32>>(vec4<u32>(low << 16u, low & 0xffff0000u, high << 16u, high & 0xffff0000u));
+}
+//% endif
+<%- endmacro %>
+
+//# The soft cap's function.
+<% macro tanh_exact() %>
+// Hyperbolic tangent, as exact as exp2 is: the series where 1 - tanh would cancel.
+fn tanh_exact(x: f32) -> f32 {
+    let y = x * x;
+    let series = x * (1.0 + y * (-1.0 / 3.0 + y * (2.0 / 15.0 + y * (-17.0 / 315.0 + y * (62.0 / 2835.0)))));
+    let large = 1.0 - 2.0 / (exp2(2.0 * LOG2_E * min(abs(x), 16.0)) + 1.0);
+    return select(sign(x) * large, series, abs(x) < 0.2);
+}
+<%- endmacro %>
+
+//# A dot product that is added to a sum.
+<% macro add_dot() %>
+// sum + dot(x, y), without the addition of its own that dot needs.
+fn add_dot(x: vec4<f32>, y: vec4<f32>, sum: f32) -> f32 {
+    return fma(x.x, y.x, fma(x.y, y.y, fma(x.z, y.z, fma(x.w, y.w, sum))));
+}
+<%- endmacro %>

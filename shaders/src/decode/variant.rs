@@ -39,6 +39,10 @@ pub struct DecodeTuning {
     pub rows: u32,
     /// Invocations of a workgroup.
     pub workgroup_size: u32,
+    /// Whether queries stay in registers, or are read from workgroup memory for every round of keys.
+    pub kept: bool,
+    /// Whether the next round's keys are asked for before this round's probabilities are used.
+    pub ahead: bool,
 }
 
 /// Which variant: fixed when the text is rendered.
@@ -114,7 +118,8 @@ impl DecodeSpec {
         };
         // Few lanes hold much of a row each: then fewer groups, whose outputs are added up in the same memory.
         let workgroup_size = (SCRATCH / parts.max(1)).next_power_of_two().clamp(32, 128);
-        let tuning = DecodeTuning { rows: (rows / chunks).max(1), workgroup_size };
+        let rows = (rows / chunks).max(1);
+        let tuning = DecodeTuning { rows, workgroup_size, kept: true, ahead: true };
         let spec = Self { q, kv, unit, lanes, chunks, queries, subgroups: subgroup.is_some(), bits, tuning };
         spec.exists().then_some(spec)
     }
@@ -147,7 +152,7 @@ impl DecodeSpec {
 
     /// Bytes of workgroup memory.
     pub fn workgroup_memory(self) -> u32 {
-        let DecodeTuning { rows, workgroup_size } = self.tuning;
+        let DecodeTuning { rows, workgroup_size, .. } = self.tuning;
         let groups = workgroup_size / self.lanes.max(1);
         let exchanged = match self.subgroups {
             true => 0,
@@ -159,7 +164,7 @@ impl DecodeSpec {
     /// Whether there is such a variant.
     pub fn exists(self) -> bool {
         let Self { lanes, chunks, queries, tuning, .. } = self;
-        let DecodeTuning { rows, workgroup_size } = tuning;
+        let DecodeTuning { rows, workgroup_size, .. } = tuning;
         (self.kv != DType::F32 || self.unit == Unit::Vec4)
             && [4, 8, 16].contains(&lanes)
             && (1..=16).contains(&chunks)
@@ -171,7 +176,7 @@ impl DecodeSpec {
             && self.workgroup_memory() <= 16_384
     }
 
-    /// The variant's name: `decode_bf16_bf16_vec4_16x1_q4_r4_w128`, with `_subgroups` and `_bits`.
+    /// The variant's name: `decode_bf16_bf16_vec4_16x1_q4_r4_w128`, with `_kept`, `_ahead`, `_subgroups` and `_bits`.
     pub fn name(self) -> String {
         let Self { q, kv, unit, lanes, chunks, queries, subgroups, bits, tuning } = self;
         let unit = match unit {
@@ -179,9 +184,11 @@ impl DecodeSpec {
             Unit::Vec2 => "vec2",
         };
         format!(
-            "decode_{q}_{kv}_{unit}_{lanes}x{chunks}_q{queries}_r{}_w{}{}{}",
+            "decode_{q}_{kv}_{unit}_{lanes}x{chunks}_q{queries}_r{}_w{}{}{}{}{}",
             tuning.rows,
             tuning.workgroup_size,
+            if tuning.kept { "_kept" } else { "" },
+            if tuning.ahead { "_ahead" } else { "" },
             if subgroups { "_subgroups" } else { "" },
             if bits { "_bits" } else { "" },
         )

@@ -37,15 +37,15 @@ pub struct MergeTensors {
     /// Parts' outputs and LSE; poison between them, and in the outputs of empty parts.
     pub part_out: Vec<u8>,
     pub part_lse: Vec<f32>,
-    part_out_strides: RowStrides,
-    part_lse_strides: RowStrides,
+    pub part_out_strides: RowStrides,
+    pub part_lse_strides: RowStrides,
     /// From a part to the next; where part 0 begins.
-    part_out_stride: i64,
-    part_lse_stride: i64,
-    part_out_first: usize,
-    part_lse_first: usize,
-    out_strides: RowStrides,
-    lse_strides: RowStrides,
+    pub part_out_stride: i64,
+    pub part_lse_stride: i64,
+    pub part_out_first: usize,
+    pub part_lse_first: usize,
+    pub out_strides: RowStrides,
+    pub lse_strides: RowStrides,
     pub with_lse: bool,
 }
 

@@ -5,7 +5,7 @@ use super::device::{Gpu, KV_CACHE, Purpose};
 use super::recorder::read;
 use crate::backend::{AttentionSpec, BackendError};
 use pagewise_attention::wgpu::wgpu::{Buffer, BufferUsages, CommandEncoderDescriptor};
-use pagewise_attention::wgpu::{BufferRange, CopyBlocksCall};
+use pagewise_attention::wgpu::{BufferRange, CopyBlocksCall, SwapBlocksCall, SwapSide};
 use pagewise_attention::{AttentionConfig, CacheLayout, DType, ProblemError};
 use pagewise_kvcache::{BlockCopy, BlockOps};
 
@@ -86,7 +86,7 @@ impl WgpuCache {
     }
 
     fn swap_out(&mut self, gpu: &Gpu, copies: &[BlockCopy]) -> Result<(), BackendError> {
-        let Self { layers, host, block, staging, .. } = self;
+        let Self { config, layout, layers, host, block, staging, .. } = self;
         let pair = block.k + block.v;
         let at_once = (STAGING_BYTES / (pair * layers.len() as u64).max(1)).max(1) as usize;
         for copies in copies.chunks(at_once) {
@@ -101,15 +101,21 @@ impl WgpuCache {
             };
             let descriptor = CommandEncoderDescriptor { label: Some("swap out") };
             let mut encoder = gpu.context.device().create_command_encoder(&descriptor);
+            let staged = CacheLayout::nhd(copies.len(), layout.block_size, config);
+            let pairs: Vec<(u32, u32)> = copies.iter().map(|copy| copy.src).zip(0..).collect();
             let mut at = 0;
+            let mut room = |block: u64| {
+                let size = block * copies.len() as u64;
+                let range = BufferRange { buffer: staging, offset: at, size };
+                at += size;
+                range
+            };
             for Sides { k, v } in layers.iter() {
-                for (buffer, size) in [(k, block.k), (v, block.v)] {
-                    for copy in copies {
-                        let from = u64::from(copy.src) * size;
-                        encoder.copy_buffer_to_buffer(buffer, from, staging, at, size);
-                        at += size;
-                    }
-                }
+                let (k, v) = (BufferRange::whole(k), BufferRange::whole(v));
+                let from = SwapSide { layout, k, v };
+                let to = SwapSide { layout: &staged, k: room(block.k), v: room(block.v) };
+                let call = SwapBlocksCall { config, from, to, pairs: &pairs };
+                gpu.context.swap_blocks(&mut encoder, &call)?;
             }
             let moved: Vec<u8> = read(gpu, encoder, staging, bytes)?;
             let mut rest = moved.as_slice();

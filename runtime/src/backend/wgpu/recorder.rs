@@ -10,7 +10,7 @@ use pagewise_attention::wgpu::wgpu::{
     BufferUsages, CommandEncoder, CommandEncoderDescriptor, ComputePass, ComputePassDescriptor,
     ComputePipeline, MapMode,
 };
-use pagewise_attention::wgpu::{UniformOffset, WgpuError, compile};
+use pagewise_attention::wgpu::{UniformOffset, WgpuError};
 use pagewise_shaders::model::elementwise::Elementwise;
 use pagewise_shaders::model::lookup::LookupSpec;
 use pagewise_shaders::model::norm::NormSpec;
@@ -74,7 +74,7 @@ impl Pipelines {
             return Ok(Arc::clone(pipeline));
         }
         let shader = kernel.shader().map_err(WgpuError::from)?;
-        let (pipeline, layout) = compile(gpu.context.device(), &shader, UniformOffset::Dynamic)?;
+        let (pipeline, layout) = gpu.context.compile(&shader, UniformOffset::Dynamic)?;
         let uniform = |kind| matches!(kind, BindingKind::Uniform { .. });
         let bindings =
             shader.bindings().iter().filter(|binding| !uniform(binding.kind)).map(|binding| binding.index);

@@ -1,0 +1,252 @@
+//! Prefill, chunked prefill and mixtures with decode through wgpu against the conformance suite's oracle, on every
+//! adapter that is there: software Vulkan at least.
+//!
+//! One case again: `PAGEWISE_CASE="attention q=bf16 …" cargo test -p pagewise-tests --test wgpu_prefill`.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub, reason = "a test")]
+
+#[path = "gpu/random.rs"]
+mod random;
+#[path = "gpu/wgpu_contexts.rs"]
+mod wgpu_contexts;
+
+use std::collections::BTreeSet;
+
+use pagewise_attention::DType;
+use pagewise_attention::conformance::{
+    AttentionData, Case, CaseMask, Layout, Outcome, Rows, ScaleKind, SequenceShape, Tables, Wgpu, run_case,
+};
+use pagewise_attention::wgpu::shaders::prefill::PrefillTuning;
+use pagewise_attention::wgpu::{Context, PlanOptions, StepLimits, WgpuError};
+use random::{Random, run_cases, run_seed};
+use wgpu_contexts::{contexts, plain_contexts};
+
+/// Random cases of each context.
+const CASES: usize = 24;
+
+const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
+
+/// A batch of prefills and chunks, some with decodes beside them.
+fn prefill_case(random: &mut Random, turn: usize) -> Case {
+    let (q_dtype, kv_dtype) = (TYPES[turn % 3], TYPES[(turn + turn / 3) % 3]);
+    let room = random.pick(&[64, 64, 80, 96, 128, 128, 192, 256]);
+    let head_dim_qk = match random.below(3) {
+        0 => 4 * (1 + random.below(room / 4)),
+        _ => room,
+    };
+    let head_dim_v = match random.below(6) {
+        0 => 4 * (1 + random.below(head_dim_qk / 4)),
+        _ => head_dim_qk,
+    };
+    let kv_heads = random.pick(&[1, 1, 2, 3]);
+    let sequences = (0..1 + random.below(3))
+        .map(|_| {
+            let queries = match random.below(5) {
+                0 => 1 + random.below(2),
+                1 => 2 + random.below(130),
+                _ => 2 + random.below(40),
+            };
+            let keys = match random.below(8) {
+                0 => random.below(queries + 1),
+                1 => queries,
+                2 => 64 * (1 + random.below(5)),
+                3 => queries + random.below(1200),
+                _ => queries + random.below(200),
+            };
+            SequenceShape { queries, keys }
+        })
+        .collect();
+    let layouts = [Layout::Nhd, Layout::Nhd, Layout::Hnd, Layout::Gaps, Layout::Interleaved, Layout::Shared];
+    Case {
+        q_dtype,
+        kv_dtype,
+        q_heads: kv_heads * random.pick(&[1, 1, 2, 3, 4, 4, 5, 7, 8, 16, 40, 71]),
+        kv_heads,
+        head_dim_qk,
+        head_dim_v,
+        block_size: random.pick(&[16, 16, 32, 64, 128, 256, 1, 2, 4, 8]),
+        layout: random.pick(&layouts),
+        rows: random.pick(&[Rows::Packed, Rows::Fused]),
+        tables: random.pick(&[Tables::Padded, Tables::Csr]),
+        mask: match random.below(7) {
+            0 => CaseMask::None,
+            1 | 2 => CaseMask::Window(1 + random.below(150)),
+            3 => CaseMask::Bits,
+            _ => CaseMask::Causal,
+        },
+        positions: random.one_in(4),
+        shared_prefix: random.one_in(4),
+        poison_unseen: random.one_in(2),
+        softcap: random.one_in(5).then(|| random.pick(&[2.0, 30.0, 50.0])),
+        alibi: random.one_in(4),
+        sinks: random.one_in(4),
+        scale: random.pick(&[ScaleKind::One, ScaleKind::One, ScaleKind::Tensor, ScaleKind::Head]),
+        scores: random.pick(&[0.5, 8.0, 8.0, 60.0, 1e5]),
+        sequences,
+        seed: random.next() % 1_000_000_000,
+        ..Case::default()
+    }
+}
+
+/// A case with the other's data that is computed by the same variants as `kind`.
+fn other_case(kind: &Case, other: Case) -> Case {
+    let group = kind.q_heads / kind.kv_heads;
+    let bits = |case: &Case| case.mask == CaseMask::Bits;
+    Case {
+        q_dtype: kind.q_dtype,
+        kv_dtype: kind.kv_dtype,
+        q_heads: other.kv_heads * group,
+        head_dim_qk: kind.head_dim_qk,
+        head_dim_v: kind.head_dim_v,
+        mask: if bits(kind) == bits(&other) { other.mask } else { kind.mask },
+        ..other
+    }
+}
+
+/// How a case is planned: split or not, in tiles from two rows on or as by default.
+fn random_options(random: &mut Random, tuning: Option<PrefillTuning>) -> PlanOptions {
+    PlanOptions {
+        workgroups: random.pick(&[1, 64, 1024]),
+        tiles_from: random.pick(&[None, Some(2), Some(2)]),
+        prefill_keys: random.pick(&[None, Some(64), Some(128), Some(320)]),
+        prefill_tuning: tuning,
+        ..PlanOptions::default()
+    }
+}
+
+/// Tilings other than the default, for a device with so much workgroup memory.
+fn random_tuning(random: &mut Random, memory: u32) -> PrefillTuning {
+    let tuning =
+        |row_quads, workgroup_size, chunk, gap| PrefillTuning { row_quads, workgroup_size, chunk, gap };
+    match memory {
+        0..32_768 => random.pick(&[tuning(1, 64, 8, true), tuning(1, 128, 4, true)]),
+        _ => random.pick(&[tuning(2, 128, 8, true), tuning(1, 128, 16, false), tuning(2, 64, 8, false)]),
+    }
+}
+
+#[test]
+fn random_cases_agree_with_the_oracle() {
+    check_cases(contexts());
+}
+
+#[test]
+fn random_cases_agree_without_features_and_with_the_default_limits() {
+    check_cases(plain_contexts());
+}
+
+/// Random cases on each context. A software driver takes a second or two to compile a variant, so cases come in fours
+/// that share one.
+fn check_cases(contexts: Vec<(String, Context)>) {
+    for (adapter, context) in contexts {
+        let mut subject = Wgpu::new(adapter.clone(), &context);
+        let mut variants = BTreeSet::new();
+        let mut worst = 0f64;
+        let mut check = |subject: &mut Wgpu<'_>, case: &Case| {
+            subject.variants.clear();
+            let options = subject.options;
+            match run_case(subject, case).outcome {
+                Outcome::Passed(agreement) => {
+                    worst = worst.max(agreement.worst);
+                    let tiled = subject.variants.iter().filter(|name| name.starts_with("prefill"));
+                    let before = variants.len();
+                    variants.extend(tiled.cloned());
+                    variants.len() > before || subject.variants.iter().any(|name| name.starts_with("prefill"))
+                }
+                other => panic!(
+                    "PAGEWISE_CASE=\"{case}\" with {options:?} on {adapter}, {:?}: {other:?}",
+                    subject.variants
+                ),
+            }
+        };
+        if let Ok(line) = std::env::var("PAGEWISE_CASE") {
+            subject.options.tiles_from = Some(2);
+            for prefill_keys in [None, Some(64)] {
+                subject.options.prefill_keys = prefill_keys;
+                check(&mut subject, &line.parse().expect("PAGEWISE_CASE is a case of the conformance suite"));
+            }
+            continue;
+        }
+        let mut random = Random::new(run_seed());
+        let (mut tiled, mut kind, mut tuning) = (0, prefill_case(&mut random, 0), None);
+        for turn in 0..run_cases(CASES) {
+            let next = prefill_case(&mut random, turn / 4);
+            let case = match turn % 4 {
+                0 => {
+                    let memory = context.limits().max_compute_workgroup_storage_size;
+                    tuning = random.one_in(4).then(|| random_tuning(&mut random, memory));
+                    next
+                }
+                _ => other_case(&kind, next),
+            };
+            kind = case.clone();
+            subject.options = random_options(&mut random, tuning);
+            tiled += usize::from(check(&mut subject, &case));
+        }
+        eprintln!(
+            "{adapter}: {} cases agree (worst {worst:.3} of the tolerance), {tiled} of them in tiles; {} variants",
+            run_cases(CASES),
+            variants.len()
+        );
+        assert!(
+            run_cases(CASES) < 20 || 2 * tiled > run_cases(CASES),
+            "most cases have rows for the prefill kernel"
+        );
+    }
+}
+
+#[test]
+fn no_plan_exceeds_its_bound() {
+    let mut random = Random::new(run_seed());
+    for (_, context) in contexts().into_iter().take(1) {
+        for turn in 0..run_cases(60) {
+            // Plans are made without a GPU, but for the pipeline, which one configuration builds once.
+            let kind = "attention q=f16 kv=f16 heads=8/2 dim=64 block=16 mask=causal".parse().unwrap();
+            let case = other_case(
+                &kind,
+                Case { sequences: sequences(&mut random), ..prefill_case(&mut random, turn) },
+            );
+            let options = random_options(&mut random, None);
+            let data = AttentionData::generate(&case);
+            let problem = data.problem().unwrap();
+            let plan = context.plan_attention(&problem, options).unwrap();
+            let batch = problem.batch();
+            let keys = (0..problem.num_sequences()).flat_map(|index| {
+                let sequence = problem.sequence(index);
+                let mask = problem.config().mask;
+                (0..sequence.query_len).map(move |query| batch.visible(mask, &sequence, query).len())
+            });
+            let limits = StepLimits {
+                rows: problem.total_queries(),
+                keys: keys.sum(),
+                table_entries: data.entries.len(),
+                mask_words: data.mask_words.len(),
+            };
+            let bound = context.attention_bound(problem.config(), limits, options).unwrap();
+            let (plan_bytes, workspace_bytes) = (plan.plan_bytes(), plan.workspace_bytes());
+            assert!(plan_bytes <= bound.plan, "{case}, {options:?}: {plan_bytes} > {bound:?}");
+            assert!(workspace_bytes <= bound.workspace, "{case}, {options:?}: {workspace_bytes} > {bound:?}");
+        }
+    }
+}
+
+/// Long chunks, so that some are split.
+fn sequences(random: &mut Random) -> Vec<SequenceShape> {
+    let shape = |random: &mut Random| {
+        let queries = 1 + random.below(90);
+        SequenceShape { queries, keys: queries + random.below(6000) }
+    };
+    (0..1 + random.below(3)).map(|_| shape(random)).collect()
+}
+
+#[test]
+fn a_tiling_that_does_not_fit_names_the_limit() {
+    for (_, context) in plain_contexts().into_iter().take(1) {
+        let line = "attention q=f16 kv=f16 heads=4/2 dim=64 block=16 mask=causal sequences=20:70";
+        let data = AttentionData::generate(&line.parse().unwrap());
+        let problem = data.problem().unwrap();
+        let tuning = PrefillTuning { row_quads: 2, workgroup_size: 256, chunk: 8, gap: true };
+        let options = PlanOptions { prefill_tuning: Some(tuning), ..PlanOptions::default() };
+        let error = context.plan_attention(&problem, options).unwrap_err();
+        let limit = "max_compute_workgroup_storage_size";
+        assert!(matches!(error, WgpuError::Limit { limit: name, .. } if name == limit), "{error}");
+    }
+}
