@@ -15,8 +15,6 @@ const LANES: u32 = 32;
 const TEAM_FEATURES: u32 = 4;
 /// Features of a tile of `linear`.
 const TILE_FEATURES: u32 = 64;
-/// The most rows of `matvec`.
-const MAX_MATVEC_ROWS: u32 = 8;
 
 /// The form of a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -42,9 +40,9 @@ impl Form {
     /// The form for so many rows: the smallest that holds them at once, else the largest.
     pub fn for_rows(rows: u32) -> Self {
         match rows {
-            ..=MAX_MATVEC_ROWS => Self::Few(rows.max(1).next_power_of_two()),
-            ..=16 => Self::Tiled(16),
-            ..=32 => Self::Tiled(32),
+            ..=8 => Self::Few(rows.max(1).next_power_of_two()),
+            9..=16 => Self::Tiled(16),
+            17..=32 => Self::Tiled(32),
             _ => Self::Tiled(64),
         }
     }
