@@ -548,7 +548,7 @@ fn likeliest_tokens() {
                 let mut best: Option<(usize, f64)> = None;
                 for column in 0..width {
                     let value = x.get(row, column);
-                    if !value.is_nan() && best.is_none_or(|(_, other)| value > other) {
+                    if value > f64::NEG_INFINITY && best.is_none_or(|(_, other)| value > other) {
                         best = Some((column, value));
                     }
                 }

@@ -14,11 +14,12 @@ use engine_pair::{Pair, Sequence, adapters, argmax, beams, engine};
 use pagewise_attention::DType;
 use pagewise_runtime::backend::wgpu::WgpuBackend;
 use pagewise_runtime::backend::{AttentionSpec, Backend, BackendError};
-use pagewise_runtime::executor::{Executor, ExecutorError, ModelExecutor};
+use pagewise_runtime::executor::{Executor, ExecutorError, ModelExecutor, Row, RowWanted, Sampling};
 use pagewise_runtime::model_dir::{ModelDir, Weights};
 use pagewise_runtime::models::{WeightSource, load_model};
 use pagewise_runtime::plan::{BlockCopy, BlockOps, Chunk, LogitRows, SequenceId, StepPlan, TokenInput};
 use pagewise_runtime::request::{Request, RequestOutput, SamplingParams};
+use pagewise_runtime::sampling::Draw;
 use pagewise_runtime::scheduler::SchedulerStats;
 use pagewise_tests::{FIXTURES, fixture, smollm2_f32};
 use random::Random;
@@ -344,7 +345,7 @@ fn what_the_device_cannot_do_is_a_typed_error() {
     }
 }
 
-/// The token ids alone leave the device: ties to the lowest, NaN never wins.
+/// Only what is asked for leaves the device: token ids, ties to the lowest, NaN and −∞ never; or logits.
 #[test]
 fn argmax_on_the_device() {
     use pagewise_runtime::model_dir::WeightTensor;
@@ -369,7 +370,7 @@ fn argmax_on_the_device() {
                 .chunks(width)
                 .map(|row| {
                     let mut best: Option<(u32, f32)> = None;
-                    for (i, &x) in row.iter().enumerate().filter(|(_, x)| !x.is_nan()) {
+                    for (i, &x) in row.iter().enumerate().filter(|(_, x)| **x > f32::NEG_INFINITY) {
                         if best.is_none_or(|(_, y)| x > y) {
                             best = Some((i as u32, x));
                         }
@@ -377,11 +378,35 @@ fn argmax_on_the_device() {
                     best.map(|(i, _)| i)
                 })
                 .collect();
+            let kept = logits.clone();
             let table = backend.upload(WeightTensor::from_f32(logits, &[rows, width])).unwrap();
-            let got = engine_pair::on_device(&backend, &table, rows, width, |backend, tensor| {
-                backend.argmax(tensor).unwrap()
-            });
-            assert_eq!(got, want, "{rows} rows of {width}");
+            let greedy = Sampling {
+                temperature: 0.0,
+                top_k: 0,
+                top_p: 1.0,
+                min_p: 0.0,
+                draw: Draw { seed: 0, sample: 0, position: 0 },
+            };
+            // Of some rows the logits.
+            let asked: Vec<RowWanted> = (0..rows)
+                .map(|_| if random.one_in(3) { RowWanted::Logits } else { RowWanted::Token(greedy) })
+                .collect();
+            let output = engine_pair::on_device(&backend, &table, [rows, width], &asked);
+            for (row, asked) in asked.iter().enumerate() {
+                match (asked, output.row(row).unwrap()) {
+                    (RowWanted::Token(_), Row::Token(token)) => {
+                        assert_eq!(token, want[row], "{rows} rows of {width}")
+                    }
+                    (RowWanted::Logits, Row::Logits(got)) => {
+                        let same = got
+                            .iter()
+                            .zip(&kept[row * width..])
+                            .all(|(a, b)| a == b || (a.is_nan() && b.is_nan()));
+                        assert!(same && got.len() == width, "{rows} rows of {width}");
+                    }
+                    (asked, got) => panic!("{got:?} was not asked for: {asked:?}"),
+                }
+            }
         }
     }
 }

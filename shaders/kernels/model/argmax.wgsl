@@ -2,7 +2,7 @@
 // ${ name }: the likeliest token of each row of logits, the lowest id of equal ones.
 //
 //   x    [rows, width]    f32, read as their bits
-//   out  [rows]           u32; 0xffffffff for a row of NaN
+//   out  [rows]           u32; 0xffffffff for a row of nothing but NaN and negative infinity, which are never chosen
 //
 // A workgroup searches a row. Numbers are compared by their bits as integers of the same order, so that NaN, which
 // WGSL lets a compiler assume away, is told apart and never wins; the two zeros are equal.
@@ -29,10 +29,10 @@ struct Params {
 var<workgroup> best_key: array<u32, ${ workgroup_size }>;
 var<workgroup> best_id: array<u32, ${ workgroup_size }>;
 
-// Rises with the number: 0 for NaN, at least 1 for all others.
+// Rises with the number: 0 for NaN and negative infinity, at least 1 for all others.
 fn order(bits: u32) -> u32 {
     let magnitude = bits & 0x7fffffffu;
-    if (magnitude > 0x7f800000u) {
+    if (magnitude > 0x7f800000u || bits == 0xff800000u) {
         return 0u;
     }
     return select(0x80000000u + magnitude, 0x80000000u - magnitude, (bits & 0x80000000u) != 0u);

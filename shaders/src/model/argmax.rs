@@ -10,7 +10,7 @@ use crate::{Error, template};
 /// Family, template name and entry point.
 const FAMILY: &str = "argmax";
 
-/// The answer for a row in which there is nothing but NaN.
+/// The answer for a row in which there is nothing but NaN and −∞.
 pub const NO_TOKEN: u32 = u32::MAX;
 
 /// What one dispatch searches.

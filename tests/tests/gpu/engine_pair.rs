@@ -4,10 +4,10 @@ use pagewise_attention::DType;
 use pagewise_attention::wgpu as attention;
 use pagewise_kvcache::{CacheConfig, KvCacheManager};
 use pagewise_runtime::backend::cpu::CpuBackend;
-use pagewise_runtime::backend::wgpu::{AdapterChoice, WgpuBackend, WgpuTensor, WgpuWeight};
+use pagewise_runtime::backend::wgpu::{AdapterChoice, WgpuBackend, WgpuWeight};
 use pagewise_runtime::backend::{AttentionSpec, Backend, StepBatch};
 use pagewise_runtime::engine::{Engine, EngineConfig};
-use pagewise_runtime::executor::{Executor, ModelExecutor};
+use pagewise_runtime::executor::{Executor, ModelExecutor, RowWanted, StepOutput};
 use pagewise_runtime::model_dir::{ModelConfig, ModelDir, Weights};
 use pagewise_runtime::models::{WeightSource, load_model};
 use pagewise_runtime::plan::{BlockId, BlockOps, Chunk, LogitRows, SequenceId, StepPlan, TokenInput};
@@ -291,14 +291,13 @@ pub fn beams(name: &str) -> Vec<BeamCase> {
     cases.collect()
 }
 
-/// Brings rows of a matrix into a tensor, as the embedding does, and hands it on.
-pub fn on_device<R>(
+/// Brings rows of a matrix into a tensor, as the embedding does, and ends a step whose logits they are.
+pub fn on_device(
     backend: &WgpuBackend,
     table: &WgpuWeight,
-    rows: usize,
-    width: usize,
-    then: impl FnOnce(&WgpuBackend, &WgpuTensor) -> R,
-) -> R {
+    [rows, width]: [usize; 2],
+    wanted: &[RowWanted],
+) -> StepOutput {
     let ModelDir { config, .. } = ModelDir::open(&fixture("opt_preln")).unwrap();
     let spec = AttentionSpec::new(&config, DType::F32, 16, 8);
     let batch = StepBatch {
@@ -309,5 +308,5 @@ pub fn on_device<R>(
     let step = backend.prepare(&spec, &batch).unwrap();
     let mut tensor = backend.tensor(rows, width).unwrap();
     backend.embed(&step, table, &mut tensor).unwrap();
-    then(backend, &tensor)
+    backend.wait(backend.output(Some(tensor), wanted).unwrap()).unwrap()
 }

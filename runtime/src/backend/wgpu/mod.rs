@@ -1,5 +1,5 @@
 //! Any GPU that speaks Vulkan, Metal or DX12 as a [`Backend`]: WGSL kernels through wgpu. Weights stay f32, f16 or bf16,
-//! activations are f32. A step is one submission; only what [`download`](Backend::download) asks for comes back.
+//! activations are f32. A step is one submission; only the ids of likeliest tokens come back, or the logits that are asked for.
 //!
 //! Owns which kernel does what on which tensors. The device and its failures are `device`'s, commands `recorder`'s,
 //! activations `tensor`'s, weights `weight`'s, blocks `cache`'s, a step's numbers and attention `step`'s.
@@ -19,6 +19,7 @@ pub use weight::WgpuWeight;
 
 use super::cpu::dense::DenseError;
 use super::{Activated, AttentionSpec, Backend, BackendError, Heads, Input, Linear, Norm, StepBatch};
+use crate::executor::{RowOutput, RowWanted, Sampling, StepOutput};
 use crate::model_dir::{Activation, WeightTensor};
 use device::{Gpu, lock};
 use pagewise_attention::wgpu::wgpu::Buffer;
@@ -30,7 +31,7 @@ use pagewise_shaders::model::lookup::{LookupArgs, LookupSpec};
 use pagewise_shaders::model::norm::{NormArgs, NormKind, NormSpec};
 use pagewise_shaders::model::product::{Form, ProductArgs, ProductSpec};
 use pagewise_shaders::model::{Rows, argmax, rotary::RotaryArgs};
-use recorder::{Dispatch, Kernel, Recorder};
+use recorder::{Dispatch, Kernel, Piece, Reading, Recorder};
 use std::sync::{Arc, Mutex};
 use step::StepMemory;
 use tensor::Pool;
@@ -108,21 +109,6 @@ impl WgpuBackend {
     /// Gives the device up, as if its driver had: every later step fails with [`BackendError::DeviceLost`].
     pub fn destroy(&self) {
         self.gpu.context.device().destroy();
-    }
-
-    /// The likeliest token of each row of logits, the lowest id of equal ones; `None` for a row of nothing but NaN.
-    ///
-    /// # Errors
-    /// The device fails.
-    pub fn argmax(&self, logits: &WgpuTensor) -> Result<Vec<Option<u32>>, BackendError> {
-        if logits.rows() == 0 {
-            return Ok(Vec::new());
-        }
-        let mut work = lock(&self.work);
-        let Work { recorder, memory } = &mut *work;
-        let ids = memory.ids(&self.gpu, logits.rows())?;
-        let ids = recorder.argmax(&self.gpu, logits, &ids)?;
-        Ok(ids.into_iter().map(|id| (id != argmax::NO_TOKEN).then_some(id)).collect())
     }
 
     fn per_dimension(&self) -> u32 {
@@ -378,6 +364,7 @@ impl Backend for WgpuBackend {
     type Tensor = WgpuTensor;
     type Cache = WgpuCache;
     type Step<'a> = WgpuStep<'a>;
+    type Output = WgpuOutput;
 
     fn upload(&self, weight: WeightTensor) -> Result<WgpuWeight, BackendError> {
         let uploaded = self.upload_together(vec![weight])?;
@@ -593,14 +580,71 @@ impl Backend for WgpuBackend {
         Ok(out)
     }
 
-    fn download(&self, x: WgpuTensor) -> Result<Vec<f32>, BackendError> {
-        let mut work = lock(&self.work);
-        let bytes = 4 * (x.rows() * x.stride()) as u64;
-        let rows: Vec<f32> = work.recorder.finish(&self.gpu, x.buffer(), bytes)?;
-        if x.stride() == x.width() {
-            return Ok(rows);
-        }
-        let row = |row: &[f32]| row.iter().skip(x.offset()).take(x.width()).copied().collect::<Vec<_>>();
-        Ok(rows.chunks_exact(x.stride().max(1)).flat_map(row).collect())
+    fn samples(&self, sampling: &Sampling) -> bool {
+        sampling.is_greedy()
     }
+
+    fn output(&self, logits: Option<WgpuTensor>, wanted: &[RowWanted]) -> Result<WgpuOutput, BackendError> {
+        let mut work = lock(&self.work);
+        let Work { recorder, memory } = &mut *work;
+        let Some(logits) = logits.filter(|logits| logits.rows() > 0) else {
+            return Ok(WgpuOutput {
+                reading: recorder.submit(&self.gpu, &[])?,
+                rows: Vec::new(),
+                width: [0, 0],
+            });
+        };
+        let chosen = |row: usize| matches!(wanted.get(row), Some(RowWanted::Token(sampling)) if self.samples(sampling));
+        let ids = memory.ids(&self.gpu, logits.rows())?;
+        let mut pieces = Vec::new();
+        if (0..logits.rows()).any(chosen) {
+            recorder.argmax(&self.gpu, &logits, &ids)?;
+            pieces.push(Piece { buffer: &ids, start: 0, bytes: 4 * logits.rows() as u64 });
+        }
+        let row_bytes = 4 * logits.stride() as u64;
+        let mut whole = 0;
+        let rows = (0..logits.rows()).map(|row| {
+            if chosen(row) {
+                return RowOutput::Token(None);
+            }
+            let start = row as u64 * row_bytes;
+            match pieces.last_mut() {
+                Some(piece) if piece.buffer == logits.buffer() && piece.start + piece.bytes == start => {
+                    piece.bytes += row_bytes;
+                }
+                _ => pieces.push(Piece { buffer: logits.buffer(), start, bytes: row_bytes }),
+            }
+            whole += 1;
+            RowOutput::Logits(whole - 1)
+        });
+        let rows = rows.collect();
+        let reading = recorder.submit(&self.gpu, &pieces)?;
+        Ok(WgpuOutput { reading, rows, width: [logits.width(), logits.stride()] })
+    }
+
+    fn wait(&self, output: WgpuOutput) -> Result<StepOutput, BackendError> {
+        let WgpuOutput { reading, mut rows, width: [vocab_size, stride] } = output;
+        let words = lock(&self.work).recorder.receive(&self.gpu, reading)?;
+        let is_token = |row: &RowOutput| matches!(row, RowOutput::Token(_));
+        let (ids, words) = match rows.iter().any(is_token) {
+            true => words.split_at_checked(rows.len()).unwrap_or_default(),
+            false => (&[][..], words.as_slice()),
+        };
+        for (row, &id) in rows.iter_mut().zip(ids).filter(|(row, _)| is_token(row)) {
+            *row = RowOutput::Token((id != argmax::NO_TOKEN).then_some(id));
+        }
+        let row =
+            |row: &[u32]| row.iter().take(vocab_size).map(|&bits| f32::from_bits(bits)).collect::<Vec<_>>();
+        let logits = words.chunks_exact(stride.max(1)).flat_map(row).collect();
+        Ok(StepOutput { rows, logits, vocab_size })
+    }
+}
+
+/// What a step gives, on its way to the host: token ids if any are wanted, then rows of logits.
+#[derive(Debug)]
+pub struct WgpuOutput {
+    reading: Reading,
+    rows: Vec<RowOutput>,
+    /// Of a row of logits, and from one to the next.
+    width: [usize; 2],
 }

@@ -6,9 +6,9 @@ use super::tensor::{WgpuTensor, size_class};
 use crate::backend::BackendError;
 use bytemuck::{AnyBitPattern, NoUninit};
 use pagewise_attention::wgpu::wgpu::{
-    BindGroup, BindGroupDescriptor, BindGroupEntry, BindGroupLayout, BindingResource, Buffer, BufferBinding,
-    BufferUsages, CommandEncoder, CommandEncoderDescriptor, ComputePass, ComputePassDescriptor,
-    ComputePipeline, MapMode,
+    BindGroup, BindGroupDescriptor, BindGroupEntry, BindGroupLayout, BindingResource, Buffer,
+    BufferAsyncError, BufferBinding, BufferUsages, CommandEncoder, CommandEncoderDescriptor, ComputePass,
+    ComputePassDescriptor, ComputePipeline, MapMode, SubmissionIndex,
 };
 use pagewise_attention::wgpu::{UniformOffset, WgpuError};
 use pagewise_shaders::model::elementwise::Elementwise;
@@ -18,7 +18,9 @@ use pagewise_shaders::model::product::ProductSpec;
 use pagewise_shaders::model::{PARAM_WORDS, argmax, rotary};
 use pagewise_shaders::{BindingKind, Shader};
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::num::NonZeroU64;
+use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 
 /// A dense kernel.
@@ -166,8 +168,8 @@ impl Recorder {
     }
 
     fn build(&mut self, gpu: &Gpu, kernel: Kernel) -> Result<(), BackendError> {
-        if !self.pipelines.contains_key(&kernel) {
-            self.pipelines.insert(kernel, gpu.pipelines.get(gpu, kernel)?);
+        if let Entry::Vacant(entry) = self.pipelines.entry(kernel) {
+            entry.insert(gpu.pipelines.get(gpu, kernel)?);
         }
         Ok(())
     }
@@ -208,92 +210,113 @@ impl Recorder {
         Some(gpu.context.device().create_bind_group(&descriptor))
     }
 
-    /// Submits what is recorded, waits, and brings the begin of a buffer to the host.
-    pub(super) fn finish<T: AnyBitPattern + NoUninit>(
-        &mut self,
-        gpu: &Gpu,
-        from: &Buffer,
-        bytes: u64,
-    ) -> Result<Vec<T>, BackendError> {
+    /// Submits what is recorded; pieces of buffers start their way to the host, one behind the other.
+    pub(super) fn submit(&mut self, gpu: &Gpu, pieces: &[Piece<'_>]) -> Result<Reading, BackendError> {
         for page in self.pages.iter_mut().filter(|page| page.changed) {
             gpu.context.queue().write_buffer(&page.buffer, 0, bytemuck::cast_slice(&page.words));
             page.changed = false;
         }
-        if self.readback.as_ref().is_none_or(|buffer| buffer.size() < bytes) {
-            let usage = BufferUsages::MAP_READ | BufferUsages::COPY_DST;
-            self.readback = Some(gpu.buffer(ACTIVATIONS, size_class(bytes), usage)?);
-        }
-        self.pass(gpu);
-        self.used = 0;
-        if bytes == 0 {
-            // Nothing is asked for, but keys and values are to be written.
-            if let Some(Open { pass, encoder }) = self.open.take() {
-                drop(pass);
-                let submission = gpu.context.queue().submit([encoder.finish()]);
-                gpu.wait(Some(submission))?;
+        let bytes = pieces.iter().map(|piece| piece.bytes).sum();
+        let readback = match self.readback.take() {
+            Some(buffer) if buffer.size() >= bytes => buffer,
+            _ => {
+                let usage = BufferUsages::MAP_READ | BufferUsages::COPY_DST;
+                gpu.buffer(ACTIVATIONS, size_class(bytes), usage)?
             }
-            return Ok(Vec::new());
-        }
-        let (Some(Open { pass, mut encoder }), Some(readback)) = (self.open.take(), &self.readback) else {
-            return Ok(Vec::new());
         };
-        drop(pass);
-        encoder.copy_buffer_to_buffer(from, 0, readback, 0, bytes);
-        let words = read(gpu, encoder, readback, bytes);
-        if words.is_err() {
-            // It may still be mapped, or lost.
-            self.readback = None;
+        self.used = 0;
+        let mut encoder = match self.open.take() {
+            Some(Open { pass, encoder }) => {
+                drop(pass);
+                encoder
+            }
+            None => gpu.context.device().create_command_encoder(&CommandEncoderDescriptor::default()),
+        };
+        let mut at = 0;
+        for &Piece { buffer, start, bytes } in pieces {
+            encoder.copy_buffer_to_buffer(buffer, start, &readback, at, bytes);
+            at += bytes;
         }
-        words
+        Reading::start(gpu, encoder, readback, bytes)
     }
 
-    /// The likeliest token of each row, [`argmax::NO_TOKEN`] for a row of NaN: all that leaves the device.
-    pub(super) fn argmax(
-        &mut self,
-        gpu: &Gpu,
-        x: &WgpuTensor,
-        ids: &Buffer,
-    ) -> Result<Vec<u32>, BackendError> {
+    /// Waits for what was submitted; the buffer is kept for the next step.
+    pub(super) fn receive(&mut self, gpu: &Gpu, reading: Reading) -> Result<Vec<u32>, BackendError> {
+        let (words, readback) = reading.finish(gpu)?;
+        self.readback = Some(readback);
+        Ok(words)
+    }
+
+    /// Records the choice of the likeliest token of each row, [`argmax::NO_TOKEN`] where there is none.
+    pub(super) fn argmax(&mut self, gpu: &Gpu, x: &WgpuTensor, ids: &Buffer) -> Result<(), BackendError> {
         let args =
             argmax::ArgmaxArgs { rows: x.rows() as u32, width: x.width() as u32, x: x.place(), out: 0 };
         let per_dimension = gpu.context.limits().max_compute_workgroups_per_dimension;
         let workgroups = args.workgroups(per_dimension).map_err(WgpuError::from)?;
         let buffers = [x.buffer(), ids];
         let uniform = args.uniform();
-        self.dispatch(gpu, &Dispatch { kernel: Kernel::Argmax, buffers: &buffers, uniform, workgroups })?;
-        self.finish(gpu, ids, 4 * x.rows() as u64)
+        self.dispatch(gpu, &Dispatch { kernel: Kernel::Argmax, buffers: &buffers, uniform, workgroups })
     }
 }
 
-/// Submits an encoder whose last command copies to `readback`, waits, and reads.
-pub(super) fn read<T: AnyBitPattern + NoUninit>(
-    gpu: &Gpu,
-    encoder: CommandEncoder,
-    readback: &Buffer,
+/// A part of a buffer that is wanted on the host.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Piece<'a> {
+    pub(super) buffer: &'a Buffer,
+    pub(super) start: u64,
+    pub(super) bytes: u64,
+}
+
+/// Bytes on their way to the host.
+#[derive(Debug)]
+pub(super) struct Reading {
+    submission: SubmissionIndex,
+    mapped: Option<Receiver<Result<(), BufferAsyncError>>>,
+    readback: Buffer,
     bytes: u64,
-) -> Result<Vec<T>, BackendError> {
-    let submission = gpu.context.queue().submit([encoder.finish()]);
-    gpu.check()?;
-    let (sender, receiver) = std::sync::mpsc::channel();
-    let slice = readback.slice(..bytes);
-    slice.map_async(MapMode::Read, move |mapped| {
-        // Nobody listens where waiting failed.
-        let _ = sender.send(mapped);
-    });
-    gpu.wait(Some(submission))?;
-    match receiver.try_recv() {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => return Err(BackendError::Device { reason: error.to_string() }),
-        Err(_) => {
-            return Err(BackendError::Device { reason: "a buffer was not mapped in time".to_owned() });
-        }
+}
+
+impl Reading {
+    /// Submits an encoder whose last commands copy to `readback`.
+    pub(super) fn start(
+        gpu: &Gpu,
+        encoder: CommandEncoder,
+        readback: Buffer,
+        bytes: u64,
+    ) -> Result<Self, BackendError> {
+        let submission = gpu.context.queue().submit([encoder.finish()]);
+        gpu.check()?;
+        let mapped = (bytes > 0).then(|| {
+            let (sender, receiver) = channel();
+            readback.slice(..bytes).map_async(MapMode::Read, move |mapped| {
+                // Nobody listens where waiting failed.
+                let _ = sender.send(mapped);
+            });
+            receiver
+        });
+        Ok(Self { submission, mapped, readback, bytes })
     }
-    let mapped = slice.get_mapped_range();
-    let words = match mapped {
-        Ok(view) => bytemuck::pod_collect_to_vec(&view),
-        Err(error) => return Err(BackendError::Device { reason: error.to_string() }),
-    };
-    readback.unmap();
-    gpu.check()?;
-    Ok(words)
+
+    /// Waits, and gives the buffer back with what was in it.
+    pub(super) fn finish<T: AnyBitPattern + NoUninit>(
+        self,
+        gpu: &Gpu,
+    ) -> Result<(Vec<T>, Buffer), BackendError> {
+        let Self { submission, mapped, readback, bytes } = self;
+        gpu.wait(Some(submission))?;
+        let Some(mapped) = mapped else { return Ok((Vec::new(), readback)) };
+        let failed = |reason: String| BackendError::Device { reason };
+        match mapped.try_recv() {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return Err(failed(error.to_string())),
+            Err(_) => return Err(failed("a buffer was not mapped in time".to_owned())),
+        }
+        let words = match readback.slice(..bytes).get_mapped_range() {
+            Ok(view) => bytemuck::pod_collect_to_vec(&view),
+            Err(error) => return Err(failed(error.to_string())),
+        };
+        readback.unmap();
+        gpu.check()?;
+        Ok((words, readback))
+    }
 }
