@@ -139,7 +139,7 @@ fn random_options(random: &mut Random, case: &Case) -> PlanOptions {
 #[test]
 fn random_cases_agree_with_the_oracle() {
     let Some(context) = cuda::context() else { return };
-    let mut subject = cuda_subject::subject(&context);
+    let mut subject = subject(&context);
     let mut receipts = Receipts::default();
     let kernels = all_kernels().unwrap();
     let mut check = |subject: &mut Cuda<'_>, case: &Case| {
@@ -194,7 +194,7 @@ fn long_sequences_and_many_splits_agree_with_the_oracle() {
     if std::env::var_os("PAGEWISE_SMALL").is_some() {
         return;
     }
-    let mut subject = cuda_subject::subject(&context);
+    let mut subject = subject(&context);
     for (line, item_keys) in [
         ("attention q=bf16 kv=bf16 heads=8/1 dim=128 block=16 mask=causal sequences=1:40000", None),
         (
@@ -223,7 +223,7 @@ fn run(subject: &mut Cuda<'_>, data: &AttentionData) -> Result<Buffer, Refusal> 
 #[test]
 fn with_a_fixed_split_a_row_does_not_depend_on_its_batch() {
     let Some(context) = cuda::context() else { return };
-    let mut subject = cuda_subject::subject(&context);
+    let mut subject = subject(&context);
     subject.options = by_rows(PlanOptions { item_keys: Some(128), ..PlanOptions::default() });
     let batch: Case =
         "attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal sequences=1:700,1:90,1:1500"
@@ -392,7 +392,7 @@ fn one_graph_serves_steps_of_changing_lengths() {
         put(&mut out, &vec![0xff; row_bytes]);
         graph.launch().unwrap();
         let found = stream.clone_dtoh(&out).unwrap();
-        let mut expecting = subject(&context);
+        let mut expecting = cuda_subject::subject(&context);
         expecting.options = by_rows(options);
         let expected = bytes(run(&mut expecting, &data).unwrap().as_ref());
         assert!(found.starts_with(&expected), "step {turn} with {lens:?} gave other bits");
@@ -452,7 +452,7 @@ fn slices_are_checked_and_give_the_same_bits() {
 #[test]
 fn what_the_kernel_does_not_do_is_a_typed_refusal() {
     let Some(context) = cuda::context() else { return };
-    let mut subject = cuda_subject::subject(&context);
+    let mut subject = subject(&context);
     for line in [
         "attention q=bf16 kv=f16 heads=8/2 dim=128 block=16 mask=causal sequences=1:90",
         "attention q=f32 kv=bf16 heads=8/2 dim=128 block=16 mask=causal sequences=1:90",

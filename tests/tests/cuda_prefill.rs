@@ -23,8 +23,8 @@ use cuda_subject::bytes;
 use cudarc::driver::DevicePtr;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use pagewise_attention::conformance::{
-    AttentionData, Buffer, Case, CaseMask, Layout, Operation, Outcome, Rows, SequenceShape, Subject, Tables,
-    quick, run_case,
+    AttentionData, Buffer, Case, CaseMask, Cuda, Layout, Operation, Outcome, Rows, SequenceShape, Subject,
+    Tables, quick, run_case,
 };
 use pagewise_attention::cuda::ptx::all_kernels;
 use pagewise_attention::cuda::ptx::prefill::Form;

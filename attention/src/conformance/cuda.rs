@@ -17,7 +17,8 @@ use crate::{AttentionConfig, BlockTables, DType, HostTensor, HostTensorMut, RowS
 /// The CUDA backend on one GPU.
 #[derive(Debug)]
 pub struct Cuda<'a> {
-    context: &'a Context,
+    /// The GPU.
+    pub context: &'a Context,
     /// Everything runs on it, in order.
     pub stream: Arc<CudaStream>,
     /// Makes the plans of the next cases.
@@ -51,7 +52,8 @@ impl<'a> Cuda<'a> {
         Ok(())
     }
 
-    fn address<T>(&self, slice: &CudaSlice<T>) -> u64 {
+    /// Where a slice is.
+    pub fn address<T>(&self, slice: &CudaSlice<T>) -> u64 {
         slice.device_ptr(&self.stream).0
     }
 

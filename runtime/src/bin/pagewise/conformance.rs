@@ -16,7 +16,7 @@ use crate::{Failure, generate};
 #[derive(Args, Debug)]
 #[command(args_override_self = true)]
 pub(crate) struct ConformanceArgs {
-    /// Which backend; auto takes the CPU and every wgpu adapter
+    /// Which backend; auto takes the CPU, every wgpu adapter and every NVIDIA GPU
     #[arg(long, value_enum, default_value_t = Backend::Auto)]
     backend: Backend,
     /// A small part of the cases
@@ -66,11 +66,6 @@ struct Sums {
 
 /// Runs the command.
 pub(crate) fn run(args: &ConformanceArgs) -> Result<(), Failure> {
-    if args.backend == Backend::Cuda {
-        let elsewhere = "the CUDA kernels are checked by `cargo test-cuda`, or where there is no Rust by what \
-                         scripts/bundle-gpu packs; this command checks cpu and wgpu";
-        return Err(Failure::Usage(format!("--backend cuda: {elsewhere}")));
-    }
     let cases = args.cases()?;
     let mut sums = Sums::default();
     if args.wants(Backend::Cpu) {
@@ -78,6 +73,9 @@ pub(crate) fn run(args: &ConformanceArgs) -> Result<(), Failure> {
     }
     if args.wants(Backend::Wgpu) {
         wgpu(args, &cases, &mut sums)?;
+    }
+    if args.wants(Backend::Cuda) {
+        cuda(args, &cases, &mut sums)?;
     }
     let Sums { passed, failed, skipped } = sums;
     if args.json {
@@ -137,6 +135,52 @@ fn wgpu(args: &ConformanceArgs, _: &[Case], _: &mut Sums) -> Result<(), Failure>
     match args.backend {
         Backend::Wgpu => {
             Err(Failure::Usage("--backend wgpu: not in this binary (the feature wgpu is off)".to_owned()))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn cuda(args: &ConformanceArgs, cases: &[Case], sums: &mut Sums) -> Result<(), Failure> {
+    use pagewise_attention::conformance::Cuda;
+    use pagewise_attention::cuda::{Context, CudaError, devices};
+
+    let asked = args.backend == Backend::Cuda;
+    let absent = |error: CudaError| Failure::Usage(format!("--backend cuda: {error}"));
+    let devices = match devices() {
+        Ok(devices) if devices.is_empty() && asked => {
+            return Err(absent(CudaError::NoSuchDevice { ordinal: 0, count: 0 }));
+        }
+        Ok(devices) => devices,
+        Err(error) if asked => return Err(absent(error)),
+        Err(error) => {
+            tracing::debug!("no CUDA: {error}");
+            return Ok(());
+        }
+    };
+    for device in devices {
+        match device.check() {
+            Err(error) if asked => return Err(absent(error)),
+            Err(error) => {
+                tracing::warn!("{device} is left out: {error}");
+                continue;
+            }
+            Ok(()) => {}
+        }
+        let context = Context::primary(device.ordinal).map_err(Failure::error)?;
+        // A primary context always has cudarc's side.
+        if let Some(mut subject) = Cuda::new(&context) {
+            check(args, cases, &mut subject, sums)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda(args: &ConformanceArgs, _: &[Case], _: &mut Sums) -> Result<(), Failure> {
+    match args.backend {
+        Backend::Cuda => {
+            Err(Failure::Usage("--backend cuda: not in this binary (the feature cuda is off)".to_owned()))
         }
         _ => Ok(()),
     }
