@@ -22,6 +22,7 @@ impl Random {
         (self.next() % end as u64) as usize
     }
 
+    #[allow(dead_code, reason = "not every test takes chances")]
     pub fn one_in(&mut self, n: usize) -> bool {
         self.below(n) == 0
     }
