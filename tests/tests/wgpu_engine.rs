@@ -229,7 +229,6 @@ fn blocks_survive_a_swap() {
         let old: Vec<_> = sequence.tables.iter().flatten().copied().collect();
         let (mut other, count) = (pair.sequence(1, other), other.len());
         pair.step(&mut [(&mut other, count)]);
-        let mut next = 0;
         let swap = |src: u32, dst: u32| BlockCopy { group: 0, src, dst };
         let out: Vec<_> = old.iter().enumerate().map(|(i, &block)| swap(block, i as u32)).collect();
         let places: Vec<u32> = old.iter().map(|_| pair.block()).collect();
@@ -240,9 +239,8 @@ fn blocks_survive_a_swap() {
         let (mut third, count) = (pair.sequence(2, &golden[1].prompt), golden[1].prompt.len());
         pair.step(&mut [(&mut third, count)]);
         pair.blocks(&BlockOps { swap_in: back, ..BlockOps::default() });
-        for block in sequence.tables.iter_mut().flatten() {
-            *block = places[next];
-            next += 1;
+        for (block, place) in sequence.tables.iter_mut().flatten().zip(&places) {
+            *block = *place;
         }
         pair.step(&mut [(&mut sequence, 1)]);
     }
@@ -361,7 +359,9 @@ fn argmax_on_the_device() {
                     1 => row.fill(f32::NEG_INFINITY),
                     2 => row.iter_mut().step_by(2).for_each(|x| *x = f32::NAN),
                     3 => {
-                        row.iter_mut().enumerate().for_each(|(i, x)| *x = if i % 2 == 0 { -0.0 } else { 0.0 })
+                        row.iter_mut()
+                            .enumerate()
+                            .for_each(|(i, x)| *x = if i % 2 == 0 { -0.0 } else { 0.0 });
                     }
                     _ => {}
                 }
@@ -395,7 +395,7 @@ fn argmax_on_the_device() {
             for (row, asked) in asked.iter().enumerate() {
                 match (asked, output.row(row).unwrap()) {
                     (RowWanted::Token(_), Row::Token(token)) => {
-                        assert_eq!(token, want[row], "{rows} rows of {width}")
+                        assert_eq!(token, want[row], "{rows} rows of {width}");
                     }
                     (RowWanted::Logits, Row::Logits(got)) => {
                         let same = got
