@@ -1,15 +1,18 @@
 //! From a model directory to a running engine: the one place where files, cache, device and engine meet.
 
 use crate::backend::cpu::CpuBackend;
-use crate::backend::{AttentionSpec, BackendError};
+#[cfg(feature = "wgpu")]
+use crate::backend::wgpu::{AdapterChoice, WgpuBackend};
+use crate::backend::{AttentionSpec, Backend, BackendError};
 use crate::engine::{Engine, EngineConfig};
-use crate::executor::ModelExecutor;
+use crate::executor::{Executor, ModelExecutor};
 use crate::model_dir::{GenerationConfig, ModelConfig, ModelDir, ModelError, Weights, resolve_model};
 use crate::models::{LoadModelError, WeightSource, load_model, weight_dtype};
 use crate::scheduler::Preemption;
 use crate::text::{ChatTemplate, Tokenizer};
 use pagewise_attention::{DType, MAX_BLOCK_SIZE};
 use pagewise_kvcache::{CacheConfig, CacheError, KvCacheManager};
+use std::fmt;
 
 /// Which device computes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -178,7 +181,7 @@ pub fn load(
     options: &LoadOptions,
     progress: &mut dyn FnMut(LoadProgress<'_>),
 ) -> Result<LoadedModel, LoadError> {
-    let backend_reason = choose_backend(options.backend)?;
+    let chosen = choose_backend(options.backend)?;
     let path = resolve_model(&options.model, &mut |fetched| {
         progress(LoadProgress::Download { file: &fetched.file, done: fetched.bytes, total: fetched.total });
     })?;
@@ -202,13 +205,24 @@ pub fn load(
     let tokenizer = Tokenizer::open(&path)?;
     let chat_template = ChatTemplate::open(&path)?;
 
-    progress(LoadProgress::Stage("mapping the weights"));
-    let backend = CpuBackend::new(options.threads)?;
     let weight_dtype = weight_dtype(&config, &weights)?;
-    let model = load_model(&config, &weights, &backend)?;
-
-    progress(LoadProgress::Stage("making the KV cache"));
-    let spec = attention_spec(options, &config, options.kv_dtype.unwrap_or(weight_dtype), max_model_len)?;
+    let kv_dtype = options.kv_dtype.unwrap_or(weight_dtype);
+    let loading = Loading { options, config: &config, weights: &weights, kv_dtype, max_model_len };
+    let (executor, spec, backend_line) = match &chosen.device {
+        Device::Cpu => {
+            let backend = CpuBackend::new(options.threads)?;
+            let line = format!("{chosen}, {} threads", backend.threads());
+            let (executor, spec) = loading.executor(backend, CacheRoom::of_the_machine(), progress)?;
+            (executor, spec, line)
+        }
+        #[cfg(feature = "wgpu")]
+        Device::Wgpu(adapter) => {
+            let backend = WgpuBackend::open(adapter)?;
+            let room = CacheRoom::of_a_gpu(backend.largest_binding());
+            let (executor, spec) = loading.executor(backend, room, progress)?;
+            (executor, spec, chosen.to_string())
+        }
+    };
     let (kv_groups, _) = config.kv_groups();
     let manager = KvCacheManager::new(CacheConfig {
         block_size: spec.block_size,
@@ -219,12 +233,10 @@ pub fn load(
         prefix_cache: options.prefix_cache,
     })?;
     let num_blocks = spec.num_blocks;
-    let backend_line = format!("{backend_reason}, {} threads", backend.threads());
     tracing::info!(
         backend = %backend_line, weights = %weight_dtype, num_blocks, block_size = spec.block_size, max_model_len,
         "model loaded"
     );
-    let executor = ModelExecutor::new(backend, model, spec, config.vocab_size)?;
     let engine_config = EngineConfig {
         max_num_seqs: options.max_num_seqs,
         max_batch_tokens: options.max_batch_tokens,
@@ -233,7 +245,7 @@ pub fn load(
         eos_token_ids: generation.eos_token_ids.clone(),
         preemption: options.preemption,
     };
-    let engine = Engine::new(engine_config, Box::new(manager), Box::new(executor), tokenizer.clone());
+    let engine = Engine::new(engine_config, Box::new(manager), executor, tokenizer.clone());
     Ok(LoadedModel {
         engine,
         tokenizer,
@@ -246,21 +258,123 @@ pub fn load(
     })
 }
 
-/// Which backend `choice` means, and why, in one line.
+/// A model on its way to a device.
+struct Loading<'a> {
+    options: &'a LoadOptions,
+    config: &'a ModelConfig,
+    weights: &'a WeightSource,
+    kv_dtype: DType,
+    max_model_len: usize,
+}
+
+impl Loading<'_> {
+    /// Brings the weights to a device and makes its cache.
+    fn executor<B: Backend>(
+        &self,
+        backend: B,
+        room: CacheRoom,
+        progress: &mut dyn FnMut(LoadProgress<'_>),
+    ) -> Result<(Box<dyn Executor>, AttentionSpec), LoadError>
+    where
+        B::Weight: 'static,
+    {
+        let Self { options, config, weights, kv_dtype, max_model_len } = *self;
+        progress(LoadProgress::Stage("mapping the weights"));
+        let model = load_model(config, weights, &backend)?;
+        progress(LoadProgress::Stage("making the KV cache"));
+        let spec = attention_spec(options, config, kv_dtype, max_model_len, room)?;
+        let executor = ModelExecutor::new(backend, model, spec.clone(), config.vocab_size)?;
+        Ok((Box::new(executor), spec))
+    }
+}
+
+/// A backend that can be had, and why it was chosen.
+#[derive(Debug)]
+pub struct ChosenBackend {
+    device: Device,
+    reason: String,
+}
+
+#[derive(Debug)]
+enum Device {
+    Cpu,
+    #[cfg(feature = "wgpu")]
+    Wgpu(Box<pagewise_attention::wgpu::AdapterReport>),
+}
+
+/// One line: `cpu (asked for)`.
+impl fmt::Display for ChosenBackend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let reason = &self.reason;
+        match &self.device {
+            Device::Cpu => write!(f, "cpu ({reason})"),
+            #[cfg(feature = "wgpu")]
+            Device::Wgpu(adapter) => write!(f, "wgpu ({reason}): {adapter}"),
+        }
+    }
+}
+
+/// Which backend `choice` means, and why. `auto` takes a real GPU through wgpu, then the CPU, and a software adapter
+/// only where the environment names it; asking for wgpu is enough to get a software adapter where there is no other.
 ///
 /// # Errors
 /// [`LoadError::Option`] if it cannot be had.
-pub fn choose_backend(choice: BackendChoice) -> Result<&'static str, LoadError> {
-    let problem = |name: &str| {
-        let problem =
-            format!("the engine of this version computes on the CPU only, not on {name}; use auto or cpu");
-        Err(LoadError::Option { option: "--backend", problem })
-    };
+pub fn choose_backend(choice: BackendChoice) -> Result<ChosenBackend, LoadError> {
+    let cpu = |reason: String| Ok(ChosenBackend { device: Device::Cpu, reason });
     match choice {
-        BackendChoice::Auto => Ok("cpu (auto: the engine of this version computes on the CPU)"),
-        BackendChoice::Cpu => Ok("cpu (asked for)"),
-        BackendChoice::Wgpu => problem("wgpu"),
-        BackendChoice::Cuda => problem("cuda"),
+        BackendChoice::Cpu => cpu("asked for".to_owned()),
+        BackendChoice::Wgpu => wgpu_device(false)
+            .map(|device| ChosenBackend { device, reason: "asked for".to_owned() })
+            .map_err(|problem| LoadError::Option { option: "--backend wgpu", problem }),
+        BackendChoice::Cuda => {
+            let problem = "the engine of this version computes on the CPU and through wgpu, not on cuda; use auto, cpu or wgpu";
+            Err(LoadError::Option { option: "--backend", problem: problem.to_owned() })
+        }
+        BackendChoice::Auto => match wgpu_device(true) {
+            Ok(device) => {
+                Ok(ChosenBackend { device, reason: "auto: a GPU, and the engine has no CUDA yet".to_owned() })
+            }
+            Err(problem) => cpu(format!("auto: no wgpu, {problem}")),
+        },
+    }
+}
+
+/// The adapter that the environment names, or the best; with `only_hardware`, no software is chosen by itself.
+#[cfg(feature = "wgpu")]
+fn wgpu_device(only_hardware: bool) -> Result<Device, String> {
+    let best = if only_hardware { AdapterChoice::Hardware } else { AdapterChoice::Best };
+    let choice = AdapterChoice::named_by_environment().unwrap_or(best);
+    choice.find().map(|report| Device::Wgpu(Box::new(report))).map_err(|error| error.to_string())
+}
+
+#[cfg(not(feature = "wgpu"))]
+fn wgpu_device(_: bool) -> Result<Device, String> {
+    Err("this binary was built without the feature wgpu".to_owned())
+}
+
+/// Memory that a cache can be made in.
+#[derive(Clone, Copy, Debug)]
+struct CacheRoom {
+    /// Bytes that a cache takes at most where no size is asked for.
+    by_default: u64,
+    /// Bytes of the largest buffer, which holds one layer's keys or values.
+    largest_buffer: u64,
+    /// Bytes that there are, where that is known.
+    memory: Option<u64>,
+}
+
+impl CacheRoom {
+    /// A quarter of the machine's memory by default.
+    fn of_the_machine() -> Self {
+        let memory = machine_memory();
+        let by_default = memory.map_or(1 << 30, |bytes| bytes / 4);
+        Self { by_default, largest_buffer: u64::MAX, memory }
+    }
+
+    /// Little by default: WebGPU does not say how much memory a GPU has.
+    #[cfg(feature = "wgpu")]
+    fn of_a_gpu(largest_buffer: u64) -> Self {
+        Self { by_default: 2 << 30, largest_buffer, memory: None }
     }
 }
 
@@ -303,6 +417,7 @@ fn attention_spec(
     config: &ModelConfig,
     kv_dtype: DType,
     max_model_len: usize,
+    room: CacheRoom,
 ) -> Result<AttentionSpec, LoadError> {
     let block_size = options.block_size;
     if !block_size.is_power_of_two() || block_size > MAX_BLOCK_SIZE {
@@ -310,7 +425,7 @@ fn attention_spec(
         return Err(LoadError::Option { option: "--block-size", problem });
     }
     let mut spec = AttentionSpec::new(config, kv_dtype, block_size, 0);
-    spec.num_blocks = num_blocks(options, &spec, max_model_len)?;
+    spec.num_blocks = num_blocks(options, &spec, max_model_len, room)?;
     spec.host_blocks = host_blocks(options, &spec)?;
     Ok(spec)
 }
@@ -344,18 +459,27 @@ fn host_blocks(options: &LoadOptions, spec: &AttentionSpec) -> Result<usize, Loa
 /// prefix cache without the tokens themselves.
 const BOOKKEEPING_BYTES: usize = 64;
 
-fn num_blocks(options: &LoadOptions, spec: &AttentionSpec, max_model_len: usize) -> Result<usize, LoadError> {
+fn num_blocks(
+    options: &LoadOptions,
+    spec: &AttentionSpec,
+    max_model_len: usize,
+    room: CacheRoom,
+) -> Result<usize, LoadError> {
     let bookkeeping = BOOKKEEPING_BYTES + size_of::<u32>() * spec.block_size;
     let block_bytes = (spec.block_bytes() + bookkeeping) as u64;
-    let memory = machine_memory();
+    let memory = room.memory;
     let (option, blocks) = match options.cache_size {
         CacheSize::Blocks(blocks) => ("--kv-blocks", blocks as u64),
         CacheSize::Bytes(bytes) => ("--kv-memory", bytes / block_bytes),
         CacheSize::Auto => {
             let sequence = max_model_len.div_ceil(spec.block_size) * spec.groups.len();
             let most = (sequence as u64).saturating_mul(options.max_num_seqs as u64);
-            let quarter = memory.map_or(1 << 30, |bytes| bytes / 4) / block_bytes;
-            ("--kv-blocks", most.min(quarter).clamp(1, u64::from(u32::MAX / 2)))
+            let fitting = room.by_default / block_bytes;
+            // A layer's keys, or its values, lie in one buffer.
+            let sides = 2 * spec.num_buffers().max(1) as u64;
+            let side = (spec.block_bytes() as u64 / sides).max(1);
+            let most = most.min(fitting).min(room.largest_buffer / side);
+            ("--kv-blocks", most.clamp(1, u64::from(u32::MAX / 2)))
         }
     };
     let refuse = |problem| Err(LoadError::Option { option, problem });

@@ -18,6 +18,7 @@
 //! |---|---|
 //! | [`mod@copy_blocks`] | copies blocks within a cache |
 //! | [`mod@decode`] | attends over a paged cache, keys split over workgroups, and merges the splits |
+//! | [`model`] | the dense layers of a transformer: products, norms, activations, tables, argmax |
 //! | [`mod@merge_states`] | merges attention over disjoint sets of keys by its log-sum-exp |
 //! | [`mod@prefill`] | attends over a paged cache, many query rows of a sequence in tiles |
 //! | [`mod@write_kv`] | stores new K and V rows into cache blocks, given by a slot mapping |
@@ -27,6 +28,7 @@ pub mod decode;
 mod dtype;
 mod error;
 pub mod merge_states;
+pub mod model;
 pub mod prefill;
 mod shader;
 mod template;
@@ -60,5 +62,6 @@ pub fn all_shaders() -> Result<Vec<Shader>, Error> {
     for q in DType::ALL {
         shaders.push(decode::DecodeMerge::new(q)?.into_shader());
     }
+    shaders.extend(model::all_shaders()?);
     Ok(shaders)
 }

@@ -12,6 +12,7 @@ use crate::Error;
 /// The shared idioms, which kernels import by these names.
 const LIB: &[(&str, &str)] = &[
     ("lib/attention.wgsl", include_str!("../kernels/lib/attention.wgsl")),
+    ("lib/dense.wgsl", include_str!("../kernels/lib/dense.wgsl")),
     ("lib/elements.wgsl", include_str!("../kernels/lib/elements.wgsl")),
 ];
 

@@ -89,6 +89,19 @@ impl Context {
         self.cache.as_ref()?.get_data()
     }
 
+    /// Builds the pipeline of any kernel of [`pagewise_shaders`], with the layout of its bind group 0. Nothing is kept:
+    /// that is the caller's.
+    ///
+    /// # Errors
+    /// [`WgpuError::Compile`] when the device refuses it.
+    pub fn compile(
+        &self,
+        shader: &Shader,
+        uniform: UniformOffset,
+    ) -> Result<(ComputePipeline, BindGroupLayout), WgpuError> {
+        build(self.builder(), shader, uniform)
+    }
+
     /// What pipelines are built with.
     pub(super) fn builder(&self) -> Builder<'_> {
         Builder { device: &self.device, cache: self.cache.as_ref() }
@@ -180,14 +193,27 @@ impl<K: Copy + Eq + Hash, D> Pipelines<K, D> {
             return Ok(Arc::clone(pipeline));
         }
         let descriptor = descriptor()?;
-        let (pipeline, layout) = build(builder, shader(&descriptor))?;
+        let (pipeline, layout) = build(builder, shader(&descriptor), UniformOffset::Fixed)?;
         let pipeline = Arc::new(Pipeline { descriptor, pipeline, layout });
         pipelines.insert(key, Arc::clone(&pipeline));
         Ok(pipeline)
     }
 }
 
-fn build(builder: Builder<'_>, shader: &Shader) -> Result<(ComputePipeline, BindGroupLayout), WgpuError> {
+/// Where a kernel's uniform buffer begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UniformOffset {
+    /// As the bind group says.
+    Fixed,
+    /// As each `set_bind_group` says: one bind group serves calls with different parameters.
+    Dynamic,
+}
+
+fn build(
+    builder: Builder<'_>,
+    shader: &Shader,
+    uniform: UniformOffset,
+) -> Result<(ComputePipeline, BindGroupLayout), WgpuError> {
     let Builder { device, cache } = builder;
     let scope = device.push_error_scope(ErrorFilter::Validation);
     let name = Some(shader.name());
@@ -210,7 +236,8 @@ fn build(builder: Builder<'_>, shader: &Shader) -> Result<(ComputePipeline, Bind
                     BindingKind::ReadOnly => BufferBindingType::Storage { read_only: true },
                     BindingKind::ReadWrite => BufferBindingType::Storage { read_only: false },
                 },
-                has_dynamic_offset: false,
+                has_dynamic_offset: uniform == UniformOffset::Dynamic
+                    && matches!(binding.kind, BindingKind::Uniform { .. }),
                 min_binding_size: None,
             },
             count: None,

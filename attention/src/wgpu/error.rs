@@ -19,6 +19,14 @@ pub enum WgpuError {
         /// Adapters there.
         count: usize,
     },
+    /// No adapter is what was asked for.
+    #[error("no adapter of this machine is {wanted}; there are: {known}")]
+    NoMatch {
+        /// What was asked for.
+        wanted: String,
+        /// All adapters.
+        known: String,
+    },
     /// The adapter gave no device.
     #[error("adapter {adapter} gave no device: {reason}")]
     Device {

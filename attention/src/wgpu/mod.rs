@@ -26,7 +26,7 @@ pub use adapter::{
 };
 pub use attention::{AttentionCall, HeadTerms, KvScale, PreparedAttention};
 pub use buffer::BufferRange;
-pub use context::Context;
+pub use context::{Context, UniformOffset};
 pub use copy_blocks::CopyBlocksCall;
 pub use error::WgpuError;
 pub use merge_states::{MergeStatesCall, PreparedMergeStates};

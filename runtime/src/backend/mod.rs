@@ -4,6 +4,8 @@
 mod batch;
 pub mod cpu;
 mod rope;
+#[cfg(feature = "wgpu")]
+pub mod wgpu;
 
 pub use batch::{BatchLimits, EarlierToken, GroupBatch, StepBatch};
 pub use rope::Rope;
@@ -406,6 +408,32 @@ pub enum BackendError {
         sent: usize,
         /// How many it gave back.
         left: usize,
+    },
+    /// A tensor or weight is not of the shape that an operation takes: the model contradicts itself.
+    #[error("{what} has {found} where {expected} is needed; the weights do not fit the configuration")]
+    Shape {
+        /// Which size of what.
+        what: &'static str,
+        /// What it is.
+        found: usize,
+        /// What it must be.
+        expected: usize,
+    },
+    /// The GPU cannot do it, or there is none.
+    #[cfg(feature = "wgpu")]
+    #[error(transparent)]
+    Wgpu(#[from] pagewise_attention::wgpu::WgpuError),
+    /// The GPU is gone: its driver was reset, or it was taken away.
+    #[error("the GPU is lost and nothing more can be computed on it: {reason}; load the model again")]
+    DeviceLost {
+        /// What the driver says.
+        reason: String,
+    },
+    /// The GPU failed in a way that its interface does not foresee.
+    #[error("the GPU failed (please report this): {reason}")]
+    Device {
+        /// What its interface says.
+        reason: String,
     },
     /// The device's threads could not be started.
     #[error("--threads: the CPU's threads could not be started: {0}")]

@@ -22,6 +22,7 @@ impl Random {
         (self.next() % end as u64) as usize
     }
 
+    #[allow(dead_code, reason = "not every test takes chances")]
     pub fn one_in(&mut self, n: usize) -> bool {
         self.below(n) == 0
     }
@@ -46,6 +47,7 @@ pub fn run_seed() -> u64 {
 }
 
 /// How many cases of each kind: `PAGEWISE_CASES`, or `default`.
+#[allow(dead_code, reason = "not every test has cases")]
 pub fn run_cases(default: usize) -> usize {
     std::env::var("PAGEWISE_CASES")
         .map_or(default, |cases| cases.parse().expect("PAGEWISE_CASES is a number"))

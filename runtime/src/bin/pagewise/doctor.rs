@@ -17,7 +17,7 @@ pub(crate) struct DoctorArgs {}
 /// Runs the command.
 pub(crate) fn run(_: &DoctorArgs) -> Result<(), Failure> {
     let auto = match choose_backend(BackendChoice::Auto) {
-        Ok(line) => line.to_owned(),
+        Ok(chosen) => chosen.to_string(),
         Err(error) => error.to_string(),
     };
     let mut report = Report::default();
@@ -154,7 +154,7 @@ fn wgpu(report: &mut Report) {
         });
     }
     report.more(&match wgpu::shaders::all_shaders() {
-        Ok(shaders) => kernel_summary(shaders.iter().map(|shader| shader.name())),
+        Ok(shaders) => kernel_summary(shaders.iter().map(|shader| shader.family())),
         Err(error) => format!("kernels: {error}"),
     });
 }
