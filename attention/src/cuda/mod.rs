@@ -24,6 +24,7 @@ mod device;
 mod error;
 mod launch;
 mod merge_states;
+mod own_kernel;
 mod plan;
 mod prefill;
 mod prefill_plan;
@@ -49,9 +50,10 @@ pub use device::{
     driver_release, driver_version,
 };
 pub use error::CudaError;
-pub use launch::RawStream;
+pub use launch::{Order, RawStream};
 pub use merge_states::{MergeStatesCall, MergeStatesVariant};
 pub use pagewise_ptx as ptx;
+pub use own_kernel::OwnKernel;
 pub use plan::{DecodePlan, PlanBound, PlanOptions, StepLimits};
 pub use rotary::{PositionType, Rotary, RotaryQueries, RotaryTables};
 pub use slices::{AttentionSlices, AttentionWorkspace};
