@@ -104,8 +104,8 @@ impl<B: Backend> Executor for ModelExecutor<B> {
                 return Ok(Vec::new());
             }
             let step = backend.prepare(spec, &batch)?;
-            let logits = model.forward(backend, &step, cache)?;
-            Ok::<_, BackendError>(backend.download(logits))
+            let logits = backend.record(&step, || model.forward(backend, &step, cache))?;
+            backend.download(logits)
         })?;
         Ok(StepOutput { logits, vocab_size })
     }

@@ -31,10 +31,24 @@ pub struct AttentionSpec {
     pub num_blocks: usize,
     /// Blocks on the host to swap with.
     pub host_blocks: usize,
+    /// What no step exceeds.
+    pub limits: StepLimits,
+}
+
+/// The largest step: what a device makes room for once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepLimits {
+    /// Tokens in all.
+    pub max_rows: usize,
+    /// Sequences.
+    pub max_sequences: usize,
+    /// Tokens of one sequence, those in the cache included.
+    pub max_seq_len: usize,
 }
 
 impl AttentionSpec {
-    /// The attention layers of a model over a cache of this shape; queries and outputs are f32.
+    /// The attention layers of a model over a cache of this shape; queries and outputs are f32, and a step has at most
+    /// 512 tokens of 256 sequences.
     pub fn new(config: &ModelConfig, kv_dtype: DType, block_size: usize, num_blocks: usize) -> Self {
         let (kv_groups, layer_groups) = config.kv_groups();
         let attention = |window: Option<usize>| AttentionConfig {
@@ -46,7 +60,15 @@ impl AttentionSpec {
         };
         let groups = kv_groups.iter().map(|group| attention(group.window)).collect();
         let rope = config.rope.as_ref().map(|rope| Rope::new(rope, config.head_dim));
-        Self { layer_groups, groups, rope, block_size, num_blocks, host_blocks: 0 }
+        let limits = StepLimits { max_rows: 512, max_sequences: 256, max_seq_len: config.max_positions };
+        Self { layer_groups, groups, rope, block_size, num_blocks, host_blocks: 0, limits }
+    }
+
+    /// The same with queries and outputs of another type.
+    #[must_use]
+    pub fn with_compute_dtype(mut self, dtype: DType) -> Self {
+        self.groups.iter_mut().for_each(|group| group.q_dtype = dtype);
+        self
     }
 
     /// The group and the cache buffer of a layer: the buffer's number is the layer's rank within its group.
@@ -91,10 +113,86 @@ pub struct Linear<W> {
     pub out_features: usize,
 }
 
-/// The dense operations of a transformer and its paged attention, on one device. Tensors are `[rows, width]`
-/// in f32 (or the device's compute type), rows being the tokens of a step.
+/// A norm over the rows of a tensor. A row may hold several rows of the norm, each as long as the weight: heads, for
+/// example.
+#[derive(Debug)]
+pub enum Norm<W> {
+    /// `x / sqrt(mean(x²) + eps) · weight` (Zhang & Sennrich 2019).
+    Rms {
+        /// `[width]`
+        weight: W,
+        /// Keeps a row of zeros finite.
+        eps: f32,
+    },
+    /// `(x - mean(x)) / sqrt(variance(x) + eps) · weight + bias` (Ba et al. 2016).
+    Layer {
+        /// `[width]`
+        weight: W,
+        /// `[width]`
+        bias: W,
+        /// Keeps a row of equal elements finite.
+        eps: f32,
+    },
+}
+
+/// The rows that go into a product.
+#[derive(Debug)]
+pub enum Input<'a, W, T> {
+    /// As they are.
+    Rows(&'a T),
+    /// Normed on the way; a device that cannot do that norms into `room` first.
+    Normed {
+        /// What is normed.
+        x: &'a T,
+        /// How.
+        norm: &'a Norm<W>,
+        /// As wide as `x`; undefined afterwards.
+        room: &'a mut T,
+    },
+}
+
+/// The first half of an MLP: products and what is done with them, element by element.
+#[derive(Clone, Copy, Debug)]
+pub enum Activated<'a, W> {
+    /// `f(gate(x)) · up(x)` (Shazeer 2020)
+    Gated {
+        /// f
+        activation: Activation,
+        /// What f is applied to.
+        gate: &'a Linear<W>,
+        /// Its factor.
+        up: &'a Linear<W>,
+    },
+    /// `f(up(x))`
+    Plain {
+        /// f
+        activation: Activation,
+        /// What f is applied to.
+        up: &'a Linear<W>,
+    },
+}
+
+/// A step's queries, keys and values in one layer, `[rows, heads · head_dim]` each.
+#[derive(Debug)]
+pub struct Heads<'a, T> {
+    /// Queries.
+    pub q: &'a mut T,
+    /// Keys.
+    pub k: &'a mut T,
+    /// Values.
+    pub v: &'a T,
+}
+
+/// The operations of a transformer on one device. Tensors are `[rows, width]`, rows being the tokens of a step, and of
+/// two types: the residual stream and the logits are f32 ([`stream`](Self::stream)), all else is of the device's
+/// compute type ([`tensor`](Self::tensor)). An operation is as large as what devices fuse; one that fuses less does its
+/// parts one after the other.
 ///
 /// A row of any result depends on the same row of the inputs alone; on the CPU that holds to the bit.
+///
+/// # Errors
+/// Everything here fails with [`BackendError`]: if shapes or types do not fit each other, if the device fails, or if
+/// it has no memory left.
 pub trait Backend: Send + Sync + Sized + 'static {
     /// Weights on the device; a clone is another handle to the same memory.
     type Weight: Clone + Send + Sync;
@@ -106,21 +204,18 @@ pub trait Backend: Send + Sync + Sized + 'static {
     type Step<'a>;
 
     /// Moves a weight to the device (or keeps it mapped where the device is the host).
-    ///
-    /// # Errors
-    /// [`BackendError::OutOfMemory`].
     fn upload(&self, weight: WeightTensor) -> Result<Self::Weight, BackendError>;
 
+    /// Moves weights to the device that are multiplied with the same rows: it may lay one behind the other, so that
+    /// their products are one.
+    fn upload_together(&self, weights: Vec<WeightTensor>) -> Result<Vec<Self::Weight>, BackendError> {
+        weights.into_iter().map(|weight| self.upload(weight)).collect()
+    }
+
     /// Makes an empty cache.
-    ///
-    /// # Errors
-    /// [`BackendError::OutOfMemory`], or [`BackendError::Attention`] if the shape is not one that attention takes.
     fn cache(&self, spec: &AttentionSpec) -> Result<Self::Cache, BackendError>;
 
     /// Makes a step ready.
-    ///
-    /// # Errors
-    /// [`BackendError::Attention`] if the batch contradicts itself.
     fn prepare<'a>(
         &'a self,
         spec: &'a AttentionSpec,
@@ -128,10 +223,18 @@ pub trait Backend: Send + Sync + Sized + 'static {
     ) -> Result<Self::Step<'a>, BackendError>;
 
     /// Moves blocks as the cache manager says, in its order.
-    ///
-    /// # Errors
-    /// [`BackendError::Attention`] if an op names a block that is not there.
     fn block_ops(&self, cache: &mut Self::Cache, ops: &BlockOps) -> Result<(), BackendError>;
+
+    /// Computes a step by `forward`, which calls the operations below. A device may keep what they were, and later do
+    /// the same again for a step of the same shape without calling it.
+    fn record(
+        &self,
+        step: &Self::Step<'_>,
+        forward: impl FnOnce() -> Result<Self::Tensor, BackendError>,
+    ) -> Result<Self::Tensor, BackendError> {
+        let _ = step;
+        forward()
+    }
 
     /// Rows of the step: its tokens.
     fn rows(&self, step: &Self::Step<'_>) -> usize;
@@ -139,13 +242,20 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// Rows whose logits the step asks for.
     fn logit_rows(&self, step: &Self::Step<'_>) -> usize;
 
-    /// A tensor `[rows, width]` with undefined content.
-    fn tensor(&self, rows: usize, width: usize) -> Self::Tensor;
+    /// A tensor of the compute type with undefined content.
+    fn tensor(&self, rows: usize, width: usize) -> Result<Self::Tensor, BackendError>;
 
-    /// `out[t] = table[token t]`.
-    ///
-    /// # Errors
-    /// As of [`linear`](Self::linear).
+    /// A tensor of f32 with undefined content.
+    fn stream(&self, rows: usize, width: usize) -> Result<Self::Tensor, BackendError>;
+
+    /// Tensors of the same rows that one [`linear`](Self::linear) fills: the device may lay them side by side.
+    fn beside<const N: usize>(
+        &self,
+        rows: usize,
+        widths: [usize; N],
+    ) -> Result<[Self::Tensor; N], BackendError>;
+
+    /// `out[t] = table[token t]`; `out` is a stream.
     fn embed(
         &self,
         step: &Self::Step<'_>,
@@ -153,10 +263,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
         out: &mut Self::Tensor,
     ) -> Result<(), BackendError>;
 
-    /// `x[t] += table[offset + position of token t]`: learned positions.
-    ///
-    /// # Errors
-    /// As of [`linear`](Self::linear), and if the table has no such row.
+    /// `x[t] += table[offset + position of token t]`: learned positions; `x` is a stream.
     fn add_positions(
         &self,
         step: &Self::Step<'_>,
@@ -165,71 +272,56 @@ pub trait Backend: Send + Sync + Sized + 'static {
         x: &mut Self::Tensor,
     ) -> Result<(), BackendError>;
 
-    /// `out = x / sqrt(mean(x²) + eps) · weight` over each row (Zhang & Sennrich 2019). A row of a tensor may hold
-    /// several rows of the norm, each as long as the weight: heads, for example.
-    ///
-    /// # Errors
-    /// As of [`linear`](Self::linear).
-    fn rms_norm(
+    /// `out = norm(x)`
+    fn norm(
         &self,
         x: &Self::Tensor,
-        weight: &Self::Weight,
-        eps: f32,
+        norm: &Norm<Self::Weight>,
         out: &mut Self::Tensor,
     ) -> Result<(), BackendError>;
 
-    /// `out = (x - mean(x)) / sqrt(variance(x) + eps) · weight + bias` over each row (Ba et al. 2016).
-    ///
-    /// # Errors
-    /// As of [`linear`](Self::linear).
-    fn layer_norm(
-        &self,
-        x: &Self::Tensor,
-        weight: &Self::Weight,
-        bias: &Self::Weight,
-        eps: f32,
-        out: &mut Self::Tensor,
-    ) -> Result<(), BackendError>;
+    /// `x = norm(x)`
+    fn norm_in_place(&self, x: &mut Self::Tensor, norm: &Norm<Self::Weight>) -> Result<(), BackendError>;
 
     /// Products of the same rows with several matrices.
-    ///
-    /// # Errors
-    /// [`BackendError`] if a shape or dtype does not fit, or the device fails.
     fn linear(
         &self,
-        x: &Self::Tensor,
+        input: Input<'_, Self::Weight, Self::Tensor>,
         outputs: &mut [(&Linear<Self::Weight>, &mut Self::Tensor)],
     ) -> Result<(), BackendError>;
 
-    /// Rotates queries and keys by their positions, pairing element `i` of a head with `i + rotary_dim / 2`; without a
-    /// rotary embedding, nothing.
-    ///
-    /// # Errors
-    /// As of [`linear`](Self::linear).
-    fn rotary(
+    /// `sum += linear(x)`. `room` is as wide as `sum`, a stream, and undefined afterwards.
+    fn linear_add(
         &self,
-        step: &Self::Step<'_>,
-        q: &mut Self::Tensor,
-        k: &mut Self::Tensor,
+        x: &Self::Tensor,
+        linear: &Linear<Self::Weight>,
+        room: &mut Self::Tensor,
+        sum: &mut Self::Tensor,
+    ) -> Result<(), BackendError> {
+        self.linear(Input::Rows(x), &mut [(linear, room)])?;
+        self.add(sum, room)
+    }
+
+    /// `out` = the activated products. The room is for gate and up, undefined afterwards.
+    fn activated_linear(
+        &self,
+        input: Input<'_, Self::Weight, Self::Tensor>,
+        activated: Activated<'_, Self::Weight>,
+        room: &mut [Self::Tensor; 2],
+        out: &mut Self::Tensor,
     ) -> Result<(), BackendError>;
 
-    /// Writes the step's keys and values into the layer's blocks.
-    ///
-    /// # Errors
-    /// [`BackendError::Attention`] if a slot is not there.
+    /// Rotates queries and keys by their positions, pairing element `i` of a head with `i + rotary_dim / 2` (where the
+    /// model has a rotary embedding), and writes keys and values into the layer's blocks.
     fn write_kv(
         &self,
         step: &Self::Step<'_>,
         cache: &mut Self::Cache,
         layer: usize,
-        k: &Self::Tensor,
-        v: &Self::Tensor,
+        heads: Heads<'_, Self::Tensor>,
     ) -> Result<(), BackendError>;
 
     /// Paged attention of the step's queries over the layer's blocks.
-    ///
-    /// # Errors
-    /// [`BackendError::Attention`].
     fn attention(
         &self,
         step: &Self::Step<'_>,
@@ -239,54 +331,26 @@ pub trait Backend: Send + Sync + Sized + 'static {
         out: &mut Self::Tensor,
     ) -> Result<(), BackendError>;
 
-    /// `out = f(x)`, element by element.
-    ///
-    /// # Errors
-    /// As of [`linear`](Self::linear).
-    fn activate(
-        &self,
-        activation: Activation,
-        x: &Self::Tensor,
-        out: &mut Self::Tensor,
-    ) -> Result<(), BackendError>;
-
-    /// `out = f(gate) · up`, element by element (Shazeer 2020).
-    ///
-    /// # Errors
-    /// As of [`linear`](Self::linear).
-    fn gated_activation(
-        &self,
-        activation: Activation,
-        gate: &Self::Tensor,
-        up: &Self::Tensor,
-        out: &mut Self::Tensor,
-    ) -> Result<(), BackendError>;
-
-    /// `x *= factor`.
-    ///
-    /// # Errors
-    /// The device fails.
+    /// `x *= factor`; `x` is a stream.
     fn scale(&self, factor: f32, x: &mut Self::Tensor) -> Result<(), BackendError>;
 
-    /// `x = cap · tanh(x / cap)`.
-    ///
-    /// # Errors
-    /// The device fails.
+    /// `x = cap · tanh(x / cap)`; `x` is a stream.
     fn softcap(&self, cap: f32, x: &mut Self::Tensor) -> Result<(), BackendError>;
 
-    /// `x += y`.
-    ///
-    /// # Errors
-    /// As of [`linear`](Self::linear).
+    /// `x += y`; `x` is a stream.
     fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<(), BackendError>;
 
-    /// The rows whose logits the step asks for, in order.
-    fn gather_logit_rows(&self, step: &Self::Step<'_>, x: &Self::Tensor) -> Self::Tensor;
+    /// The rows of a stream whose logits the step asks for, in order.
+    fn gather_logit_rows(
+        &self,
+        step: &Self::Step<'_>,
+        x: &Self::Tensor,
+    ) -> Result<Self::Tensor, BackendError>;
 
-    /// Brings a tensor to the host, row after row.
-    fn download(&self, x: Self::Tensor) -> Vec<f32>;
+    /// Brings a stream to the host, row after row.
+    fn download(&self, x: Self::Tensor) -> Result<Vec<f32>, BackendError>;
 
-    /// Runs a whole step, where the device wants to be told (a thread pool, a graph).
+    /// Runs a whole step, where the device wants to be told (a thread pool).
     fn scope<T: Send>(&self, step: impl FnOnce() -> T + Send) -> T {
         step()
     }
@@ -311,6 +375,14 @@ pub enum BackendError {
         wanted: usize,
         /// The option that asks for less.
         hint: &'static str,
+    },
+    /// A device did not keep all weights that were sent to it.
+    #[error("{sent} weights were sent to the device and {left} are there; this is a defect of the backend")]
+    LostWeights {
+        /// How many were sent.
+        sent: usize,
+        /// How many it gave back.
+        left: usize,
     },
     /// The device's threads could not be started.
     #[error("--threads: the CPU's threads could not be started: {0}")]

@@ -1,27 +1,8 @@
 //! What models are made of: weights on a device, grouped as a diagram draws them. Owns no computation (`pass`) and no
 //! names of weights (the models, `loader`).
 
-use crate::backend::Linear;
+use crate::backend::{Linear, Norm};
 use crate::model_dir::Activation;
-
-/// A norm over the rows.
-#[derive(Debug)]
-pub(super) enum Norm<W> {
-    /// By the root of the mean square.
-    Rms {
-        /// `[width]`
-        weight: W,
-        eps: f32,
-    },
-    /// By mean and variance.
-    Layer {
-        /// `[width]`
-        weight: W,
-        /// `[width]`
-        bias: W,
-        eps: f32,
-    },
-}
 
 /// Attention: projections to queries, keys and values, and back.
 #[derive(Debug)]
@@ -48,6 +29,15 @@ pub(super) enum Mlp<W> {
     Gated { activation: Activation, gate: Linear<W>, up: Linear<W>, down: Linear<W> },
     /// `down(f(up(x)))`
     Plain { activation: Activation, up: Linear<W>, down: Linear<W> },
+}
+
+impl<W> Mlp<W> {
+    /// The last product.
+    pub(super) fn down(&self) -> &Linear<W> {
+        match self {
+            Self::Gated { down, .. } | Self::Plain { down, .. } => down,
+        }
+    }
 }
 
 /// A layer: attention, then MLP, each with a norm before it or behind its sum.

@@ -9,12 +9,12 @@
 //! mlp:       gelu(gate) · up ─ down
 //! ```
 
-use super::blocks::{Head, Layer, Norm};
+use super::blocks::{Head, Layer};
 use super::llama::PROJECTIONS;
 use super::loader::Loader;
 use super::pass::{Pass, Stream};
 use super::{LoadModelError, Model};
-use crate::backend::{Backend, BackendError};
+use crate::backend::{Backend, BackendError, Input, Norm};
 use crate::model_dir::ModelConfig;
 
 pub(super) struct Gemma2<B: Backend> {
@@ -39,19 +39,20 @@ impl<B: Backend> Model<B> for Gemma2<B> {
         cache: &mut B::Cache,
     ) -> Result<B::Tensor, BackendError> {
         let hidden_size = self.config.hidden_size;
-        let mut pass = Pass::new(&self.config, backend, step, cache);
-        let mut stream = pass.stream(hidden_size);
+        let mut pass = Pass::new(&self.config, backend, step, cache)?;
+        let mut stream = pass.stream(hidden_size)?;
         let Stream { x, normed, delta } = &mut stream;
         pass.embed(&self.embedding, x)?;
         pass.scale((hidden_size as f32).sqrt(), x)?;
         for (index, NormedLayer { layer, behind_attention, behind_mlp }) in self.layers.iter().enumerate() {
-            pass.norm(&layer.attention_norm, x, normed)?;
-            pass.attention(index, &layer.attention, normed, delta)?;
+            let input = Input::Normed { x, norm: &layer.attention_norm, room: normed };
+            pass.attend(index, &layer.attention, input)?;
+            pass.attended(&layer.attention, delta)?;
             pass.norm(behind_attention, delta, normed)?;
             pass.add(x, normed)?;
 
-            pass.norm(&layer.mlp_norm, x, normed)?;
-            pass.mlp(&layer.mlp, normed, delta)?;
+            pass.activate(&layer.mlp, Input::Normed { x, norm: &layer.mlp_norm, room: normed })?;
+            pass.activated(&layer.mlp, delta)?;
             pass.norm(behind_mlp, delta, normed)?;
             pass.add(x, normed)?;
         }

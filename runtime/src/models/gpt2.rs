@@ -31,8 +31,8 @@ impl<B: Backend> Model<B> for Gpt2<B> {
         step: &B::Step<'_>,
         cache: &mut B::Cache,
     ) -> Result<B::Tensor, BackendError> {
-        let mut pass = Pass::new(&self.config, backend, step, cache);
-        let mut stream = pass.stream(self.config.hidden_size);
+        let mut pass = Pass::new(&self.config, backend, step, cache)?;
+        let mut stream = pass.stream(self.config.hidden_size)?;
         pass.embed(&self.embedding, &mut stream.x)?;
         pass.add_positions(&self.positions, 0, &mut stream.x)?;
         for (index, layer) in self.layers.iter().enumerate() {
@@ -67,13 +67,14 @@ fn attention<B: Backend>(
     layer: &str,
 ) -> Result<Attention<B::Weight>, LoadModelError> {
     let ModelConfig { hidden_size, qkv_bias: bias, .. } = *loader.config;
-    let [queries, keys, values] = loader.qkv_widths();
-    let shape = Shape { out_features: queries + keys + values, in_features: hidden_size, bias };
-    let mut qkv = loader.transposed(&format!("{layer}.attn.c_attn"), shape)?;
+    let widths = loader.qkv_widths();
+    let shape = Shape { out_features: widths.iter().sum(), in_features: hidden_size, bias };
+    let [q, k, v] = loader.transposed(&format!("{layer}.attn.c_attn"), shape, widths)?;
+    let [queries, ..] = widths;
     Ok(Attention {
-        q: qkv.next(queries)?,
-        k: qkv.next(keys)?,
-        v: qkv.next(values)?,
+        q,
+        k,
+        v,
         o: projection(loader, &format!("{layer}.attn.c_proj"), hidden_size, queries)?,
         head_norms: None,
     })
@@ -94,5 +95,7 @@ fn projection<B: Backend>(
     out_features: usize,
     in_features: usize,
 ) -> Result<Linear<B::Weight>, LoadModelError> {
-    loader.transposed(name, Shape { out_features, in_features, bias: true })?.next(out_features)
+    let [linear] =
+        loader.transposed(name, Shape { out_features, in_features, bias: true }, [out_features])?;
+    Ok(linear)
 }

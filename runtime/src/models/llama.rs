@@ -35,8 +35,8 @@ impl<B: Backend> Model<B> for Llama<B> {
         step: &B::Step<'_>,
         cache: &mut B::Cache,
     ) -> Result<B::Tensor, BackendError> {
-        let mut pass = Pass::new(&self.config, backend, step, cache);
-        let mut stream = pass.stream(self.config.hidden_size);
+        let mut pass = Pass::new(&self.config, backend, step, cache)?;
+        let mut stream = pass.stream(self.config.hidden_size)?;
         pass.embed(&self.embedding, &mut stream.x)?;
         for (index, layer) in self.layers.iter().enumerate() {
             pass.pre_norm_layer(index, layer, &mut stream)?;
@@ -69,12 +69,11 @@ fn attention<B: Backend>(
 ) -> Result<Attention<B::Weight>, LoadModelError> {
     match loader.config.architecture {
         Architecture::Phi3 => {
-            let [queries, keys, values] = loader.qkv_widths();
-            let mut qkv = loader.fused(&format!("{layer}.self_attn.qkv_proj"), queries + keys + values)?;
+            let [q, k, v] = loader.fused(&format!("{layer}.self_attn.qkv_proj"), loader.qkv_widths())?;
             Ok(Attention {
-                q: qkv.next(queries)?,
-                k: qkv.next(keys)?,
-                v: qkv.next(values)?,
+                q,
+                k,
+                v,
                 o: loader.attention_output(&format!("{layer}.self_attn.o_proj"))?,
                 head_norms: None,
             })
@@ -91,11 +90,11 @@ fn mlp<B: Backend>(loader: &Loader<'_, B>, layer: &str) -> Result<Mlp<B::Weight>
     match loader.config.architecture {
         Architecture::Phi3 => {
             let width = loader.config.intermediate_size;
-            let mut gate_up = loader.fused(&format!("{layer}.mlp.gate_up_proj"), 2 * width)?;
+            let [gate, up] = loader.fused(&format!("{layer}.mlp.gate_up_proj"), [width, width])?;
             Ok(Mlp::Gated {
                 activation: loader.config.activation,
-                gate: gate_up.next(width)?,
-                up: gate_up.next(width)?,
+                gate,
+                up,
                 down: loader.mlp_down(&format!("{layer}.mlp.down_proj"))?,
             })
         }

@@ -1,9 +1,9 @@
 //! From named weights to blocks on a device: prefixes, fused projections, transposed matrices. Owns no
 //! architecture: which blocks there are, and what their weights are called, the models say.
 
-use super::blocks::{Attention, Head, HeadNorms, Mlp, Norm};
+use super::blocks::{Attention, Head, HeadNorms, Mlp};
 use super::{LoadModelError, WeightSource};
-use crate::backend::{Backend, Linear};
+use crate::backend::{Backend, BackendError, Linear, Norm};
 use crate::model_dir::{ModelConfig, WeightTensor};
 
 type Result<T> = std::result::Result<T, LoadModelError>;
@@ -86,41 +86,52 @@ impl<'a, B: Backend> Loader<'a, B> {
 
     /// `name.weight` and, where the shape has one, `name.bias`.
     pub(super) fn linear(&self, name: &str, shape: Shape) -> Result<Linear<B::Weight>> {
-        let Shape { out_features, in_features, bias } = shape;
-        let bias = bias.then(|| self.weight(&format!("{name}.bias"), &[out_features])).transpose()?;
-        let weight = self.weight(&format!("{name}.weight"), &[out_features, in_features])?;
-        Ok(Linear { weight, bias, out_features })
+        let [linear] = self.linears([(name, shape)])?;
+        Ok(linear)
     }
 
-    /// Projections of the stream that the file holds as one, row after row, `width` rows in all.
-    pub(super) fn fused(&self, name: &str, width: usize) -> Result<Fused<'_, B>> {
-        let weight = self.tensor(&format!("{name}.weight"), &[width, self.config.hidden_size])?;
-        Ok(Fused { loader: self, weight, bias: None, taken: 0 })
+    /// Projections of the same rows.
+    fn linears<const N: usize>(&self, named: [(&str, Shape); N]) -> Result<[Linear<B::Weight>; N]> {
+        let mut found = Vec::with_capacity(N);
+        for (name, Shape { out_features, in_features, bias }) in named {
+            let bias = bias.then(|| self.tensor(&format!("{name}.bias"), &[out_features])).transpose()?;
+            let weight = self.tensor(&format!("{name}.weight"), &[out_features, in_features])?;
+            found.push(Linear { weight, bias, out_features });
+        }
+        self.upload_linears(found)
     }
 
-    /// One or more projections with biases, as one and transposed: `[in_features, out_features]`.
-    pub(super) fn transposed(&self, name: &str, shape: Shape) -> Result<Fused<'_, B>> {
+    /// Projections of the stream that the file holds as one, row after row, each so wide.
+    pub(super) fn fused<const N: usize>(
+        &self,
+        name: &str,
+        widths: [usize; N],
+    ) -> Result<[Linear<B::Weight>; N]> {
+        let shape = [widths.iter().sum(), self.config.hidden_size];
+        self.upload_linears(split(&self.tensor(&format!("{name}.weight"), &shape)?, None, widths))
+    }
+
+    /// Projections with biases, so wide each, that the file holds as one and transposed: `[in_features, out_features]`.
+    pub(super) fn transposed<const N: usize>(
+        &self,
+        name: &str,
+        shape: Shape,
+        widths: [usize; N],
+    ) -> Result<[Linear<B::Weight>; N]> {
         let Shape { out_features, in_features, bias } = shape;
         let weight = self.tensor(&format!("{name}.weight"), &[in_features, out_features])?.transposed();
         let bias = bias.then(|| self.tensor(&format!("{name}.bias"), &[out_features])).transpose()?;
-        Ok(Fused { loader: self, weight, bias, taken: 0 })
+        self.upload_linears(split(&weight, bias.as_ref(), widths))
     }
 
     /// Attention's projections by these names, queries, keys, values and output, each with the layer's before it.
     pub(super) fn attention(&self, layer: &str, [q, k, v, o]: [&str; 4]) -> Result<Attention<B::Weight>> {
         let ModelConfig { hidden_size, qkv_bias, .. } = *self.config;
         let [queries, keys, values] = self.qkv_widths();
-        let linear = |name: &str, out_features| {
-            let shape = Shape { out_features, in_features: hidden_size, bias: qkv_bias };
-            self.linear(&format!("{layer}.{name}"), shape)
-        };
-        Ok(Attention {
-            q: linear(q, queries)?,
-            k: linear(k, keys)?,
-            v: linear(v, values)?,
-            o: self.attention_output(&format!("{layer}.{o}"))?,
-            head_norms: None,
-        })
+        let [q, k, v] = [q, k, v].map(|name| format!("{layer}.{name}"));
+        let shape = |out_features| Shape { out_features, in_features: hidden_size, bias: qkv_bias };
+        let [q, k, v] = self.linears([(&q, shape(queries)), (&k, shape(keys)), (&v, shape(values))])?;
+        Ok(Attention { q, k, v, o: self.attention_output(&format!("{layer}.{o}"))?, head_norms: None })
     }
 
     /// The projection from attention's heads back to the stream.
@@ -145,14 +156,13 @@ impl<'a, B: Backend> Loader<'a, B> {
     /// `mlp.gate_proj`, `mlp.up_proj` and `mlp.down_proj` of a layer.
     pub(super) fn gated_mlp(&self, layer: &str) -> Result<Mlp<B::Weight>> {
         let ModelConfig { hidden_size, intermediate_size, mlp_bias: bias, .. } = *self.config;
-        let linear = |name: &str| {
-            let shape = Shape { out_features: intermediate_size, in_features: hidden_size, bias };
-            self.linear(&format!("{layer}.mlp.{name}"), shape)
-        };
+        let shape = Shape { out_features: intermediate_size, in_features: hidden_size, bias };
+        let [gate, up] = ["gate_proj", "up_proj"].map(|name| format!("{layer}.mlp.{name}"));
+        let [gate, up] = self.linears([(&gate, shape), (&up, shape)])?;
         Ok(Mlp::Gated {
             activation: self.config.activation,
-            gate: linear("gate_proj")?,
-            up: linear("up_proj")?,
+            gate,
+            up,
             down: self.mlp_down(&format!("{layer}.mlp.down_proj"))?,
         })
     }
@@ -191,22 +201,38 @@ impl<'a, B: Backend> Loader<'a, B> {
     fn upload(&self, tensor: WeightTensor) -> Result<B::Weight> {
         Ok(self.backend.upload(tensor)?)
     }
-}
 
-/// Projections that a file holds as one.
-pub(super) struct Fused<'a, B> {
-    loader: &'a Loader<'a, B>,
-    weight: WeightTensor,
-    bias: Option<WeightTensor>,
-    taken: usize,
-}
-
-impl<B: Backend> Fused<'_, B> {
-    /// The next projection, which is this wide.
-    pub(super) fn next(&mut self, out_features: usize) -> Result<Linear<B::Weight>> {
-        let rows = self.taken..self.taken + out_features;
-        self.taken = rows.end;
-        let bias = self.bias.as_ref().map(|bias| self.loader.upload(bias.rows(rows.clone()))).transpose()?;
-        Ok(Linear { weight: self.loader.upload(self.weight.rows(rows))?, bias, out_features })
+    fn upload_linears<const N: usize>(
+        &self,
+        linears: Vec<Linear<WeightTensor>>,
+    ) -> Result<[Linear<B::Weight>; N]> {
+        let widths: Vec<usize> = linears.iter().map(|linear| linear.out_features).collect();
+        let (weights, biases): (Vec<_>, Vec<_>) =
+            linears.into_iter().map(|linear| (linear.weight, linear.bias)).unzip();
+        let weights = self.backend.upload_together(weights)?;
+        let biases = match biases.into_iter().collect() {
+            Some(biases) => self.backend.upload_together(biases)?.into_iter().map(Some).collect(),
+            None => vec![None; widths.len()],
+        };
+        let uploaded = weights.into_iter().zip(biases).zip(widths);
+        let linears: Vec<_> =
+            uploaded.map(|((weight, bias), out_features)| Linear { weight, bias, out_features }).collect();
+        let lost = |left: Vec<_>| BackendError::LostWeights { sent: N, left: left.len() };
+        Ok(linears.try_into().map_err(lost)?)
     }
+}
+
+/// Cuts projections that a file holds as one into those that are so wide each.
+fn split<const N: usize>(
+    weight: &WeightTensor,
+    bias: Option<&WeightTensor>,
+    widths: [usize; N],
+) -> Vec<Linear<WeightTensor>> {
+    let mut taken = 0;
+    let mut next = |out_features| {
+        let rows = taken..taken + out_features;
+        taken = rows.end;
+        Linear { weight: weight.rows(rows.clone()), bias: bias.map(|bias| bias.rows(rows)), out_features }
+    };
+    widths.map(&mut next).into()
 }

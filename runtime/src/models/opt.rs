@@ -15,7 +15,7 @@ use super::blocks::{Head, Layer, Mlp};
 use super::loader::{Loader, Names, Shape};
 use super::pass::{Pass, Stream};
 use super::{LoadModelError, Model};
-use crate::backend::{Backend, BackendError, Linear};
+use crate::backend::{Backend, BackendError, Input, Linear};
 use crate::model_dir::ModelConfig;
 
 pub(super) const NAMES: Names =
@@ -44,21 +44,25 @@ impl<B: Backend> Model<B> for Opt<B> {
         step: &B::Step<'_>,
         cache: &mut B::Cache,
     ) -> Result<B::Tensor, BackendError> {
-        let mut pass = Pass::new(&self.config, backend, step, cache);
-        let mut stream = pass.stream(self.config.hidden_size);
+        let mut pass = Pass::new(&self.config, backend, step, cache)?;
+        let mut stream = pass.stream(self.config.hidden_size)?;
         match &self.project {
             None => pass.embed(&self.embedding, &mut stream.x)?,
             Some(project) => {
-                let mut narrow = pass.tensor(self.config.embedding_size);
+                let mut narrow = pass.wide(self.config.embedding_size)?;
                 pass.embed(&self.embedding, &mut narrow)?;
                 pass.linear(project, &narrow, &mut stream.x)?;
             }
         }
         pass.add_positions(&self.positions, OFFSET, &mut stream.x)?;
-        for (index, layer) in self.layers.iter().enumerate() {
-            match self.config.norm_before {
-                true => pass.pre_norm_layer(index, layer, &mut stream)?,
-                false => post_norm_layer(&mut pass, index, layer, &mut stream)?,
+        if self.config.norm_before {
+            for (index, layer) in self.layers.iter().enumerate() {
+                pass.pre_norm_layer(index, layer, &mut stream)?;
+            }
+        } else {
+            let mut between = pass.wide(self.config.hidden_size)?;
+            for (index, layer) in self.layers.iter().enumerate() {
+                post_norm_layer(&mut pass, index, layer, &mut stream, &mut between)?;
             }
         }
         pass.logits(&self.config, &self.head, &stream.x)
@@ -70,15 +74,16 @@ fn post_norm_layer<B: Backend>(
     pass: &mut Pass<'_, '_, B>,
     index: usize,
     layer: &Layer<B::Weight>,
-    Stream { x, normed, delta }: &mut Stream<B::Tensor>,
+    Stream { x, delta, .. }: &mut Stream<B::Tensor>,
+    between: &mut B::Tensor,
 ) -> Result<(), BackendError> {
-    pass.attention(index, &layer.attention, x, delta)?;
-    pass.add(x, delta)?;
-    pass.norm(&layer.attention_norm, x, normed)?;
+    pass.attend(index, &layer.attention, Input::Rows(x))?;
+    pass.add_attended(&layer.attention, delta, x)?;
+    pass.norm(&layer.attention_norm, x, between)?;
 
-    pass.mlp(&layer.mlp, normed, delta)?;
-    pass.add(normed, delta)?;
-    pass.norm(&layer.mlp_norm, normed, x)
+    pass.activate(&layer.mlp, Input::Rows(between))?;
+    pass.add_activated(&layer.mlp, delta, between)?;
+    pass.norm(&layer.mlp_norm, between, x)
 }
 
 impl<B: Backend> Opt<B> {

@@ -1,8 +1,8 @@
 //! One forward pass: what a device does with the blocks of a model, a function each, and the memory that all layers
 //! share. Owns no weights and no order of blocks: that is the models'.
 
-use super::blocks::{Attention, Head, Layer, Mlp, Norm};
-use crate::backend::{Backend, BackendError, Linear};
+use super::blocks::{Attention, Head, Layer, Mlp};
+use crate::backend::{Activated, Backend, BackendError, Heads, Input, Linear, Norm};
 use crate::model_dir::ModelConfig;
 
 /// A device, a step and its cache, with room for what lies between the blocks.
@@ -15,23 +15,24 @@ pub(super) struct Pass<'a, 's, B: Backend> {
 
 /// Tensors of the step's rows that every layer uses again.
 struct Room<T> {
-    q: T,
-    k: T,
-    v: T,
+    /// Queries, keys and values.
+    heads: [T; 3],
     attended: T,
-    /// As wide as the keys.
-    normed_k: T,
-    gate: T,
-    up: T,
+    /// Gate and up.
+    inner: [T; 2],
     activated: T,
 }
 
 /// The residual stream and what is added to it, `[rows, hidden_size]`.
 pub(super) struct Stream<T> {
+    /// In f32.
     pub(super) x: T,
     pub(super) normed: T,
     pub(super) delta: T,
 }
+
+/// What goes into a block.
+type BlockInput<'a, B> = Input<'a, <B as Backend>::Weight, <B as Backend>::Tensor>;
 
 impl<'a, 's, B: Backend> Pass<'a, 's, B> {
     pub(super) fn new(
@@ -39,33 +40,28 @@ impl<'a, 's, B: Backend> Pass<'a, 's, B> {
         backend: &'a B,
         step: &'a B::Step<'s>,
         cache: &'a mut B::Cache,
-    ) -> Self {
+    ) -> Result<Self, BackendError> {
         let rows = backend.rows(step);
-        let tensor = |width| backend.tensor(rows, width);
         let (queries, keys) = (config.q_heads * config.head_dim, config.kv_heads * config.head_dim);
         let inner = config.intermediate_size;
         let room = Room {
-            q: tensor(queries),
-            k: tensor(keys),
-            v: tensor(keys),
-            attended: tensor(queries),
-            normed_k: tensor(keys),
-            gate: tensor(inner),
-            up: tensor(inner),
-            activated: tensor(inner),
+            heads: backend.beside(rows, [queries, keys, keys])?,
+            attended: backend.tensor(rows, queries)?,
+            inner: backend.beside(rows, [inner, inner])?,
+            activated: backend.tensor(rows, inner)?,
         };
-        Self { backend, step, cache, room }
+        Ok(Self { backend, step, cache, room })
     }
 
-    /// A tensor of the step's rows with undefined content.
-    pub(super) fn tensor(&self, width: usize) -> B::Tensor {
-        self.backend.tensor(self.backend.rows(self.step), width)
+    /// A stream of the step's rows with undefined content.
+    pub(super) fn wide(&self, width: usize) -> Result<B::Tensor, BackendError> {
+        self.backend.stream(self.backend.rows(self.step), width)
     }
 
-    /// A stream with undefined content.
-    pub(super) fn stream(&self, hidden_size: usize) -> Stream<B::Tensor> {
-        let tensor = || self.tensor(hidden_size);
-        Stream { x: tensor(), normed: tensor(), delta: tensor() }
+    /// The residual stream with undefined content.
+    pub(super) fn stream(&self, hidden_size: usize) -> Result<Stream<B::Tensor>, BackendError> {
+        let tensor = || self.backend.tensor(self.backend.rows(self.step), hidden_size);
+        Ok(Stream { x: self.wide(hidden_size)?, normed: tensor()?, delta: tensor()? })
     }
 
     /// `x = table[tokens]`
@@ -93,16 +89,6 @@ impl<'a, 's, B: Backend> Pass<'a, 's, B> {
         self.backend.add(x, delta)
     }
 
-    /// `out = linear(x)`
-    pub(super) fn linear(
-        &self,
-        linear: &Linear<B::Weight>,
-        x: &B::Tensor,
-        out: &mut B::Tensor,
-    ) -> Result<(), BackendError> {
-        self.backend.linear(x, &mut [(linear, out)])
-    }
-
     /// `out = norm(x)`
     pub(super) fn norm(
         &self,
@@ -110,66 +96,83 @@ impl<'a, 's, B: Backend> Pass<'a, 's, B> {
         x: &B::Tensor,
         out: &mut B::Tensor,
     ) -> Result<(), BackendError> {
-        apply_norm(self.backend, norm, x, out)
+        self.backend.norm(x, norm, out)
     }
 
-    /// `out = attention(x)`: q, k, v ─ norms of heads ─ rotary ─ write k, v into blocks ─ paged attention ─ o
-    pub(super) fn attention(
+    /// `out = linear(x)`
+    pub(super) fn linear(
+        &self,
+        linear: &Linear<B::Weight>,
+        x: &B::Tensor,
+        out: &mut B::Tensor,
+    ) -> Result<(), BackendError> {
+        self.backend.linear(Input::Rows(x), &mut [(linear, out)])
+    }
+
+    /// Attention up to its output projection: q, k, v ─ norms of heads ─ rotary ─ write k, v into blocks ─ paged
+    /// attention
+    pub(super) fn attend(
         &mut self,
         index: usize,
         attention: &Attention<B::Weight>,
-        x: &B::Tensor,
+        input: BlockInput<'_, B>,
+    ) -> Result<(), BackendError> {
+        let (backend, step) = (self.backend, self.step);
+        let Room { heads: [q, k, v], attended, .. } = &mut self.room;
+        backend.linear(input, &mut [(&attention.q, q), (&attention.k, k), (&attention.v, v)])?;
+        if let Some(norms) = &attention.head_norms {
+            backend.norm_in_place(q, &norms.q)?;
+            backend.norm_in_place(k, &norms.k)?;
+        }
+        backend.write_kv(step, self.cache, index, Heads { q, k, v })?;
+        backend.attention(step, self.cache, index, q, attended)
+    }
+
+    /// `out = o(attended)`, behind [`attend`](Self::attend)
+    pub(super) fn attended(
+        &self,
+        attention: &Attention<B::Weight>,
         out: &mut B::Tensor,
     ) -> Result<(), BackendError> {
-        let Attention { q, k, v, o, head_norms } = attention;
-        let (backend, step) = (self.backend, self.step);
-        backend.linear(x, &mut [(q, &mut self.room.q), (k, &mut self.room.k), (v, &mut self.room.v)])?;
-        if let Some(norms) = head_norms {
-            // Nothing is attended yet: that room takes the queries.
-            self.norm_heads(&norms.q, |room| (&mut room.q, &mut room.attended))?;
-            self.norm_heads(&norms.k, |room| (&mut room.k, &mut room.normed_k))?;
-        }
-        let Room { q, k, v, attended, .. } = &mut self.room;
-        backend.rotary(step, q, k)?;
-        backend.write_kv(step, self.cache, index, k, v)?;
-        backend.attention(step, self.cache, index, q, attended)?;
-        backend.linear(attended, &mut [(o, out)])
+        self.linear(&attention.o, &self.room.attended, out)
     }
 
-    /// Norms the heads of the first of two tensors; what was in the second is lost.
-    fn norm_heads(
-        &mut self,
-        norm: &Norm<B::Weight>,
-        choose: impl FnOnce(&mut Room<B::Tensor>) -> (&mut B::Tensor, &mut B::Tensor),
+    /// `x += o(attended)`, behind [`attend`](Self::attend)
+    pub(super) fn add_attended(
+        &self,
+        attention: &Attention<B::Weight>,
+        room: &mut B::Tensor,
+        x: &mut B::Tensor,
     ) -> Result<(), BackendError> {
-        let backend = self.backend;
-        let (heads, room) = choose(&mut self.room);
-        apply_norm(backend, norm, heads, room)?;
-        std::mem::swap(heads, room);
-        Ok(())
+        self.backend.linear_add(&self.room.attended, &attention.o, room, x)
     }
 
-    /// `out = mlp(x)`
-    pub(super) fn mlp(
+    /// An MLP up to its last product: f(gate) · up, or f(up)
+    pub(super) fn activate(
         &mut self,
         mlp: &Mlp<B::Weight>,
-        x: &B::Tensor,
-        out: &mut B::Tensor,
+        input: BlockInput<'_, B>,
     ) -> Result<(), BackendError> {
-        let (backend, Room { gate: inner, up: factor, activated, .. }) = (self.backend, &mut self.room);
-        let down = match mlp {
-            Mlp::Gated { activation, gate, up, down } => {
-                backend.linear(x, &mut [(gate, inner), (up, factor)])?;
-                backend.gated_activation(*activation, inner, factor, activated)?;
-                down
-            }
-            Mlp::Plain { activation, up, down } => {
-                backend.linear(x, &mut [(up, inner)])?;
-                backend.activate(*activation, inner, activated)?;
-                down
-            }
+        let activated = match mlp {
+            Mlp::Gated { activation, gate, up, .. } => Activated::Gated { activation: *activation, gate, up },
+            Mlp::Plain { activation, up, .. } => Activated::Plain { activation: *activation, up },
         };
-        backend.linear(activated, &mut [(down, out)])
+        self.backend.activated_linear(input, activated, &mut self.room.inner, &mut self.room.activated)
+    }
+
+    /// `out = down(activated)`, behind [`activate`](Self::activate)
+    pub(super) fn activated(&self, mlp: &Mlp<B::Weight>, out: &mut B::Tensor) -> Result<(), BackendError> {
+        self.linear(mlp.down(), &self.room.activated, out)
+    }
+
+    /// `x += down(activated)`, behind [`activate`](Self::activate)
+    pub(super) fn add_activated(
+        &self,
+        mlp: &Mlp<B::Weight>,
+        room: &mut B::Tensor,
+        x: &mut B::Tensor,
+    ) -> Result<(), BackendError> {
+        self.backend.linear_add(&self.room.activated, mlp.down(), room, x)
     }
 
     /// `x += attention(norm(x)); x += mlp(norm(x))`
@@ -180,12 +183,10 @@ impl<'a, 's, B: Backend> Pass<'a, 's, B> {
         stream: &mut Stream<B::Tensor>,
     ) -> Result<(), BackendError> {
         let Stream { x, normed, delta } = stream;
-        self.norm(&layer.attention_norm, x, normed)?;
-        self.attention(index, &layer.attention, normed, delta)?;
-        self.add(x, delta)?;
-        self.norm(&layer.mlp_norm, x, normed)?;
-        self.mlp(&layer.mlp, normed, delta)?;
-        self.add(x, delta)
+        self.attend(index, &layer.attention, Input::Normed { x, norm: &layer.attention_norm, room: normed })?;
+        self.add_attended(&layer.attention, delta, x)?;
+        self.activate(&layer.mlp, Input::Normed { x, norm: &layer.mlp_norm, room: normed })?;
+        self.add_activated(&layer.mlp, delta, x)
     }
 
     /// The logits that the step asks for: last rows ─ norm ─ projection ─ output ─ soft cap
@@ -195,35 +196,25 @@ impl<'a, 's, B: Backend> Pass<'a, 's, B> {
         head: &Head<B::Weight>,
         x: &B::Tensor,
     ) -> Result<B::Tensor, BackendError> {
-        let tensor = |width| self.backend.tensor(self.backend.logit_rows(self.step), width);
-        let mut last = self.backend.gather_logit_rows(self.step, x);
-        if let Some(norm) = &head.norm {
-            let mut normed = tensor(config.hidden_size);
-            self.norm(norm, &last, &mut normed)?;
-            last = normed;
+        let (backend, rows) = (self.backend, self.backend.logit_rows(self.step));
+        let last = backend.gather_logit_rows(self.step, x)?;
+        let mut normed = backend.tensor(rows, config.hidden_size)?;
+        let mut logits = backend.stream(rows, head.output.out_features)?;
+        let input = match &head.norm {
+            Some(norm) => Input::Normed { x: &last, norm, room: &mut normed },
+            None => Input::Rows(&last),
+        };
+        match &head.project {
+            Some(project) => {
+                let mut projected = backend.tensor(rows, project.out_features)?;
+                backend.linear(input, &mut [(project, &mut projected)])?;
+                self.linear(&head.output, &projected, &mut logits)?;
+            }
+            None => backend.linear(input, &mut [(&head.output, &mut logits)])?,
         }
-        if let Some(project) = &head.project {
-            let mut projected = tensor(project.out_features);
-            self.linear(project, &last, &mut projected)?;
-            last = projected;
-        }
-        let mut logits = tensor(head.output.out_features);
-        self.linear(&head.output, &last, &mut logits)?;
         if let Some(cap) = head.softcap {
-            self.backend.softcap(cap, &mut logits)?;
+            backend.softcap(cap, &mut logits)?;
         }
         Ok(logits)
-    }
-}
-
-fn apply_norm<B: Backend>(
-    backend: &B,
-    norm: &Norm<B::Weight>,
-    x: &B::Tensor,
-    out: &mut B::Tensor,
-) -> Result<(), BackendError> {
-    match norm {
-        Norm::Rms { weight, eps } => backend.rms_norm(x, weight, *eps, out),
-        Norm::Layer { weight, bias, eps } => backend.layer_norm(x, weight, bias, *eps, out),
     }
 }

@@ -6,8 +6,8 @@ pub mod dense;
 
 pub use cache::CpuCache;
 
-use super::{AttentionSpec, Backend, BackendError, Linear, StepBatch};
-use crate::model_dir::{Activation, WeightTensor};
+use super::{Activated, AttentionSpec, Backend, BackendError, Heads, Input, Linear, Norm, StepBatch};
+use crate::model_dir::WeightTensor;
 use dense::RopeAngles;
 use pagewise_attention::cpu::{self as attention, Inputs, KvPair, Outputs, Plan};
 use pagewise_attention::{CacheLayout, HostTensor, HostTensorMut, Problem, WriteKv};
@@ -69,6 +69,36 @@ pub struct CpuStep<'a> {
     angles: Option<RopeAngles>,
 }
 
+impl CpuStep<'_> {
+    /// Rotates heads by their rows' positions.
+    fn rotate(&self, heads: [&mut CpuTensor; 2]) -> Result<(), BackendError> {
+        let (Some(rope), Some(angles)) = (&self.spec.rope, &self.angles) else { return Ok(()) };
+        for x in heads {
+            let count = x.width.checked_div(rope.head_dim()).unwrap_or(0);
+            dense::rope(&mut x.data, count, angles)?;
+        }
+        Ok(())
+    }
+}
+
+fn norm_rows(x: &[f32], norm: &Norm<WeightTensor>, out: &mut [f32]) -> Result<(), dense::DenseError> {
+    match norm {
+        Norm::Rms { weight, eps } => dense::rms_norm(x, weight.host(), *eps, out),
+        Norm::Layer { weight, bias, eps } => dense::layer_norm(x, weight.host(), bias.host(), *eps, out),
+    }
+}
+
+/// What goes into a product, normed if it must be.
+fn rows_of<'a>(input: Input<'a, WeightTensor, CpuTensor>) -> Result<&'a CpuTensor, BackendError> {
+    match input {
+        Input::Rows(x) => Ok(x),
+        Input::Normed { x, norm, room } => {
+            norm_rows(&x.data, norm, &mut room.data)?;
+            Ok(room)
+        }
+    }
+}
+
 impl Backend for CpuBackend {
     type Weight = WeightTensor;
     type Tensor = CpuTensor;
@@ -113,8 +143,20 @@ impl Backend for CpuBackend {
         step.batch.logit_rows.len()
     }
 
-    fn tensor(&self, rows: usize, width: usize) -> CpuTensor {
-        CpuTensor { data: vec![0.0; rows * width], width }
+    fn tensor(&self, rows: usize, width: usize) -> Result<CpuTensor, BackendError> {
+        Ok(CpuTensor { data: vec![0.0; rows * width], width })
+    }
+
+    fn stream(&self, rows: usize, width: usize) -> Result<CpuTensor, BackendError> {
+        self.tensor(rows, width)
+    }
+
+    fn beside<const N: usize>(
+        &self,
+        rows: usize,
+        widths: [usize; N],
+    ) -> Result<[CpuTensor; N], BackendError> {
+        Ok(widths.map(|width| CpuTensor { data: vec![0.0; rows * width], width }))
     }
 
     fn embed(
@@ -136,32 +178,26 @@ impl Backend for CpuBackend {
         Ok(dense::add_positions(table.host(), &step.batch.positions, offset, &mut x.data)?)
     }
 
-    fn rms_norm(
+    fn norm(
         &self,
         x: &CpuTensor,
-        weight: &WeightTensor,
-        eps: f32,
+        norm: &Norm<WeightTensor>,
         out: &mut CpuTensor,
     ) -> Result<(), BackendError> {
-        Ok(dense::rms_norm(&x.data, weight.host(), eps, &mut out.data)?)
+        Ok(norm_rows(&x.data, norm, &mut out.data)?)
     }
 
-    fn layer_norm(
-        &self,
-        x: &CpuTensor,
-        weight: &WeightTensor,
-        bias: &WeightTensor,
-        eps: f32,
-        out: &mut CpuTensor,
-    ) -> Result<(), BackendError> {
-        Ok(dense::layer_norm(&x.data, weight.host(), bias.host(), eps, &mut out.data)?)
+    fn norm_in_place(&self, x: &mut CpuTensor, norm: &Norm<WeightTensor>) -> Result<(), BackendError> {
+        let before = x.data.clone();
+        Ok(norm_rows(&before, norm, &mut x.data)?)
     }
 
     fn linear(
         &self,
-        x: &CpuTensor,
+        input: Input<'_, WeightTensor, CpuTensor>,
         outputs: &mut [(&Linear<WeightTensor>, &mut CpuTensor)],
     ) -> Result<(), BackendError> {
+        let x = rows_of(input)?;
         let mut projections: Vec<_> = outputs
             .iter_mut()
             .map(|(linear, out)| dense::Projection {
@@ -173,13 +209,23 @@ impl Backend for CpuBackend {
         Ok(dense::linear_many(&x.data, x.rows(), &mut projections)?)
     }
 
-    fn rotary(&self, step: &CpuStep<'_>, q: &mut CpuTensor, k: &mut CpuTensor) -> Result<(), BackendError> {
-        let (Some(rope), Some(angles)) = (&step.spec.rope, &step.angles) else { return Ok(()) };
-        for x in [q, k] {
-            let heads = x.width.checked_div(rope.head_dim()).unwrap_or(0);
-            dense::rope(&mut x.data, heads, angles)?;
+    fn activated_linear(
+        &self,
+        input: Input<'_, WeightTensor, CpuTensor>,
+        activated: Activated<'_, WeightTensor>,
+        [inner, factor]: &mut [CpuTensor; 2],
+        out: &mut CpuTensor,
+    ) -> Result<(), BackendError> {
+        match activated {
+            Activated::Gated { activation, gate, up } => {
+                self.linear(input, &mut [(gate, inner), (up, factor)])?;
+                Ok(dense::gated_activation(activation, &inner.data, &factor.data, &mut out.data)?)
+            }
+            Activated::Plain { activation, up } => {
+                self.linear(input, &mut [(up, inner)])?;
+                Ok(dense::activate(activation, &inner.data, &mut out.data)?)
+            }
         }
-        Ok(())
     }
 
     fn write_kv(
@@ -187,9 +233,9 @@ impl Backend for CpuBackend {
         step: &CpuStep<'_>,
         cache: &mut CpuCache,
         layer: usize,
-        k: &CpuTensor,
-        v: &CpuTensor,
+        Heads { q, k, v }: Heads<'_, CpuTensor>,
     ) -> Result<(), BackendError> {
+        step.rotate([q, &mut *k])?;
         let place = cache::place(step.spec, layer)?;
         let (Some(config), Some(layout), Some(group)) = (
             step.spec.groups.get(place.group),
@@ -227,25 +273,6 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn activate(
-        &self,
-        activation: Activation,
-        x: &CpuTensor,
-        out: &mut CpuTensor,
-    ) -> Result<(), BackendError> {
-        Ok(dense::activate(activation, &x.data, &mut out.data)?)
-    }
-
-    fn gated_activation(
-        &self,
-        activation: Activation,
-        gate: &CpuTensor,
-        up: &CpuTensor,
-        out: &mut CpuTensor,
-    ) -> Result<(), BackendError> {
-        Ok(dense::gated_activation(activation, &gate.data, &up.data, &mut out.data)?)
-    }
-
     fn scale(&self, factor: f32, x: &mut CpuTensor) -> Result<(), BackendError> {
         dense::scale(factor, &mut x.data);
         Ok(())
@@ -260,13 +287,14 @@ impl Backend for CpuBackend {
         Ok(dense::add(&y.data, &mut x.data)?)
     }
 
-    fn gather_logit_rows(&self, step: &CpuStep<'_>, x: &CpuTensor) -> CpuTensor {
+    fn gather_logit_rows(&self, step: &CpuStep<'_>, x: &CpuTensor) -> Result<CpuTensor, BackendError> {
         let row = |&row: &usize| x.data.get(row * x.width..(row + 1) * x.width).unwrap_or_default();
-        CpuTensor { data: step.batch.logit_rows.iter().flat_map(row).copied().collect(), width: x.width }
+        let data = step.batch.logit_rows.iter().flat_map(row).copied().collect();
+        Ok(CpuTensor { data, width: x.width })
     }
 
-    fn download(&self, x: CpuTensor) -> Vec<f32> {
-        x.data
+    fn download(&self, x: CpuTensor) -> Result<Vec<f32>, BackendError> {
+        Ok(x.data)
     }
 
     fn scope<T: Send>(&self, step: impl FnOnce() -> T + Send) -> T {
