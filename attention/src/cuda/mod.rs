@@ -44,6 +44,7 @@ pub use call::{AttentionCall, CacheScales};
 pub use context::Context;
 pub use copy_blocks::{BlockNumberType, BlockPairs, CopyBlocksCall, CopyBlocksVariant};
 pub use cudarc;
+pub use decode::ptx_type;
 
 pub use device::{
     ComputeCapability, CudaVersion, Device, MIN_COMPUTE_CAPABILITY, MIN_CUDA_VERSION, devices,

@@ -17,6 +17,7 @@ mod parse_rope;
 pub(crate) mod quiet;
 mod refused;
 mod shard;
+mod made_up;
 mod weight_tensor;
 mod weights;
 
@@ -24,6 +25,7 @@ pub use config::{Activation, Architecture, ModelConfig, RopeConfig, RopeScaling}
 pub use error::ModelError;
 pub use generation::GenerationConfig;
 pub use hub::{FetchProgress, resolve_model};
+pub use made_up::MadeUp;
 pub use weight_tensor::WeightTensor;
 pub use weights::Weights;
 

@@ -106,6 +106,10 @@ impl Backend for CpuBackend {
     type Step<'a> = CpuStep<'a>;
 
     fn upload(&self, weight: WeightTensor) -> Result<WeightTensor, BackendError> {
+        // Weights that are made up are so now, not in the first step.
+        if weight.made_up().is_some() {
+            let _ = weight.host();
+        }
         Ok(weight)
     }
 

@@ -27,6 +27,11 @@ impl RopeAngles {
         Self { head_dim: 2 * frequencies.len(), half: frequencies.len(), cos_sin }
     }
 
+    /// `[rows, 2, rotary_dim / 2]`: the cosines of each row, then its sines.
+    pub fn cos_sin(&self) -> &[f32] {
+        &self.cos_sin
+    }
+
     /// The same rotations of the first elements of heads that are longer; a shorter `head_dim` changes nothing.
     #[must_use]
     pub fn in_heads_of(mut self, head_dim: usize) -> Self {
