@@ -46,11 +46,6 @@ impl Arena {
     pub(super) fn peak(&self) -> u64 {
         self.peak
     }
-
-    /// Bytes that there are.
-    pub(super) fn capacity(&self) -> u64 {
-        self.capacity
-    }
 }
 
 #[cfg(test)]

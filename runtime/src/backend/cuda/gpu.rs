@@ -214,13 +214,8 @@ impl PinnedMemory {
         self.start.as_ptr()
     }
 
-    pub(super) fn slice(&self) -> &[u8] {
-        // SAFETY: allocated for so many bytes and initialised.
-        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.bytes) }
-    }
-
     pub(super) fn slice_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as above, and borrowed mutably.
+        // SAFETY: allocated for so many bytes, initialised, and borrowed mutably.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.bytes) }
     }
 

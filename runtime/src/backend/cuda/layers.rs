@@ -214,7 +214,7 @@ impl CudaBackend {
         };
         let q_strides = q.heads(config.head_dim_qk);
         let rotary = Rotary {
-            style: RotaryStyle::Halves,
+            style: RotaryStyle::NeoX,
             dim: 2 * table.half,
             tables: table.tables(),
             positions: step.positions,

@@ -49,8 +49,8 @@ impl Staging {
     ) -> Result<(), BackendError> {
         let total: usize = parts.iter().map(|(_, bytes)| bytes.len()).sum();
         let (gpu, purpose, next) = (&self.gpu, self.purpose, self.next);
+        self.next = (next + 1) % self.pieces.len().max(1);
         let Some(piece) = self.pieces.get_mut(next) else { return Ok(()) };
-        self.next = (next + 1) % self.pieces.len();
         if let Some(done) = &piece.done {
             checked("cuEventSynchronize", done.synchronize())?;
         }

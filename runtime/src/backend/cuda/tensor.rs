@@ -42,11 +42,6 @@ impl CudaTensor {
     pub(super) fn width32(&self) -> Result<u32, BackendError> {
         small("the width of a tensor", self.width)
     }
-
-    /// The address behind the first row.
-    pub(super) fn end_of_row(&self) -> u64 {
-        self.address + (self.width * self.dtype.size()) as u64
-    }
 }
 
 /// A weight in device memory; a clone is another handle to it.
@@ -70,11 +65,6 @@ impl CudaWeight {
             [rows, columns] => (rows, columns),
             _ => (0, 0),
         }
-    }
-
-    /// Bytes in the compute type.
-    pub(super) fn bytes(&self) -> u64 {
-        (self.shape.iter().product::<usize>() * self.dtype.size()) as u64
     }
 
     /// The address of a vector of so many elements in f32.

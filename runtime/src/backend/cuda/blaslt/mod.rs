@@ -194,9 +194,9 @@ impl BlasLt {
             let status = unsafe { (functions.pref_set)(preference.object, attribute, value, size) };
             checked("cublasLtMatmulPreferenceSetAttribute", status)
         };
-        let workspace = self.workspace.bytes();
+        let (workspace, reductions) = (self.workspace.bytes(), REDUCTION_COMPUTE_TYPE);
         set(PREF_MAX_WORKSPACE_BYTES, (&raw const workspace).cast(), size_of_val(&workspace))?;
-        set(PREF_REDUCTION_SCHEME_MASK, (&raw const REDUCTION_COMPUTE_TYPE).cast(), size_of::<u32>())?;
+        set(PREF_REDUCTION_SCHEME_MASK, (&raw const reductions).cast(), size_of::<u32>())?;
         let [weight, x, out] = key.alignments;
         for (index, alignment) in [weight, x, out, out].iter().enumerate() {
             let attribute = PREF_MIN_ALIGNMENT_A_BYTES + index as c_int;
@@ -305,9 +305,10 @@ impl<'a> Call<'a> {
             let status = unsafe { (functions.desc_set)(desc.object, attribute, value, size) };
             checked("cublasLtMatmulDescSetAttribute", status)
         };
-        set(DESC_TRANSA, (&raw const OP_T).cast(), size_of::<i32>())?;
+        let (transposed, epilogue) = (OP_T, EPILOGUE_BIAS);
+        set(DESC_TRANSA, (&raw const transposed).cast(), size_of::<i32>())?;
         if bias != 0 {
-            set(DESC_EPILOGUE, (&raw const EPILOGUE_BIAS).cast(), size_of::<u32>())?;
+            set(DESC_EPILOGUE, (&raw const epilogue).cast(), size_of::<u32>())?;
             set(DESC_BIAS_POINTER, (&raw const bias).cast(), size_of::<u64>())?;
         }
         Ok(Self {
