@@ -11,7 +11,7 @@
 use pagewise_kvcache::{CacheConfig, CacheManager, KvCacheManager, KvGroup, Prompt, SequenceId};
 use pagewise_runtime::backend::{BatchLimits, StepBatch};
 use pagewise_runtime::engine::{Engine, EngineConfig};
-use pagewise_runtime::executor::{Executor, ExecutorError, StepOutput};
+use pagewise_runtime::executor::{Executor, ExecutorError, RowWanted, StepOutput};
 use pagewise_runtime::plan::StepPlan;
 use pagewise_runtime::request::{Request, RequestId, SamplingParams, Urgency};
 use pagewise_runtime::scheduler::{NewGroup, Preemption, Scheduler, SchedulerConfig};
@@ -22,7 +22,8 @@ const BLOCK_SIZE: usize = 16;
 const VOCAB: usize = 64;
 /// Every sequence begins a block once in so many steps.
 const STEPS: usize = BLOCK_SIZE;
-const LIMITS: BatchLimits = BatchLimits { block_size: BLOCK_SIZE, num_groups: 1, vocab_size: VOCAB };
+const LIMITS: BatchLimits =
+    BatchLimits { block_size: BLOCK_SIZE, num_groups: 1, vocab_size: VOCAB, earlier_step: None };
 
 /// A cache full of what earlier requests left in it.
 fn used_cache(blocks: usize) -> KvCacheManager {
@@ -106,12 +107,18 @@ fn scheduler(blocks: usize, tokens: usize, rounds: usize) -> [Vec<Duration>; 2] 
 }
 
 /// A model that takes no time.
-struct Blank;
+#[derive(Default)]
+struct Blank(Option<StepOutput>);
 
 impl Executor for Blank {
-    fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput, ExecutorError> {
+    fn begin(&mut self, plan: &StepPlan, _: &[RowWanted]) -> Result<(), ExecutorError> {
         let rows = StepBatch::new(plan, LIMITS)?.logit_rows.len();
-        Ok(StepOutput { logits: vec![0.0; rows * VOCAB], vocab_size: VOCAB })
+        self.0 = Some(StepOutput::of_logits(vec![0.0; rows * VOCAB], VOCAB));
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<StepOutput, ExecutorError> {
+        self.0.take().ok_or(ExecutorError::NothingBegun)
     }
 }
 
@@ -125,7 +132,7 @@ fn engine(blocks: usize, tokens: usize, rounds: usize) -> Vec<Duration> {
         eos_token_ids: vec![],
         preemption: limits.preemption,
     };
-    let mut engine = Engine::new(config, Box::new(used_cache(blocks)), Box::new(Blank), None);
+    let mut engine = Engine::new(config, Box::new(used_cache(blocks)), Box::new(Blank::default()), None);
     let mut times = vec![];
     for round in 0..rounds {
         for index in 0..SEQUENCES {

@@ -15,7 +15,7 @@ use pagewise_kvcache::{CacheConfig, KvCacheManager, NO_BLOCK};
 use pagewise_runtime::backend::AttentionSpec;
 use pagewise_runtime::backend::cpu::CpuBackend;
 use pagewise_runtime::engine::{Engine, EngineConfig};
-use pagewise_runtime::executor::{Executor, ExecutorError, ModelExecutor, StepOutput};
+use pagewise_runtime::executor::{Executor, ExecutorError, ModelExecutor, RowWanted, StepOutput};
 use pagewise_runtime::model_dir::{ModelDir, Weights};
 use pagewise_runtime::models::{WeightSource, load_model};
 use pagewise_runtime::plan::StepPlan;
@@ -48,13 +48,17 @@ struct Blocks {
 struct Counting(ModelExecutor<CpuBackend>, Arc<Mutex<Blocks>>);
 
 impl Executor for Counting {
-    fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput, ExecutorError> {
+    fn begin(&mut self, plan: &StepPlan, wanted: &[RowWanted]) -> Result<(), ExecutorError> {
         let tables = plan.chunks.iter().flat_map(|chunk| &chunk.block_tables).flatten();
         let entries: Vec<u32> = tables.copied().filter(|&block| block != NO_BLOCK).collect();
         let mut blocks = self.1.lock().unwrap();
         blocks.without_sharing += entries.len();
         blocks.held += entries.iter().collect::<HashSet<_>>().len();
-        self.0.execute(plan)
+        self.0.begin(plan, wanted)
+    }
+
+    fn finish(&mut self) -> Result<StepOutput, ExecutorError> {
+        self.0.finish()
     }
 }
 

@@ -5,7 +5,7 @@
 //!                                     │ Scheduler::schedule(&mut CacheManager)
 //!                                     ▼
 //!                     StepPlan { chunks of tokens, block ops }
-//!                                     │ Executor::execute(&StepPlan)
+//!                                     │ Executor::begin(&StepPlan), finish()
 //!                                     ▼
 //!      block ops ─► embed ─► [norm, qkv, rope, write_kv, attend, o, mlp] × layers ─► logits
 //!                                     │ sampling

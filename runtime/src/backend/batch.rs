@@ -7,8 +7,10 @@ use pagewise_attention::PagedBatch;
 /// One row a token, chunk after chunk.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StepBatch {
-    /// `[rows]` token ids.
+    /// `[rows]` token ids; 0 where the token is in `earlier`.
     pub tokens: Vec<u32>,
+    /// Rows whose tokens the step before this one chooses.
+    pub earlier: Vec<EarlierToken>,
     /// `[rows]` positions in their sequences.
     pub positions: Vec<i32>,
     /// `[sequences + 1]` first row of each chunk.
@@ -19,6 +21,15 @@ pub struct StepBatch {
     pub groups: Vec<GroupBatch>,
     /// Rows whose logits are wanted, rising.
     pub logit_rows: Vec<usize>,
+}
+
+/// A row whose token is chosen by the step before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EarlierToken {
+    /// Row of this step.
+    pub row: usize,
+    /// Logit row of the step before.
+    pub logit_row: usize,
 }
 
 /// Where one KV group's keys and values are.
@@ -41,6 +52,8 @@ pub struct BatchLimits {
     pub num_groups: usize,
     /// Rows of the embedding.
     pub vocab_size: usize,
+    /// The step under way, for whose tokens there may be placeholders.
+    pub earlier_step: Option<u64>,
 }
 
 impl StepBatch {
@@ -96,6 +109,10 @@ impl StepBatch {
                 TokenInput::Known(id) if (id as usize) < limits.vocab_size => self.tokens.push(id),
                 TokenInput::Known(id) => {
                     return Err(format!("token {id} is not in the vocabulary of {}", limits.vocab_size));
+                }
+                TokenInput::Placeholder(place) if Some(place.step) == limits.earlier_step => {
+                    self.earlier.push(EarlierToken { row: self.tokens.len(), logit_row: place.row });
+                    self.tokens.push(0);
                 }
                 TokenInput::Placeholder(place) => {
                     return Err(format!(

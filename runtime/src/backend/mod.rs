@@ -7,9 +7,10 @@ pub mod cpu;
 pub mod cuda;
 mod rope;
 
-pub use batch::{BatchLimits, GroupBatch, StepBatch};
+pub use batch::{BatchLimits, EarlierToken, GroupBatch, StepBatch};
 pub use rope::Rope;
 
+use crate::executor::{RowWanted, Sampling, StepOutput};
 use crate::model_dir::{Activation, ModelConfig, WeightTensor};
 use pagewise_attention::{AttentionConfig, DType, Mask, ProblemError};
 use pagewise_kvcache::BlockOps;
@@ -204,6 +205,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     type Cache: Send;
     /// A step's lengths, tables, positions and attention plan, made ready once and used by every layer.
     type Step<'a>;
+    /// What a step gives, on its way to the host.
+    type Output: Send;
 
     /// Moves a weight to the device (or keeps it mapped where the device is the host).
     fn upload(&self, weight: WeightTensor) -> Result<Self::Weight, BackendError>;
@@ -349,8 +352,28 @@ pub trait Backend: Send + Sync + Sized + 'static {
         x: &Self::Tensor,
     ) -> Result<Self::Tensor, BackendError>;
 
-    /// Brings a stream to the host, row after row.
-    fn download(&self, x: Self::Tensor) -> Result<Vec<f32>, BackendError>;
+    /// Whether the device can choose tokens in this way.
+    fn samples(&self, sampling: &Sampling) -> bool {
+        let _ = sampling;
+        false
+    }
+
+    /// Whether a step may be begun while the one before it is under way: see
+    /// [`Executor::runs_ahead`](crate::executor::Executor::runs_ahead).
+    fn runs_ahead(&self) -> bool {
+        false
+    }
+
+    /// Ends a step: makes of its logits, a stream, what is wanted of each row (the row itself where `wanted` has no
+    /// entry, or names a way to choose that the device [does not know](Self::samples)), and starts its way to the host. A step without logits comes here too.
+    fn output(
+        &self,
+        logits: Option<Self::Tensor>,
+        wanted: &[RowWanted],
+    ) -> Result<Self::Output, BackendError>;
+
+    /// Waits until the step is done and its output is on the host. The output's `vocab_size` need not be set.
+    fn wait(&self, output: Self::Output) -> Result<StepOutput, BackendError>;
 
     /// Waits until the device has done all that it was asked for.
     fn synchronize(&self) -> Result<(), BackendError> {

@@ -1,6 +1,6 @@
 //! Walks the rows of a step's output in the order of its chunks.
 
-use crate::executor::StepOutput;
+use crate::executor::{Row, StepOutput};
 
 /// Where the next chunk's rows begin.
 pub(super) struct LogitCursor<'a> {
@@ -28,11 +28,11 @@ impl<'a> LogitCursor<'a> {
 }
 
 impl<'a> Rows<'a> {
-    pub(super) fn get(&self, index: usize) -> Option<&'a [f32]> {
+    pub(super) fn get(&self, index: usize) -> Option<Row<'a>> {
         if index < self.count { self.output.row(self.first + index) } else { None }
     }
 
-    pub(super) fn last(&self) -> Option<&'a [f32]> {
+    pub(super) fn last(&self) -> Option<Row<'a>> {
         self.get(self.count.checked_sub(1)?)
     }
 }

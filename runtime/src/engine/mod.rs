@@ -3,7 +3,8 @@
 //! steps, compute logits or read files.
 //!
 //! A step, in order: schedule, take the block ops, execute, confirm the block ops, report what was computed,
-//! sample, emit events. Steps are synchronous: when [`Engine::step`] returns, cache and requests agree.
+//! sample, emit events. Where the device chooses the tokens itself, the next step is scheduled and begun before this
+//! one is read, with placeholders for its tokens; otherwise, when [`Engine::step`] returns, cache and requests agree.
 
 mod beams;
 mod clock;
@@ -34,7 +35,7 @@ use rustc_hash::FxHashMap;
 use state::RequestState;
 use std::collections::BTreeSet;
 use std::time::Duration;
-use step::Failure;
+use step::{Begun, Failure};
 
 /// Runs many requests at a time on one model.
 pub struct Engine {
@@ -57,6 +58,10 @@ pub struct Engine {
     metrics: Metrics,
     /// Requests that ended since the last step.
     ended: Vec<RequestMetrics>,
+    /// The step that the device computes while the one before it is read.
+    under_way: Option<Begun>,
+    /// Empty lists of block ops that were taken while a step was under way, and are confirmed behind its own.
+    unconfirmed: usize,
 }
 
 impl std::fmt::Debug for Engine {
@@ -107,6 +112,8 @@ impl Engine {
             costs,
             metrics: Metrics::default(),
             ended: Vec::new(),
+            under_way: None,
+            unconfirmed: 0,
         }
     }
 
@@ -183,7 +190,7 @@ impl Engine {
 
     /// Whether [`step`](Self::step) has anything to do.
     pub fn has_work(&self) -> bool {
-        self.scheduler.has_work() || !self.held_events.is_empty()
+        self.scheduler.has_work() || self.under_way.is_some() || !self.held_events.is_empty()
     }
 
     /// Counters since the engine was made, and what it holds now.
@@ -220,6 +227,10 @@ impl Engine {
 
     /// After a failed step: lets go of all that it touched.
     fn settle(&mut self, result: Result<(), Failure>, events: &mut Vec<Event>) -> Result<(), EngineError> {
+        if result.is_err() {
+            self.under_way = None;
+            self.unconfirmed = 0;
+        }
         match result {
             Ok(()) => Ok(()),
             Err(Failure::Executor(reason)) => {
@@ -229,14 +240,13 @@ impl Engine {
                     message: format!("the model could not compute a step: {reason}"),
                 };
                 // Copies that the device never finished must not stay pending.
-                let confirmed = self.cache.abandon_block_ops();
+                while self.cache.abandon_block_ops().is_ok() {}
                 let (dropped, freed) = self.scheduler.drop_resident(&mut *self.cache);
                 self.prefixes.forget_content(&mut *self.cache);
                 for id in dropped {
                     self.fail(id, error.clone(), events);
                 }
-                confirmed.and(freed)?;
-                Ok(())
+                Ok(freed?)
             }
             Err(Failure::Engine(error)) => {
                 let (dropped, _) = self.scheduler.drop_resident(&mut *self.cache);

@@ -6,6 +6,7 @@ use super::detokenize::{Detokenize, DetokenizerFactory};
 use super::logits::Rows;
 use super::metrics::RequestMetrics;
 use super::stop::StopMatcher;
+use crate::executor::{Row, Sampling};
 use crate::plan::{Chunk, LogitRows};
 use crate::request::{
     Completion, FinishReason, PositionLogprobs, Request, RequestOutput, SamplingParams, Usage,
@@ -148,7 +149,9 @@ impl RequestState {
         let new: Vec<_> = (known..end)
             .into_par_iter()
             .map_init(Vec::new, |scratch, position| {
-                let row = rows.get((position - 1).checked_sub(chunk.start)?)?;
+                let Row::Logits(row) = rows.get((position - 1).checked_sub(chunk.start)?)? else {
+                    return None;
+                };
                 let token = *self.prompt.get(position)?;
                 Some(LogSoftmax::new(row).position(token, top, scratch))
             })
@@ -156,21 +159,59 @@ impl RequestState {
         entries.extend(new);
     }
 
+    /// Whether one more token is within the limit behind the one that is being chosen.
+    pub(super) fn goes_on(&self, index: usize) -> bool {
+        self.samples.get(index).is_some_and(|sample| sample.generated + 1 < self.limit)
+    }
+
+    /// How the token at a position of a completion is chosen, where that needs nothing but its logits.
+    pub(super) fn sampling(&self, index: usize, position: usize) -> Option<Sampling> {
+        let params = &self.params;
+        let sample = self.samples.get(index)?;
+        let plain = self.beams.is_none()
+            && self.streams()
+            && params.logprobs.is_none()
+            && params.prompt_logprobs.is_none()
+            && sample.counts.is_noop(params)
+            && !(self.first_rows() > 1 && self.is_new());
+        plain.then(|| Sampling {
+            temperature: params.temperature,
+            top_k: params.top_k,
+            top_p: params.top_p,
+            min_p: params.min_p,
+            draw: self.draw(index, position),
+        })
+    }
+
+    fn draw(&self, index: usize, position: usize) -> Draw {
+        Draw { seed: self.seed, sample: index as u32, position: position as u64 }
+    }
+
     /// Chooses the next token of a completion from its logits, or reads what a beam offers. `None` if the completion
     /// has ended.
     pub(super) fn choose(
         &self,
         index: usize,
-        row: &[f32],
+        row: Row<'_>,
         sampler: &mut Sampler,
     ) -> Result<Option<Choice>, NoUsableLogit> {
+        let row = match row {
+            Row::Logits(row) => row,
+            Row::Token(token) => {
+                if self.samples.get(index).is_none_or(|sample| sample.finished.is_some()) {
+                    return Ok(None);
+                }
+                let token_id = token.ok_or(NoUsableLogit)?;
+                return Ok(Some(Choice::Token(ChosenToken { token_id, logprobs: None })));
+            }
+        };
         if let Some(beams) = &self.beams {
             return Ok(beams.read(index, row, &self.params, sampler)?.map(Choice::Beam));
         }
         let Some(sample) = self.samples.get(index).filter(|sample| sample.finished.is_none()) else {
             return Ok(None);
         };
-        let draw = Draw { seed: self.seed, sample: index as u32, position: self.len(index) as u64 };
+        let draw = self.draw(index, self.len(index));
         let token_id = sampler.sample(row, &self.params, &sample.counts, draw)?;
         let logprobs = (self.params.logprobs.is_some() || !self.streams())
             .then(|| sampler.logprobs(row, token_id, self.params.logprobs.unwrap_or(0)));

@@ -4,17 +4,26 @@ use super::logits::LogitCursor;
 use super::metrics::Outcome;
 use super::state::{Choice, Step};
 use super::{Engine, EngineError};
-use crate::executor::StepOutput;
+use crate::executor::{Row, RowWanted, StepOutput};
 use crate::request::{Event, FinishReason, RequestError, RequestId};
 use crate::sampling::beam::BeamStep;
 use crate::sampling::{NoUsableLogit, Sampler};
-use crate::scheduler::Schedule;
+use crate::scheduler::{Schedule, ScheduledChunk};
 use pagewise_kvcache::CacheError;
 use rayon::prelude::*;
 use std::time::Duration;
 
 /// From this many logits a step their tokens are chosen on several threads: about a tenth of a millisecond.
 const PARALLEL_LOGITS: usize = 1 << 17;
+
+/// A step that the executor computes.
+pub(super) struct Begun {
+    schedule: Schedule,
+    /// The device chooses all next tokens.
+    all_chosen: bool,
+    started: Duration,
+    scheduled: Duration,
+}
 
 /// Why a step ended early.
 pub(super) enum Failure {
@@ -30,8 +39,26 @@ impl From<CacheError> for Failure {
 }
 
 impl Engine {
-    /// Schedules, executes, commits, samples.
+    /// Begins a step where none is under way, begins the next one where that can be planned already, and reads the
+    /// first.
     pub(super) fn try_step(&mut self, events: &mut Vec<Event>) -> Result<(), Failure> {
+        let Some(step) =
+            self.under_way.take().map_or_else(|| self.begin(false, events), |step| Ok(Some(step)))?
+        else {
+            return Ok(());
+        };
+        if step.all_chosen && self.executor.runs_ahead() {
+            let requests = &self.requests;
+            let goes_on =
+                |of: &ScheduledChunk| requests.get(&of.request).is_some_and(|state| state.goes_on(of.index));
+            self.scheduler.run_ahead(&step.schedule, goes_on);
+            self.under_way = self.begin(true, events)?;
+        }
+        self.finish_step(step, events)
+    }
+
+    /// Schedules a step and hands it to the executor. `None` if there is nothing to do.
+    fn begin(&mut self, ahead: bool, events: &mut Vec<Event>) -> Result<Option<Begun>, Failure> {
         let started = (self.clock)();
         let expired = self.expire(started, events)?;
         let schedule = self.scheduler.schedule(&mut *self.cache)?;
@@ -42,18 +69,47 @@ impl Engine {
         }
         if schedule.is_idle() {
             // Block ops are taken in every step, so every step confirms them.
+            if ahead {
+                self.unconfirmed += 1;
+                return Ok(None);
+            }
             self.cache.confirm_block_ops()?;
             let stuck = !expired && schedule.refused.is_empty() && self.scheduler.has_work();
-            return if stuck { Err(Failure::Engine(EngineError::Stalled)) } else { Ok(()) };
+            return if stuck { Err(Failure::Engine(EngineError::Stalled)) } else { Ok(None) };
         }
+        let (wanted, all_chosen) = self.wanted(&schedule);
+        self.executor.begin(&schedule.plan, &wanted).map_err(|error| Failure::Executor(error.to_string()))?;
+        Ok(Some(Begun { schedule, all_chosen, started, scheduled }))
+    }
 
-        let output =
-            self.executor.execute(&schedule.plan).map_err(|error| Failure::Executor(error.to_string()))?;
+    /// What is wanted of each logit row; and whether all next tokens are chosen by the device.
+    fn wanted(&self, schedule: &Schedule) -> (Vec<RowWanted>, bool) {
+        let mut wanted = Vec::with_capacity(schedule.chunks.len());
+        let mut all_chosen = true;
+        for (chunk, of) in schedule.plan.chunks.iter().zip(&schedule.chunks) {
+            let position = chunk.start + chunk.tokens.len();
+            let state = self.requests.get(&of.request).filter(|_| of.next_token);
+            let sampling = state
+                .and_then(|state| state.sampling(of.index, position))
+                .filter(|sampling| self.executor.samples(sampling));
+            all_chosen &= sampling.is_some() || !of.next_token;
+            let row = sampling.map_or(RowWanted::Logits, RowWanted::Token);
+            wanted.resize(wanted.len() + chunk.logit_rows(), row);
+        }
+        (wanted, all_chosen)
+    }
+
+    /// Waits for a step, commits it and reads its rows.
+    fn finish_step(&mut self, step: Begun, events: &mut Vec<Event>) -> Result<(), Failure> {
+        let Begun { schedule, started, scheduled, .. } = step;
+        let output = self.executor.finish().map_err(|error| Failure::Executor(error.to_string()))?;
         check_shape(&schedule, &output, self.config.vocab_size).map_err(Failure::Executor)?;
         let executed = (self.clock)();
-        self.cache.confirm_block_ops()?;
+        for _ in 0..=std::mem::take(&mut self.unconfirmed) {
+            self.cache.confirm_block_ops()?;
+        }
         self.scheduler.commit(&schedule, &mut *self.cache)?;
-        self.read_logits(&schedule, &output, events)?;
+        self.read_rows(&schedule, &output, events)?;
         let times = [started, scheduled, executed, (self.clock)()];
         self.note_step(&schedule, times);
         self.scheduler.recycle(schedule);
@@ -79,7 +135,7 @@ impl Engine {
     }
 
     /// Hands every logit row to whom it belongs: prompt log-probabilities, then the next tokens.
-    fn read_logits(
+    fn read_rows(
         &mut self,
         schedule: &Schedule,
         output: &StepOutput,
@@ -112,16 +168,17 @@ impl Engine {
     /// Chooses the next token of each of these completions, on several threads where that pays.
     fn choose(
         &mut self,
-        wanted: &[(RequestId, usize, &[f32])],
+        wanted: &[(RequestId, usize, Row<'_>)],
     ) -> Vec<Result<Option<Choice>, NoUsableLogit>> {
-        let logits: usize = wanted.iter().map(|(_, _, row)| row.len()).sum();
+        let len = |row: &Row<'_>| if let Row::Logits(row) = row { row.len() } else { 0 };
+        let logits: usize = wanted.iter().map(|(_, _, row)| len(row)).sum();
         let threads =
             if logits < PARALLEL_LOGITS { 1 } else { rayon::current_num_threads().min(wanted.len()) };
         if self.samplers.len() < threads {
             self.samplers.resize_with(threads, Sampler::default);
         }
         let requests = &self.requests;
-        let choose = |sampler: &mut Sampler, &(id, index, row): &(RequestId, usize, &[f32])| {
+        let choose = |sampler: &mut Sampler, &(id, index, row): &(RequestId, usize, Row<'_>)| {
             requests.get(&id).map_or(Ok(None), |state| state.choose(index, row, sampler))
         };
         match self.samplers.as_mut_slice() {
@@ -232,11 +289,11 @@ impl Engine {
 /// An executor must answer with the rows that the plan asked for.
 fn check_shape(schedule: &Schedule, output: &StepOutput, vocab_size: usize) -> Result<(), String> {
     let rows: usize = schedule.plan.chunks.iter().map(|chunk| chunk.logit_rows()).sum();
-    if (rows > 0 && output.vocab_size != vocab_size)
-        || Some(output.logits.len()) != rows.checked_mul(vocab_size)
-    {
+    let whole = (0..rows).all(|row| output.row(row).is_some());
+    if output.rows.len() != rows || !whole || (rows > 0 && output.vocab_size != vocab_size) {
         return Err(format!(
-            "it gave {} logits in rows of {}, where {rows} rows of {vocab_size} were asked for",
+            "it gave {} rows and {} logits in rows of {}, where {rows} rows of {vocab_size} were asked for",
+            output.rows.len(),
             output.logits.len(),
             output.vocab_size
         ));

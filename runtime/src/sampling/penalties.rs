@@ -35,7 +35,7 @@ impl TokenCounts {
     }
 
     /// Whether [`process`] would leave the logits as they are.
-    pub(super) fn is_noop(&self, params: &SamplingParams) -> bool {
+    pub(crate) fn is_noop(&self, params: &SamplingParams) -> bool {
         params.logit_bias.is_empty() && !self.active
     }
 }

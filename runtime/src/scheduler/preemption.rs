@@ -5,6 +5,7 @@ use super::admission::demand;
 use super::group::{Group, Sequence};
 use super::order::Rank;
 use super::{Schedule, Scheduler, rebuild};
+use crate::request::RequestId;
 use pagewise_kvcache::{CacheError, CacheManager};
 use std::ops::Bound;
 
@@ -87,7 +88,7 @@ impl Scheduler {
             while wanted > 0 && !coming.promise(wanted) {
                 if self.resident.len() > 1 {
                     coming.blocks += self.preempt_last(schedule, cache)?;
-                } else if cache.device_usage().pending > 0 {
+                } else if cache.device_usage().pending > 0 || self.guesses(rank.id()) {
                     break;
                 } else if !self.reclaim(cache)? {
                     self.refuse(rank.id(), schedule, cache)?;
@@ -97,6 +98,12 @@ impl Scheduler {
             }
         }
         Ok(outcome)
+    }
+
+    /// Whether a group wants slots for tokens that are still being sampled, and may be its last.
+    fn guesses(&self, id: RequestId) -> bool {
+        let group = self.groups.get(&id);
+        group.is_some_and(|group| group.unfinished().any(|sequence| sequence.placeholder.is_some()))
     }
 
     /// Gives slots to the residents from some place in the order on, until one cannot have all of its own. Returns that

@@ -94,18 +94,19 @@ impl Scheduler {
 
     /// Lets the next step be planned before this one is computed: every sequence whose next token this step
     /// samples goes on with a placeholder for it. Groups whose next tokens may change their sequences (a prompt with
-    /// several samples, beams) wait a step instead.
+    /// several samples, beams) wait a step instead, and so does what `goes_on` denies: sequences that end with this
+    /// token, for example.
     ///
     /// Steps are still computed and [`commit`](Self::commit)ted in order, and a step's tokens pushed before the next
     /// one is committed.
-    pub fn run_ahead(&mut self, schedule: &Schedule) {
+    pub fn run_ahead(&mut self, schedule: &Schedule, goes_on: impl Fn(&ScheduledChunk) -> bool) {
         let mut row = 0;
         for (chunk, of) in schedule.plan.chunks.iter().zip(&schedule.chunks) {
             row += chunk.logit_rows();
             let Some(group) = self.resident_mut(of.request) else { continue };
             let settled = !group.beams && group.seats == group.unfinished().count();
             let Some(sequence) = group.sequences.get_mut(of.index) else { continue };
-            if of.next_token && settled && sequence.id == chunk.sequence {
+            if of.next_token && settled && sequence.id == chunk.sequence && goes_on(of) {
                 sequence.placeholder = Some(TokenPlace { step: schedule.plan.id, row: row - 1 });
             }
         }

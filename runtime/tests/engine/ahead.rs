@@ -64,7 +64,7 @@ fn run_ahead(cache: &CacheConfig, preemption: Preemption, width: usize) -> (Vec<
         let plan = &current.plan;
         let (output, mut next) = std::thread::scope(|scope| {
             let computing = scope.spawn(|| executor.execute(plan).unwrap());
-            scheduler.run_ahead(&current);
+            scheduler.run_ahead(&current, |_| true);
             let next = scheduler.schedule(&mut manager).unwrap();
             (computing.join().unwrap(), next)
         });

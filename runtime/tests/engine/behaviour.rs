@@ -1,11 +1,11 @@
 //! What the engine does with a request, one behaviour a test.
 
 use crate::support::{
-    HashExecutor, Log, VOCAB, cache_config, engine, engine_config, hash_logits, letter, text_of,
+    HashExecutor, Log, VOCAB, cache_config, engine, engine_ahead, engine_config, hash_logits, letter, text_of,
 };
 use pagewise_kvcache::{CacheConfig, KvCacheManager};
 use pagewise_runtime::engine::{Engine, EngineConfig};
-use pagewise_runtime::executor::{Executor, ExecutorError, StepOutput};
+use pagewise_runtime::executor::{Executor, ExecutorError, RowWanted, StepOutput};
 use pagewise_runtime::plan::StepPlan;
 use pagewise_runtime::request::{
     Completion, Event, FinishReason, PositionLogprobs, Request, RequestOutput, SamplingParams,
@@ -349,8 +349,9 @@ fn cancelling_frees_everything_at_the_next_step() {
 
 #[test]
 fn a_failed_step_fails_its_requests_and_nothing_of_it_stays() {
-    for fail_in in 0..6 {
-        let (mut engine, log) = engine(EngineConfig { max_num_seqs: 3, ..engine_config() }, roomy());
+    for (fail_in, ahead) in (0..6).flat_map(|fail_in| [(fail_in, false), (fail_in, true)]) {
+        let make = if ahead { engine_ahead } else { engine };
+        let (mut engine, log) = make(EngineConfig { max_num_seqs: 3, ..engine_config() }, roomy());
         let prompt: Vec<u32> = (0..10).collect();
         let params = SamplingParams { n: 2, ..greedy(8) };
         let first = engine.add(Request::new(prompt.clone(), params.clone())).unwrap();
@@ -386,7 +387,11 @@ fn a_failed_step_fails_its_requests_and_nothing_of_it_stays() {
 
 #[test]
 fn unusable_logits_fail_their_request_alone() {
-    let (mut engine, log) = engine(engine_config(), roomy());
+    unusable_logits(engine(engine_config(), roomy()));
+    unusable_logits(engine_ahead(engine_config(), roomy()));
+}
+
+fn unusable_logits((mut engine, log): (Engine, Arc<Mutex<Log>>)) {
     log.lock().unwrap().nan_after = Some(30);
     let bad = |n| Request::new(vec![3, 30], SamplingParams { n, ..greedy(5) });
     let good = Request::new(vec![4, 5], greedy(5));
@@ -405,8 +410,12 @@ fn unusable_logits_fail_their_request_alone() {
 struct Short;
 
 impl Executor for Short {
-    fn execute(&mut self, _: &StepPlan) -> Result<StepOutput, ExecutorError> {
-        Ok(StepOutput { logits: vec![0.0; VOCAB - 1], vocab_size: VOCAB })
+    fn begin(&mut self, _: &StepPlan, _: &[RowWanted]) -> Result<(), ExecutorError> {
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<StepOutput, ExecutorError> {
+        Ok(StepOutput::of_logits(vec![0.0; VOCAB - 1], VOCAB))
     }
 }
 

@@ -6,7 +6,7 @@
 //! A failing case names its number; run it alone with
 //! `PAGEWISE_CASE=<number> cargo test -p pagewise-runtime --test engine simulation`.
 
-use crate::support::{Numbers, Streams, VOCAB, cache_config, engine, engine_config, text_of};
+use crate::support::{Numbers, Streams, VOCAB, cache_config, engine, engine_ahead, engine_config, text_of};
 use pagewise_kvcache::{CacheConfig, KvGroup};
 use pagewise_runtime::engine::{EngineConfig, Outcome, RequestMetrics};
 use pagewise_runtime::plan::LogitRows;
@@ -20,6 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+/// Of each kind: the cases from here on run on an executor that chooses tokens itself, a step ahead.
 const CASES: u64 = 4000;
 
 fn random_request(numbers: &mut Numbers, shared: &[u32]) -> Request {
@@ -51,6 +52,20 @@ fn random_request(numbers: &mut Numbers, shared: &[u32]) -> Request {
         ..Default::default()
     };
     Request::new(prompt, params)
+}
+
+/// Without what only the host can do.
+fn chosen_by_the_device(params: SamplingParams) -> SamplingParams {
+    SamplingParams {
+        n: params.width(),
+        best_of: None,
+        beam_width: None,
+        logprobs: None,
+        prompt_logprobs: None,
+        repetition_penalty: 1.0,
+        presence_penalty: 0.0,
+        ..params
+    }
 }
 
 fn alone(request: &Request) -> RequestOutput {
@@ -93,6 +108,7 @@ struct Coverage {
     cached_tokens: u64,
     chunked_prompts: u64,
     stop_strings: u64,
+    placeholders: u64,
 }
 
 fn run(case: u64, coverage: &mut Coverage) {
@@ -121,7 +137,11 @@ fn run(case: u64, coverage: &mut Coverage) {
         ]),
         ..engine_config()
     };
-    let (mut engine, log) = engine(config.clone(), cache.clone());
+    let ahead = case >= CASES;
+    let make = if ahead { engine_ahead } else { engine };
+    let (mut engine, log) = make(config.clone(), cache.clone());
+    // With one request whose tokens the host chooses, nothing runs ahead.
+    let plain = ahead && numbers.chance(70);
     // A millisecond a step.
     let clock = Arc::new(AtomicU64::new(0));
     let read = clock.clone();
@@ -131,6 +151,9 @@ fn run(case: u64, coverage: &mut Coverage) {
         .map(|_| {
             let at = if numbers.chance(50) { 0 } else { numbers.below(60) };
             let mut request = random_request(&mut numbers, &shared);
+            if plain {
+                request.params = chosen_by_the_device(request.params);
+            }
             if !ordered {
                 request.urgency = Urgency {
                     priority: numbers.below(3) as i32 - 1,
@@ -244,6 +267,7 @@ fn run(case: u64, coverage: &mut Coverage) {
     coverage.swaps += stats.scheduler.swaps;
     coverage.copied_blocks += stats.cache.copied_blocks;
     coverage.cached_tokens += stats.cached_tokens;
+    coverage.placeholders += log.lock().unwrap().placeholders;
     for (at, plan) in log.lock().unwrap().plans.iter().enumerate() {
         assert!(plan.num_tokens() <= config.max_batch_tokens && plan.chunks.len() <= config.max_num_seqs);
         assert_eq!(plan.id, at as u64);
@@ -256,7 +280,7 @@ fn run(case: u64, coverage: &mut Coverage) {
 #[test]
 fn random_schedules_give_every_request_its_own_tokens() {
     let only = std::env::var("PAGEWISE_CASE").ok().map(|case| case.parse().unwrap());
-    let cases = only.map_or(0..CASES, |case| case..case + 1);
+    let cases = only.map_or(0..2 * CASES, |case| case..case + 1);
     let mut coverage = Coverage::default();
     for case in cases {
         if catch_unwind(AssertUnwindSafe(|| run(case, &mut coverage))).is_err() {
@@ -266,9 +290,19 @@ fn random_schedules_give_every_request_its_own_tokens() {
     println!("{coverage:?}");
     if only.is_none() {
         let Coverage { finished, refused, cancelled, expired, beams, preemptions, swaps, .. } = coverage;
-        let Coverage { copied_blocks, cached_tokens, chunked_prompts, stop_strings, .. } = coverage;
-        let often =
-            [finished, refused, beams, preemptions, swaps, copied_blocks, cached_tokens, chunked_prompts];
+        let Coverage { copied_blocks, cached_tokens, chunked_prompts, stop_strings, placeholders, .. } =
+            coverage;
+        let often = [
+            finished,
+            refused,
+            beams,
+            preemptions,
+            swaps,
+            copied_blocks,
+            cached_tokens,
+            chunked_prompts,
+            placeholders,
+        ];
         let seldom = [cancelled, expired, stop_strings];
         assert!(
             often.iter().all(|&count| count > 500) && seldom.iter().all(|&count| count > 100),

@@ -6,11 +6,12 @@ use pagewise_kvcache::{
     KvCacheManager, KvGroup, NO_BLOCK, PinId, PinnedPrefix, PoolUsage, Prompt, SequenceId,
 };
 use pagewise_runtime::engine::{Detokenize, DetokenizerFactory, Engine, EngineConfig};
-use pagewise_runtime::executor::{Executor, ExecutorError, StepOutput};
+use pagewise_runtime::executor::{Executor, ExecutorError, RowOutput, RowWanted, Sampling, StepOutput};
 use pagewise_runtime::plan::{LogitRows, StepPlan, TokenInput};
-use pagewise_runtime::sampling::Draw;
+use pagewise_runtime::request::SamplingParams;
+use pagewise_runtime::sampling::{Draw, Sampler, TokenCounts};
 use pagewise_runtime::scheduler::Preemption;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
 
 pub(crate) const VOCAB: usize = 32;
@@ -66,6 +67,8 @@ pub(crate) struct Log {
     pub(crate) fail_in: Option<usize>,
     /// Answer with NaN for contexts that end in this token.
     pub(crate) nan_after: Option<u32>,
+    /// Tokens that came as placeholders.
+    pub(crate) placeholders: u64,
 }
 
 pub(crate) struct HashExecutor {
@@ -74,6 +77,11 @@ pub(crate) struct HashExecutor {
     device: Vec<u32>,
     host: Vec<u32>,
     log: Arc<Mutex<Log>>,
+    /// Chooses tokens itself, and takes a step before it has given out the one before.
+    runs_ahead: bool,
+    begun: VecDeque<StepOutput>,
+    /// The last step's tokens.
+    chosen: (u64, Vec<Option<u32>>),
 }
 
 impl HashExecutor {
@@ -84,7 +92,42 @@ impl HashExecutor {
             device: vec![POISON; config.device_blocks * config.block_size],
             host: vec![POISON; config.host_blocks * config.block_size],
             log,
+            runs_ahead: false,
+            begun: VecDeque::new(),
+            chosen: (0, Vec::new()),
         }
+    }
+
+    pub(crate) fn that_runs_ahead(config: &CacheConfig, log: Arc<Mutex<Log>>) -> Self {
+        Self { runs_ahead: true, ..Self::new(config, log) }
+    }
+
+    /// What is wanted of the rows.
+    fn choose(&mut self, step: u64, logits: &[f32], wanted: &[RowWanted]) -> StepOutput {
+        let mut output = StepOutput { vocab_size: VOCAB, ..StepOutput::default() };
+        self.chosen = (step, Vec::new());
+        for (row, logits) in logits.chunks(VOCAB).enumerate() {
+            let mut token = None;
+            if let Some(RowWanted::Token(Sampling { temperature, top_k, top_p, min_p, draw })) =
+                wanted.get(row)
+            {
+                let params = SamplingParams {
+                    temperature: *temperature,
+                    top_k: *top_k,
+                    top_p: *top_p,
+                    min_p: *min_p,
+                    ..SamplingParams::default()
+                };
+                let counts = TokenCounts::default();
+                token = Sampler::default().sample(logits, &params, &counts, *draw).ok();
+                output.rows.push(RowOutput::Token(token));
+            } else {
+                output.rows.push(RowOutput::Logits(output.logits.len() / VOCAB));
+                output.logits.extend(logits);
+            }
+            self.chosen.1.push(token);
+        }
+        output
     }
 
     fn blocks(&self, block: BlockId) -> std::ops::Range<usize> {
@@ -94,13 +137,28 @@ impl HashExecutor {
 }
 
 impl Executor for HashExecutor {
-    fn execute(&mut self, plan: &StepPlan) -> Result<StepOutput, ExecutorError> {
-        let mut log = self.log.lock().unwrap();
+    fn samples(&self, _: &Sampling) -> bool {
+        self.runs_ahead
+    }
+
+    fn runs_ahead(&self) -> bool {
+        self.runs_ahead
+    }
+
+    fn finish(&mut self) -> Result<StepOutput, ExecutorError> {
+        self.begun.pop_front().ok_or(ExecutorError::NothingBegun)
+    }
+
+    fn begin(&mut self, plan: &StepPlan, wanted: &[RowWanted]) -> Result<(), ExecutorError> {
+        assert!(self.begun.len() <= usize::from(self.runs_ahead), "two steps ahead");
+        let log = self.log.clone();
+        let mut log = log.lock().unwrap();
         log.plans.push(plan.clone());
         if let Some(left) = &mut log.fail_in {
             if *left == 0 {
                 log.fail_in = None;
                 self.device.fill(POISON);
+                self.begun.clear();
                 return Err(ExecutorError::Plan { step: plan.id, problem: "injected".into() });
             }
             *left -= 1;
@@ -121,7 +179,15 @@ impl Executor for HashExecutor {
             assert!(!chunk.tokens.is_empty() && chunk.block_tables.len() == self.windows.len());
             for table in &chunk.block_tables {
                 for (offset, token) in chunk.tokens.iter().enumerate() {
-                    let TokenInput::Known(token) = *token else { panic!("placeholder") };
+                    let token = match *token {
+                        TokenInput::Known(token) => token,
+                        TokenInput::Placeholder(place) => {
+                            assert_eq!((place.step, self.runs_ahead), (self.chosen.0, true));
+                            log.placeholders += 1;
+                            // Where no token could be chosen the sequence ends, whatever comes of this.
+                            self.chosen.1[place.row].unwrap_or(0)
+                        }
+                    };
                     let position = chunk.start + offset;
                     let block = table[position / self.block_size];
                     if block != NO_BLOCK {
@@ -160,7 +226,9 @@ impl Executor for HashExecutor {
                 }
             }
         }
-        Ok(StepOutput { logits, vocab_size: VOCAB })
+        let output = self.choose(plan.id, &logits, wanted);
+        self.begun.push_back(output);
+        Ok(())
     }
 }
 
@@ -287,8 +355,21 @@ pub(crate) fn engine_config() -> EngineConfig {
 }
 
 pub(crate) fn engine(config: EngineConfig, cache: CacheConfig) -> (Engine, Arc<Mutex<Log>>) {
+    engine_on(HashExecutor::new, config, cache)
+}
+
+/// An engine whose executor chooses the tokens itself, a step ahead.
+pub(crate) fn engine_ahead(config: EngineConfig, cache: CacheConfig) -> (Engine, Arc<Mutex<Log>>) {
+    engine_on(HashExecutor::that_runs_ahead, config, cache)
+}
+
+fn engine_on(
+    make: impl FnOnce(&CacheConfig, Arc<Mutex<Log>>) -> HashExecutor,
+    config: EngineConfig,
+    cache: CacheConfig,
+) -> (Engine, Arc<Mutex<Log>>) {
     let log = Arc::new(Mutex::new(Log::default()));
-    let executor = HashExecutor::new(&cache, log.clone());
+    let executor = make(&cache, log.clone());
     let manager = Audited(KvCacheManager::new(cache).unwrap());
     (Engine::with_detokenizer(config, Box::new(manager), Box::new(executor), Some(letters())), log)
 }

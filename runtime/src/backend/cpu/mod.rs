@@ -7,6 +7,7 @@ pub mod dense;
 pub use cache::CpuCache;
 
 use super::{Activated, AttentionSpec, Backend, BackendError, Heads, Input, Linear, Norm, StepBatch};
+use crate::executor::{RowWanted, StepOutput};
 use crate::model_dir::WeightTensor;
 use dense::RopeAngles;
 use pagewise_attention::cpu::{self as attention, Inputs, KvPair, Outputs, Plan};
@@ -104,6 +105,7 @@ impl Backend for CpuBackend {
     type Tensor = CpuTensor;
     type Cache = CpuCache;
     type Step<'a> = CpuStep<'a>;
+    type Output = StepOutput;
 
     fn upload(&self, weight: WeightTensor) -> Result<WeightTensor, BackendError> {
         // Weights that are made up are so now, not in the first step.
@@ -297,8 +299,12 @@ impl Backend for CpuBackend {
         Ok(CpuTensor { data, width: x.width })
     }
 
-    fn download(&self, x: CpuTensor) -> Result<Vec<f32>, BackendError> {
-        Ok(x.data)
+    fn output(&self, logits: Option<CpuTensor>, _: &[RowWanted]) -> Result<StepOutput, BackendError> {
+        Ok(logits.map_or_else(StepOutput::default, |logits| StepOutput::of_logits(logits.data, logits.width)))
+    }
+
+    fn wait(&self, output: StepOutput) -> Result<StepOutput, BackendError> {
+        Ok(output)
     }
 
     fn scope<T: Send>(&self, step: impl FnOnce() -> T + Send) -> T {
