@@ -19,10 +19,13 @@ pub mod add;
 pub mod embed;
 pub mod fill_weights;
 pub mod gather_rows;
+pub mod matvec;
 pub mod norm;
 pub mod scale;
 
 use minijinja::{Value, context};
+
+pub use norm::NormKind;
 
 use crate::kernel::{Kernel, Launch, Param, ParamType, Target};
 use crate::{DType, Error, template};
@@ -223,7 +226,8 @@ pub(crate) fn all_kernels() -> impl Iterator<Item = Result<Kernel, Error>> {
         .map(|spec| Ok(fill_weights::FillWeights::new(spec)?.into_kernel()));
     let gather =
         gather_rows::GatherRowsSpec::all().map(|spec| Ok(gather_rows::GatherRows::new(spec)?.into_kernel()));
+    let matvec = matvec::MatvecSpec::all().map(|spec| Ok(matvec::Matvec::new(spec)?.into_kernel()));
     let norm = norm::NormSpec::all().map(|spec| Ok(norm::Norm::new(spec)?.into_kernel()));
     let scale = scale::ScaleSpec::all().map(|spec| Ok(scale::Scale::new(spec)?.into_kernel()));
-    activate.chain(add).chain(embed).chain(fill).chain(gather).chain(norm).chain(scale)
+    activate.chain(add).chain(embed).chain(fill).chain(gather).chain(matvec).chain(norm).chain(scale)
 }
