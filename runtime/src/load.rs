@@ -1,14 +1,17 @@
 //! From a model directory to a running engine: the one place where files, cache, device and engine meet.
 
-use crate::backend::cpu::CpuBackend;
-use crate::backend::{AttentionSpec, BackendError};
+mod devices;
+
+pub use devices::{Choice, Chosen, choose_backend};
+
+use crate::backend::BackendError;
 use crate::engine::{Engine, EngineConfig};
-use crate::executor::ModelExecutor;
 use crate::model_dir::{GenerationConfig, ModelConfig, ModelDir, ModelError, Weights, resolve_model};
-use crate::models::{LoadModelError, WeightSource, load_model, weight_dtype};
+use crate::models::{LoadModelError, WeightSource, weight_dtype};
 use crate::scheduler::Preemption;
 use crate::text::{ChatTemplate, Tokenizer};
-use pagewise_attention::{DType, MAX_BLOCK_SIZE};
+use devices::{Ready, Wanted, machine_memory};
+use pagewise_attention::DType;
 use pagewise_kvcache::{CacheConfig, CacheError, KvCacheManager};
 
 /// Which device computes.
@@ -28,7 +31,8 @@ pub enum BackendChoice {
 /// How much memory the KV cache gets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CacheSize {
-    /// What the running sequences can need at most, but no more than a quarter of the machine's memory.
+    /// What the running sequences can need at most, but no more than a quarter of the machine's memory, or on a GPU than
+    /// [`LoadOptions::gpu_memory_utilization`] leaves.
     #[default]
     Auto,
     /// This many blocks.
@@ -68,8 +72,8 @@ pub struct LoadOptions {
     pub preemption: Preemption,
     /// Most sequences in one step.
     pub max_num_seqs: usize,
-    /// Most tokens in one step.
-    pub max_batch_tokens: usize,
+    /// Most tokens in one step; `None` is 512 on the CPU and 8192 on GPUs.
+    pub max_batch_tokens: Option<usize>,
     /// Longest sequence; `None` is the model's own limit.
     pub max_model_len: Option<usize>,
     /// Whether computed prefixes are kept and found again.
@@ -78,6 +82,10 @@ pub struct LoadOptions {
     pub threads: Option<usize>,
     /// Where weights come from.
     pub load_format: LoadFormat,
+    /// Share of a GPU's memory that may be used in all, weights and cache included.
+    pub gpu_memory_utilization: f64,
+    /// Whether decodes on CUDA are captured as graphs and replayed.
+    pub cuda_graphs: bool,
 }
 
 impl LoadOptions {
@@ -93,7 +101,9 @@ impl LoadOptions {
             swap_space: 0,
             preemption: Preemption::Auto,
             max_num_seqs: 256,
-            max_batch_tokens: 512,
+            max_batch_tokens: None,
+            gpu_memory_utilization: 0.9,
+            cuda_graphs: true,
             max_model_len: None,
             prefix_cache: true,
             threads: None,
@@ -178,7 +188,7 @@ pub fn load(
     options: &LoadOptions,
     progress: &mut dyn FnMut(LoadProgress<'_>),
 ) -> Result<LoadedModel, LoadError> {
-    let backend_reason = choose_backend(options.backend)?;
+    let choice = choose_backend(options.backend)?;
     let path = resolve_model(&options.model, &mut |fetched| {
         progress(LoadProgress::Download { file: &fetched.file, done: fetched.bytes, total: fetched.total });
     })?;
@@ -202,13 +212,9 @@ pub fn load(
     let tokenizer = Tokenizer::open(&path)?;
     let chat_template = ChatTemplate::open(&path)?;
 
-    progress(LoadProgress::Stage("mapping the weights"));
-    let backend = CpuBackend::new(options.threads)?;
     let weight_dtype = weight_dtype(&config, &weights)?;
-    let model = load_model(&config, &weights, &backend)?;
-
-    progress(LoadProgress::Stage("making the KV cache"));
-    let spec = attention_spec(options, &config, options.kv_dtype.unwrap_or(weight_dtype), max_model_len)?;
+    let wanted = Wanted { options, config: &config, weights: &weights, weight_dtype, max_model_len };
+    let Ready { executor, spec, line, max_batch_tokens } = choice.make_ready(&wanted, progress)?;
     let (kv_groups, _) = config.kv_groups();
     let manager = KvCacheManager::new(CacheConfig {
         block_size: spec.block_size,
@@ -219,21 +225,19 @@ pub fn load(
         prefix_cache: options.prefix_cache,
     })?;
     let num_blocks = spec.num_blocks;
-    let backend_line = format!("{backend_reason}, {} threads", backend.threads());
     tracing::info!(
-        backend = %backend_line, weights = %weight_dtype, num_blocks, block_size = spec.block_size, max_model_len,
+        backend = %line, weights = %weight_dtype, num_blocks, block_size = spec.block_size, max_model_len,
         "model loaded"
     );
-    let executor = ModelExecutor::new(backend, model, spec, config.vocab_size)?;
     let engine_config = EngineConfig {
         max_num_seqs: options.max_num_seqs,
-        max_batch_tokens: options.max_batch_tokens,
+        max_batch_tokens,
         max_model_len,
         vocab_size: config.vocab_size,
         eos_token_ids: generation.eos_token_ids.clone(),
         preemption: options.preemption,
     };
-    let engine = Engine::new(engine_config, Box::new(manager), Box::new(executor), tokenizer.clone());
+    let engine = Engine::new(engine_config, Box::new(manager), executor, tokenizer.clone());
     Ok(LoadedModel {
         engine,
         tokenizer,
@@ -241,27 +245,9 @@ pub fn load(
         generation,
         config,
         max_model_len,
-        backend: backend_line,
+        backend: line,
         num_blocks,
     })
-}
-
-/// Which backend `choice` means, and why, in one line.
-///
-/// # Errors
-/// [`LoadError::Option`] if it cannot be had.
-pub fn choose_backend(choice: BackendChoice) -> Result<&'static str, LoadError> {
-    let problem = |name: &str| {
-        let problem =
-            format!("the engine of this version computes on the CPU only, not on {name}; use auto or cpu");
-        Err(LoadError::Option { option: "--backend", problem })
-    };
-    match choice {
-        BackendChoice::Auto => Ok("cpu (auto: the engine of this version computes on the CPU)"),
-        BackendChoice::Cpu => Ok("cpu (asked for)"),
-        BackendChoice::Wgpu => problem("wgpu"),
-        BackendChoice::Cuda => problem("cuda"),
-    }
 }
 
 /// Weights made up for a configuration, if the machine has room for them.
@@ -296,88 +282,4 @@ fn max_model_len(options: &LoadOptions, config: &ModelConfig) -> Result<usize, L
         ),
         Some(len) => Ok(len),
     }
-}
-
-fn attention_spec(
-    options: &LoadOptions,
-    config: &ModelConfig,
-    kv_dtype: DType,
-    max_model_len: usize,
-) -> Result<AttentionSpec, LoadError> {
-    let block_size = options.block_size;
-    if !block_size.is_power_of_two() || block_size > MAX_BLOCK_SIZE {
-        let problem = format!("{block_size} is not a power of two from 1 to {MAX_BLOCK_SIZE}");
-        return Err(LoadError::Option { option: "--block-size", problem });
-    }
-    let mut spec = AttentionSpec::new(config, kv_dtype, block_size, 0);
-    spec.num_blocks = num_blocks(options, &spec, max_model_len)?;
-    spec.host_blocks = host_blocks(options, &spec)?;
-    Ok(spec)
-}
-
-fn host_blocks(options: &LoadOptions, spec: &AttentionSpec) -> Result<usize, LoadError> {
-    let refuse = |option, problem| Err(LoadError::Option { option, problem });
-    if options.swap_space == 0 {
-        return match options.preemption {
-            Preemption::Swap => refuse("--preemption swap", "there is no --swap-space to swap to".into()),
-            Preemption::Auto | Preemption::Recompute => Ok(0),
-        };
-    }
-    let block_bytes = (spec.block_bytes() + BOOKKEEPING_BYTES) as u64;
-    let blocks = options.swap_space / block_bytes;
-    match machine_memory() {
-        _ if blocks == 0 => {
-            refuse("--swap-space", format!("it holds no block; one block takes {block_bytes} bytes"))
-        }
-        Some(memory) if options.swap_space > memory => {
-            let asked = options.swap_space;
-            refuse("--swap-space", format!("{asked} bytes are asked for; the machine has {memory}"))
-        }
-        _ if blocks > u64::from(u32::MAX / 2) => {
-            refuse("--swap-space", format!("{blocks} blocks are more than can be numbered"))
-        }
-        _ => Ok(blocks as usize),
-    }
-}
-
-/// Bytes that the cache manager keeps for a block, at most: reference counts, links, and its place in the
-/// prefix cache without the tokens themselves.
-const BOOKKEEPING_BYTES: usize = 64;
-
-fn num_blocks(options: &LoadOptions, spec: &AttentionSpec, max_model_len: usize) -> Result<usize, LoadError> {
-    let bookkeeping = BOOKKEEPING_BYTES + size_of::<u32>() * spec.block_size;
-    let block_bytes = (spec.block_bytes() + bookkeeping) as u64;
-    let memory = machine_memory();
-    let (option, blocks) = match options.cache_size {
-        CacheSize::Blocks(blocks) => ("--kv-blocks", blocks as u64),
-        CacheSize::Bytes(bytes) => ("--kv-memory", bytes / block_bytes),
-        CacheSize::Auto => {
-            let sequence = max_model_len.div_ceil(spec.block_size) * spec.groups.len();
-            let most = (sequence as u64).saturating_mul(options.max_num_seqs as u64);
-            let quarter = memory.map_or(1 << 30, |bytes| bytes / 4) / block_bytes;
-            ("--kv-blocks", most.min(quarter).clamp(1, u64::from(u32::MAX / 2)))
-        }
-    };
-    let refuse = |problem| Err(LoadError::Option { option, problem });
-    if blocks == 0 {
-        return refuse(format!("the cache would have no block; one block takes {block_bytes} bytes"));
-    }
-    let bytes = blocks.saturating_mul(block_bytes);
-    match memory {
-        Some(memory) if bytes > memory => {
-            refuse(format!("{blocks} blocks take {bytes} bytes; the machine has {memory}: ask for less"))
-        }
-        _ if blocks > u64::from(u32::MAX / 2) => {
-            refuse(format!("{blocks} blocks are more than can be numbered"))
-        }
-        _ => Ok(blocks as usize),
-    }
-}
-
-/// Bytes of memory, where the operating system says so in the way of Linux.
-fn machine_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kib.checked_mul(1024)
 }

@@ -53,8 +53,8 @@ pub use device::{
 pub use error::CudaError;
 pub use launch::{Order, RawStream};
 pub use merge_states::{MergeStatesCall, MergeStatesVariant};
-pub use pagewise_ptx as ptx;
 pub use own_kernel::OwnKernel;
+pub use pagewise_ptx as ptx;
 pub use plan::{DecodePlan, PlanBound, PlanOptions, StepLimits};
 pub use rotary::{PositionType, Rotary, RotaryQueries, RotaryTables};
 pub use slices::{AttentionSlices, AttentionWorkspace};

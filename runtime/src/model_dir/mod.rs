@@ -11,13 +11,13 @@ mod hub_fetch;
 mod index;
 pub(crate) mod json;
 mod layer_windows;
+mod made_up;
 mod page_in;
 mod parse_config;
 mod parse_rope;
 pub(crate) mod quiet;
 mod refused;
 mod shard;
-mod made_up;
 mod weight_tensor;
 mod weights;
 

@@ -67,7 +67,8 @@ mod tests {
             assert_eq!(bucket(most + 1, most), None);
         }
         assert_eq!(bucket(0, 8), None);
-        let number = (1..=256).filter_map(|rows| bucket(rows, 256)).collect::<std::collections::BTreeSet<_>>();
+        let number =
+            (1..=256).filter_map(|rows| bucket(rows, 256)).collect::<std::collections::BTreeSet<_>>();
         assert_eq!(number.len(), 4 + 7 + 12);
     }
 
@@ -87,7 +88,11 @@ mod tests {
             positions: vec![20, 3, 0],
             query_start: vec![0, 1, 2, 3],
             seq_lens: vec![21, 4, 1],
-            groups: vec![GroupBatch { indptr: vec![0, 2, 3, 4], indices: vec![4, 1, 2, 3], slots: vec![20, 35, 48] }],
+            groups: vec![GroupBatch {
+                indptr: vec![0, 2, 3, 4],
+                indices: vec![4, 1, 2, 3],
+                slots: vec![20, 35, 48],
+            }],
             logit_rows: vec![0, 1, 2],
         };
         assert!(is_decode(&batch));

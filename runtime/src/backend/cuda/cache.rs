@@ -64,7 +64,11 @@ struct Extent {
 
 impl Extent {
     /// Keys and values are of the same size, and as many.
-    fn new(spec: &AttentionSpec, config: &AttentionConfig, layout: &CacheLayout) -> Result<Self, BackendError> {
+    fn new(
+        spec: &AttentionSpec,
+        config: &AttentionConfig,
+        layout: &CacheLayout,
+    ) -> Result<Self, BackendError> {
         let elements = layout.k_extent(config).max(layout.v_extent(config));
         let bytes = elements.checked_mul(config.kv_dtype.size() as u64);
         let buffer = bytes.and_then(|bytes| usize::try_from(bytes).ok()?.checked_next_multiple_of(ALIGNMENT));
@@ -134,10 +138,22 @@ impl CudaCache {
         let address = self.pairs.address() + 2 * PAIRS as u64 * 8;
         let pairs = BlockPairs { address, number_type: BlockNumberType::I32, count, count_at: 0 };
         let blocks = self.device.blocks();
-        CopyBlocksCall { config: &self.config, from: blocks, to: blocks, pairs, thread_blocks: None, tuning: None }
+        CopyBlocksCall {
+            config: &self.config,
+            from: blocks,
+            to: blocks,
+            pairs,
+            thread_blocks: None,
+            tuning: None,
+        }
     }
 
-    fn swap_call<'a>(&'a self, leave: bool, pairs: &'a [(u32, u32)], device_pairs: u64) -> SwapBlocksCall<'a> {
+    fn swap_call<'a>(
+        &'a self,
+        leave: bool,
+        pairs: &'a [(u32, u32)],
+        device_pairs: u64,
+    ) -> SwapBlocksCall<'a> {
         let (device, host) = (self.device.blocks(), self.host.blocks());
         let (from, to) = if leave { (device, host) } else { (host, device) };
         SwapBlocksCall { config: &self.config, from, to, pairs, device_pairs, method: SwapMethod::default() }

@@ -7,14 +7,61 @@
 use pagewise_attention::DType;
 use pagewise_attention::cuda::ptx::model::activate::ActivateArgs;
 use pagewise_attention::cuda::ptx::model::add::AddArgs;
+use pagewise_attention::cuda::ptx::model::matvec::{self, MatvecArgs, MatvecNorm, MatvecShape, Store};
 use pagewise_attention::cuda::ptx::model::norm::{NormArgs, NormKind, Parts};
 use pagewise_attention::cuda::ptx::model::{Activation as Function, Rows};
 
 use super::CudaBackend;
-use super::blaslt::Product;
+use super::blaslt::{Matrix, Product};
+use super::kernels::small;
 use super::tensor::{CudaTensor, CudaWeight, shape_error};
 use crate::backend::{Activated, BackendError, Input, Linear, Norm};
 use crate::model_dir::Activation;
+
+/// Rows that our own kernel takes: with more, cuBLASLt is quicker.
+const FEW_ROWS: usize = 8;
+
+/// Rows that our own kernel norms on the way: with more, a kernel of its own does it quicker.
+const NORMED_ROWS: usize = 2;
+
+/// The rows that go into a product.
+#[derive(Debug)]
+enum Operand<'a> {
+    /// Of the compute type.
+    Direct(CudaTensor),
+    /// f32 rows as they are, of which the compute type is not f32.
+    Stream(&'a CudaTensor),
+    /// Rows to be normed; the room is of the compute type.
+    Normed { x: &'a CudaTensor, norm: &'a Norm<CudaWeight>, room: CudaTensor },
+}
+
+impl<'a> Operand<'a> {
+    fn of(input: Input<'a, CudaWeight, CudaTensor>, dtype: DType) -> Self {
+        match input {
+            Input::Normed { x, norm, room } => Self::Normed { x, norm, room: room.again() },
+            Input::Rows(x) if x.dtype == dtype => Self::Direct(x.again()),
+            Input::Rows(x) => Self::Stream(x),
+        }
+    }
+
+    /// Rows and width.
+    fn shape(&self) -> (usize, usize) {
+        match self {
+            Self::Direct(x) => (x.rows, x.width),
+            Self::Stream(x) | Self::Normed { x, .. } => (x.rows, x.width),
+        }
+    }
+}
+
+/// What is done behind a product.
+#[derive(Clone, Copy, Debug)]
+struct Behind {
+    activation: Function,
+    /// Whether the first half of the features is a gate, and the second what it multiplies.
+    gated: bool,
+    /// Whether to add to what is there.
+    adds: bool,
+}
 
 /// A weight, or several that lie one behind the other, and where the product goes.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -42,7 +89,15 @@ impl Factor {
             Some(bias) => [bias.address, bias.vector("a bias", *n)?],
             None => [0, 0],
         };
-        Ok(Self { weight: weight.address, n: *n, k, bias, out: out.address, stride: out.stride, dtype: out.dtype })
+        Ok(Self {
+            weight: weight.address,
+            n: *n,
+            k,
+            bias,
+            out: out.address,
+            stride: out.stride,
+            dtype: out.dtype,
+        })
     }
 
     /// The product of both, if this and the next lie one behind the other throughout.
@@ -54,7 +109,8 @@ impl Factor {
             && match next.bias {
                 [0, 0] => self.bias == [0, 0],
                 bias => {
-                    narrow != 0 && bias == [narrow + (self.n * weight_size) as u64, wide + (self.n * 4) as u64]
+                    narrow != 0
+                        && bias == [narrow + (self.n * weight_size) as u64, wide + (self.n * 4) as u64]
                 }
             };
         // Without rows of the wider output there is no room beside.
@@ -73,7 +129,9 @@ impl CudaBackend {
             Norm::Rms { weight, eps } => (weight, None, *eps, NormKind::Rms),
             Norm::Layer { weight, bias, eps } => (weight, Some(bias), *eps, NormKind::Layer),
         };
-        let [width] = *weight.shape else { return Err(shape_error("a norm's weight", &weight.shape, &[x.width])) };
+        let [width] = *weight.shape else {
+            return Err(shape_error("a norm's weight", &weight.shape, &[x.width]));
+        };
         if width == 0 || !x.width.is_multiple_of(width) || (out.rows, out.width) != (x.rows, x.width) {
             return Err(shape_error("the output of a norm", &[out.rows, out.width], &[x.rows, x.width]));
         }
@@ -84,8 +142,8 @@ impl CudaBackend {
         };
         let args = NormArgs {
             rows: x.rows32()?,
-            parts: super::kernels::small("the heads of a norm", x.width / width)?,
-            width: super::kernels::small("the width of a norm", width)?,
+            parts: small("the heads of a norm", x.width / width)?,
+            width: small("the width of a norm", width)?,
             kind,
             eps,
             x: parts(x),
@@ -97,15 +155,15 @@ impl CudaBackend {
         unsafe { self.kernels().norm(x.dtype, out.dtype, &args) }
     }
 
-    /// The rows that go into a product, of the compute type.
-    fn rows_of(&self, input: Input<'_, CudaWeight, CudaTensor>) -> Result<CudaTensor, BackendError> {
-        match input {
-            Input::Normed { x, norm, room } => {
+    /// Rows of the compute type: normed or converted, where they are not that yet.
+    fn direct(&self, operand: &Operand<'_>) -> Result<CudaTensor, BackendError> {
+        match operand {
+            Operand::Direct(x) => Ok(x.again()),
+            Operand::Normed { x, norm, room } => {
                 self.norm_into(x, norm, room)?;
                 Ok(room.again())
             }
-            Input::Rows(x) if x.dtype == self.dtype() => Ok(x.again()),
-            Input::Rows(x) => {
+            Operand::Stream(x) => {
                 let narrow = self.new_tensor(x.rows, x.width, self.dtype())?;
                 self.convert(x, &narrow)?;
                 Ok(narrow)
@@ -113,24 +171,37 @@ impl CudaBackend {
         }
     }
 
+    /// The operand as it is worked on: in f32 where our own kernel norms it on the way.
+    fn operand<'a>(&self, input: Input<'a, CudaWeight, CudaTensor>) -> Result<Operand<'a>, BackendError> {
+        let operand = Operand::of(input, self.dtype());
+        let stays = match &operand {
+            Operand::Direct(_) => true,
+            Operand::Normed { x, .. } => x.rows <= NORMED_ROWS && x.dtype == DType::F32,
+            Operand::Stream(x) => x.rows <= FEW_ROWS,
+        };
+        if stays { Ok(operand) } else { Ok(Operand::Direct(self.direct(&operand)?)) }
+    }
+
     pub(super) fn products(
         &self,
         input: Input<'_, CudaWeight, CudaTensor>,
         outputs: &mut [(&Linear<CudaWeight>, &mut CudaTensor)],
     ) -> Result<(), BackendError> {
-        let x = self.rows_of(input)?;
+        let mut operand = self.operand(input)?;
+        let (rows, width) = operand.shape();
         let mut factors: Vec<Factor> = Vec::with_capacity(outputs.len());
         for (linear, out) in outputs {
-            if out.rows != x.rows {
-                return Err(shape_error("the output of a product", &[out.rows, out.width], &[x.rows]));
+            if out.rows != rows {
+                return Err(shape_error("the output of a product", &[out.rows, out.width], &[rows]));
             }
-            let next = Factor::new(linear, out, x.width)?;
+            let next = Factor::new(linear, out, width)?;
             match factors.last_mut().and_then(|last| Some((last.with(&next, self.dtype().size())?, last))) {
                 Some((both, last)) => *last = both,
                 None => factors.push(next),
             }
         }
-        factors.iter().try_for_each(|factor| self.multiply(&x, factor, false))
+        let plain = Behind { activation: Function::None, gated: false, adds: false };
+        factors.iter().try_for_each(|factor| self.multiply(&mut operand, factor, plain))
     }
 
     pub(super) fn add_product(
@@ -142,18 +213,91 @@ impl CudaBackend {
         if sum.rows != x.rows || sum.dtype != DType::F32 {
             return Err(shape_error("a sum", &[sum.rows, sum.width], &[x.rows, linear.out_features]));
         }
-        let x = self.rows_of(Input::Rows(x))?;
-        self.multiply(&x, &Factor::new(linear, sum, x.width)?, true)
+        let adds = Behind { activation: Function::None, gated: false, adds: true };
+        self.multiply(&mut self.operand(Input::Rows(x))?, &Factor::new(linear, sum, x.width)?, adds)
     }
 
-    /// `out = x · weightᵀ + bias`, or `out += …`
-    fn multiply(&self, x: &CudaTensor, factor: &Factor, adds: bool) -> Result<(), BackendError> {
-        let Factor { weight, n, k, bias: [narrow, wide], out, stride, dtype } = *factor;
-        if x.rows == 0 || n == 0 {
+    /// A product, our own or the library's. Of an operand that turns out not to fit our own kernel it leaves the rows of
+    /// the compute type.
+    fn multiply(
+        &self,
+        operand: &mut Operand<'_>,
+        factor: &Factor,
+        behind: Behind,
+    ) -> Result<(), BackendError> {
+        let (rows, _) = operand.shape();
+        if rows == 0 || factor.n == 0 {
             return Ok(());
         }
+        if rows <= FEW_ROWS && self.multiply_few(operand, factor, behind)? {
+            return Ok(());
+        }
+        let x = self.direct(operand)?;
+        *operand = Operand::Direct(x.again());
+        if rows <= FEW_ROWS && self.multiply_few(operand, factor, behind)? {
+            return Ok(());
+        }
+        self.multiply_many(&x, factor, behind.adds)
+    }
+
+    /// A product of few rows by our own kernel; `false` if the operand does not fit it.
+    fn multiply_few(
+        &self,
+        operand: &Operand<'_>,
+        factor: &Factor,
+        behind: Behind,
+    ) -> Result<bool, BackendError> {
+        let (x, norm, input) = match operand {
+            Operand::Direct(x) => (x, None, matvec::Input::Direct),
+            Operand::Stream(x) => (*x, None, matvec::Input::Staged),
+            Operand::Normed { x, norm, .. } => {
+                (*x, Some(self.matvec_norm(norm, x.width)?), matvec::Input::Staged)
+            }
+        };
+        let Factor { weight, n, k, bias: [_, bias], out, stride, dtype } = *factor;
+        let features = if behind.gated { n / 2 } else { n };
+        let args = MatvecArgs {
+            shape: MatvecShape {
+                rows: x.rows32()?,
+                features: small("the features of a product", features)?,
+                width: x.width32()?,
+            },
+            x: x.view(),
+            norm,
+            weight: Rows { address: weight, stride: k as u64 },
+            bias,
+            activation: behind.activation,
+            store: match dtype {
+                _ if behind.adds => Store::Add,
+                DType::F32 => Store::F32,
+                _ => Store::Compute,
+            },
+            out: Rows { address: out, stride: stride as u64 },
+        };
+        // SAFETY: weights and tensors are as large as their shapes, which were compared.
+        unsafe { self.kernels().matvec(self.dtype(), input, behind.gated, &args) }
+    }
+
+    fn matvec_norm(&self, norm: &Norm<CudaWeight>, width: usize) -> Result<MatvecNorm, BackendError> {
+        let what = "a norm's vector";
+        Ok(match norm {
+            Norm::Rms { weight, eps } => {
+                MatvecNorm { kind: NormKind::Rms, eps: *eps, weight: weight.vector(what, width)?, bias: 0 }
+            }
+            Norm::Layer { weight, bias, eps } => MatvecNorm {
+                kind: NormKind::Layer,
+                eps: *eps,
+                weight: weight.vector(what, width)?,
+                bias: bias.vector(what, width)?,
+            },
+        })
+    }
+
+    /// A product by the library.
+    fn multiply_many(&self, x: &CudaTensor, factor: &Factor, adds: bool) -> Result<(), BackendError> {
+        let Factor { weight, n, k, bias: [narrow, wide], out, stride, dtype } = *factor;
         let bias = if dtype == DType::F32 { wide } else { narrow };
-        let out = super::blaslt::Matrix { address: out, stride, dtype };
+        let out = Matrix { address: out, stride, dtype };
         let product = Product { rows: x.rows, x: x.matrix(), k, weight, n, bias, out, adds };
         // SAFETY: weights and tensors are as large as their shapes, which were compared.
         unsafe {
@@ -178,15 +322,9 @@ impl CudaBackend {
     ///
     /// # Safety
     /// `out` is `[rows, n]`, the bias f32 `[n]`.
-    unsafe fn add_bias(
-        &self,
-        rows: usize,
-        n: usize,
-        out: super::blaslt::Matrix,
-        bias: u64,
-    ) -> Result<(), BackendError> {
-        let rows = super::kernels::small("the rows of a step", rows)?;
-        let width = super::kernels::small("the width of a tensor", n)?;
+    unsafe fn add_bias(&self, rows: usize, n: usize, out: Matrix, bias: u64) -> Result<(), BackendError> {
+        let rows = small("the rows of a step", rows)?;
+        let width = small("the width of a tensor", n)?;
         let view = Rows { address: out.address, stride: out.stride as u64 };
         // SAFETY: the caller's.
         unsafe {
@@ -206,13 +344,26 @@ impl CudaBackend {
         [first, second]: &mut [CudaTensor; 2],
         out: &CudaTensor,
     ) -> Result<(), BackendError> {
+        let mut operand = self.operand(input)?;
+        let (rows, width) = operand.shape();
+        if (out.rows, out.dtype, out.stride) != (rows, self.dtype(), out.width) {
+            return Err(shape_error("activated rows", &[out.rows, out.stride], &[rows, out.width]));
+        }
+        // Few rows: both products and what is done with them in one launch.
+        let factor = self.activated_factor(&activated, out, width)?;
+        if rows <= FEW_ROWS
+            && let Some((factor, behind)) = factor
+        {
+            return self.multiply(&mut operand, &factor, behind);
+        }
+        let x = self.direct(&operand)?;
         let (activation, up) = match activated {
             Activated::Gated { activation, gate, up } => {
-                self.products(input, &mut [(gate, first), (up, second)])?;
+                self.products(Input::Rows(&x), &mut [(gate, first), (up, second)])?;
                 (activation, second.view())
             }
             Activated::Plain { activation, up } => {
-                self.products(input, &mut [(up, first)])?;
+                self.products(Input::Rows(&x), &mut [(up, first)])?;
                 (activation, Rows::default())
             }
         };
@@ -236,6 +387,33 @@ impl CudaBackend {
     }
 }
 
+impl CudaBackend {
+    /// The product and what is done behind it as our own kernel takes them, if gate and up lie one behind the other.
+    fn activated_factor(
+        &self,
+        activated: &Activated<'_, CudaWeight>,
+        out: &CudaTensor,
+        width: usize,
+    ) -> Result<Option<(Factor, Behind)>, BackendError> {
+        match activated {
+            Activated::Plain { activation, up } => {
+                let behind = Behind { activation: function(*activation), gated: false, adds: false };
+                Ok(Some((Factor::new(up, out, width)?, behind)))
+            }
+            Activated::Gated { activation, gate, up } => {
+                let behind = Behind { activation: function(*activation), gated: true, adds: false };
+                let size = self.dtype().size();
+                // As if the output had room for both halves: the kernel writes but one.
+                let wide = 2 * out.width;
+                let first = Factor { stride: wide, ..Factor::new(gate, out, width)? };
+                let second = Factor::new(up, out, width)?;
+                let second = Factor { stride: wide, out: out.address + (out.width * size) as u64, ..second };
+                Ok(first.with(&second, size).map(|both| (Factor { stride: out.stride, ..both }, behind)))
+            }
+        }
+    }
+}
+
 fn function(activation: Activation) -> Function {
     match activation {
         Activation::Silu => Function::Silu,
@@ -255,7 +433,8 @@ mod tests {
 
     #[test]
     fn products_that_lie_together_are_one() {
-        let (q, k) = (factor(1 << 20, 64, [0, 0], 4096), factor((1 << 20) + 64 * 64 * 2, 16, [0, 0], 4096 + 128));
+        let (q, k) =
+            (factor(1 << 20, 64, [0, 0], 4096), factor((1 << 20) + 64 * 64 * 2, 16, [0, 0], 4096 + 128));
         assert_eq!(q.with(&k, 2), Some(Factor { n: 80, ..q }));
         let v = Factor { weight: k.weight + 16 * 64 * 2, out: k.out + 32, ..k };
         assert_eq!(q.with(&k, 2).unwrap().with(&v, 2), Some(Factor { n: 96, ..q }));

@@ -11,6 +11,12 @@ use crate::backend::BackendError;
 /// The most bytes of pinned memory: more is brought piece by piece.
 const PIECE_BYTES: usize = 64 << 20;
 
+/// What a step gives, on its way to the host.
+#[derive(Debug)]
+pub struct CudaOutput {
+    pub(super) logits: Option<CudaTensor>,
+}
+
 /// Pinned memory that logits arrive in.
 #[derive(Debug, Default)]
 pub(super) struct Download {

@@ -30,7 +30,10 @@ impl std::fmt::Debug for Graphs {
 enum State {
     /// Its first step has run.
     Seen,
-    Captured { graph: Graph, logits: CudaTensor },
+    Captured {
+        graph: Graph,
+        logits: CudaTensor,
+    },
 }
 
 /// A graph, which its owner uses from one thread at a time.

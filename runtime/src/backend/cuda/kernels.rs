@@ -13,6 +13,7 @@ use pagewise_attention::cuda::ptx::model::add::{Add, AddArgs, AddSpec};
 use pagewise_attention::cuda::ptx::model::embed::{Embed, EmbedArgs, EmbedSpec};
 use pagewise_attention::cuda::ptx::model::fill_weights::{FillWeights, FillWeightsArgs, FillWeightsSpec};
 use pagewise_attention::cuda::ptx::model::gather_rows::{GatherRows, GatherRowsArgs, GatherRowsSpec};
+use pagewise_attention::cuda::ptx::model::matvec::{self, Matvec, MatvecArgs, MatvecSpec};
 use pagewise_attention::cuda::ptx::model::norm::{Norm, NormArgs, NormSpec};
 use pagewise_attention::cuda::ptx::model::scale::{Scale, ScaleArgs, ScaleSpec};
 use pagewise_attention::cuda::ptx::model::widest;
@@ -33,6 +34,7 @@ pub(super) struct Kernels {
     embed: Family<EmbedSpec, Embed>,
     fill_weights: Family<FillWeightsSpec, FillWeights>,
     gather_rows: Family<GatherRowsSpec, GatherRows>,
+    matvec: Family<MatvecSpec, Matvec>,
     norm: Family<NormSpec, Norm>,
     scale: Family<ScaleSpec, Scale>,
 }
@@ -92,6 +94,7 @@ impl Kernels {
             embed: Family::default(),
             fill_weights: Family::default(),
             gather_rows: Family::default(),
+            matvec: Family::default(),
             norm: Family::default(),
             scale: Family::default(),
         }
@@ -173,7 +176,11 @@ impl Kernels {
     ///
     /// # Safety
     /// As of [`Kernels::activate`].
-    pub(super) unsafe fn fill_weights(&self, dtype: DType, args: &FillWeightsArgs) -> Result<(), BackendError> {
+    pub(super) unsafe fn fill_weights(
+        &self,
+        dtype: DType,
+        args: &FillWeightsArgs,
+    ) -> Result<(), BackendError> {
         let spec = FillWeightsSpec { dtype: ptx_type(dtype) };
         let entry = self.fill_weights.get(&self.gpu, spec, FillWeights::new, FillWeights::kernel)?;
         let launch = entry.descriptor.launch(args.count);
@@ -197,6 +204,37 @@ impl Kernels {
         let launch = entry.descriptor.launch(args.rows, args.width);
         // SAFETY: the caller's; the arguments are the descriptor's.
         unsafe { self.launch(&entry.kernel, launch, &args.values(), self.dependent) }
+    }
+
+    /// A product of few rows with a matrix of this type; `false`, and nothing done, if its rows do not fit the kernel's
+    /// shared memory.
+    ///
+    /// # Safety
+    /// As of [`Kernels::activate`].
+    pub(super) unsafe fn matvec(
+        &self,
+        dtype: DType,
+        input: matvec::Input,
+        gated: bool,
+        args: &MatvecArgs,
+    ) -> Result<bool, BackendError> {
+        let dtype = ptx_type(dtype);
+        let norm = args.norm.map_or([0, 0], |norm| [norm.weight, norm.bias]);
+        let vector = widest(
+            dtype,
+            args.shape.width,
+            &[args.x.stride, args.weight.stride],
+            &[args.x.address, args.weight.address, norm[0], norm[1]],
+        );
+        let spec = MatvecSpec { dtype, input, gated, vector, dependent: self.dependent };
+        let entry = self.matvec.get(&self.gpu, spec, Matvec::new, Matvec::kernel)?;
+        let launch = entry.descriptor.launch(args.shape, self.gpu.device().multiprocessors);
+        if let (Err(ptx::Error::TooLarge { .. }), matvec::Input::Staged) = (&launch, input) {
+            return Ok(false);
+        }
+        // SAFETY: the caller's; the arguments are the descriptor's.
+        unsafe { self.launch(&entry.kernel, launch, &args.values(), self.dependent) }?;
+        Ok(true)
     }
 
     /// A norm from one type to another.

@@ -4,17 +4,17 @@
 
 use std::sync::Arc;
 
+use pagewise_attention::DType;
+use pagewise_attention::cuda::ptx::model::Rows;
 use pagewise_attention::cuda::ptx::model::activate::ActivateArgs;
 use pagewise_attention::cuda::ptx::model::add::AddArgs;
 use pagewise_attention::cuda::ptx::model::embed::EmbedArgs;
 use pagewise_attention::cuda::ptx::model::gather_rows::GatherRowsArgs;
 use pagewise_attention::cuda::ptx::model::scale::ScaleArgs;
-use pagewise_attention::cuda::ptx::model::Rows;
 use pagewise_attention::cuda::ptx::write_kv::RotaryStyle;
 use pagewise_attention::cuda::{
     AttentionCall, PositionType, Rotary, RotaryQueries, RotaryTables, WriteKvCall,
 };
-use pagewise_attention::DType;
 
 use super::CudaBackend;
 use super::cache::CudaCache;
@@ -70,18 +70,29 @@ impl RotaryTable {
 }
 
 impl CudaBackend {
-    /// The cache, and with it all that is made once for steps within the limits of `spec`.
-    pub(super) fn new_cache(&self, spec: &AttentionSpec) -> Result<CudaCache, BackendError> {
-        let gpu = self.gpu();
-        gpu.bind()?;
+    /// Whether a cache of this kind can be had.
+    ///
+    /// # Errors
+    /// [`BackendError::Option`] if it has another type than the weights.
+    pub fn check_cache(&self, spec: &AttentionSpec) -> Result<(), BackendError> {
         let dtype = self.dtype();
-        if let Some(config) = spec.groups.iter().find(|config| config.q_dtype != dtype || config.kv_dtype != dtype) {
+        if let Some(config) =
+            spec.groups.iter().find(|config| config.q_dtype != dtype || config.kv_dtype != dtype)
+        {
             let kv = config.kv_dtype;
             let problem = format!(
                 "on CUDA the KV cache has the type of the weights ({dtype}), and {kv} is asked for; leave it at auto"
             );
             return Err(BackendError::Option { option: "--kv-dtype", problem });
         }
+        Ok(())
+    }
+
+    /// The cache, and with it all that is made once for steps within the limits of `spec`.
+    pub(super) fn new_cache(&self, spec: &AttentionSpec) -> Result<CudaCache, BackendError> {
+        let gpu = self.gpu();
+        gpu.bind()?;
+        self.check_cache(spec)?;
         self.finish_uploads()?;
         // Graphs and inputs of an earlier cache point to what is about to go.
         self.forget_graphs()?;
@@ -89,7 +100,10 @@ impl CudaBackend {
         *self.inputs() = Some(Inputs::new(gpu, spec, sizes(self, spec)?)?);
         let positions = spec.limits.max_seq_len;
         if let Some(rope) = &spec.rope
-            && !self.rotary().as_ref().is_some_and(|table| table.rope == *rope && table.positions >= positions)
+            && !self
+                .rotary()
+                .as_ref()
+                .is_some_and(|table| table.rope == *rope && table.positions >= positions)
         {
             *self.rotary() = Some(RotaryTable::new(gpu, rope, positions)?);
         }

@@ -32,12 +32,12 @@ use pagewise_attention::cuda::{CudaError, Device, devices};
 use pagewise_kvcache::BlockOps;
 
 pub use cache::CudaCache;
+pub use download::CudaOutput;
 pub use step::CudaStep;
 pub use tensor::{CudaTensor, CudaWeight};
 
-use super::{
-    Activated, AttentionSpec, Backend, BackendError, Heads, Input, Linear, Norm, StepBatch,
-};
+use super::{Activated, AttentionSpec, Backend, BackendError, Heads, Input, Linear, Norm, StepBatch};
+use crate::executor::{RowWanted, StepOutput};
 use crate::model_dir::WeightTensor;
 use arena::Arena;
 use blaslt::BlasLt;
@@ -262,6 +262,7 @@ impl Backend for CudaBackend {
     type Tensor = CudaTensor;
     type Cache = CudaCache;
     type Step<'a> = CudaStep<'a>;
+    type Output = CudaOutput;
 
     fn upload(&self, weight: WeightTensor) -> Result<CudaWeight, BackendError> {
         let mut uploaded = self.upload_all(vec![weight])?;
@@ -435,8 +436,14 @@ impl Backend for CudaBackend {
         self.gather(step, x)
     }
 
-    fn download(&self, x: CudaTensor) -> Result<Vec<f32>, BackendError> {
-        lock(&self.shared.download).rows(self.gpu(), &x)
+    fn output(&self, logits: Option<CudaTensor>, _: &[RowWanted]) -> Result<CudaOutput, BackendError> {
+        Ok(CudaOutput { logits })
+    }
+
+    fn wait(&self, CudaOutput { logits }: CudaOutput) -> Result<StepOutput, BackendError> {
+        let Some(logits) = logits else { return Ok(StepOutput::default()) };
+        let rows = lock(&self.shared.download).rows(self.gpu(), &logits)?;
+        Ok(StepOutput::of_logits(rows, logits.width))
     }
 
     fn synchronize(&self) -> Result<(), BackendError> {

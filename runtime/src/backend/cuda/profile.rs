@@ -90,7 +90,9 @@ mod tests {
 
     #[test]
     fn the_largest_steps_are_sound_and_as_large_as_the_limits() {
-        for (max_rows, max_sequences, max_seq_len) in [(512, 256, 2048), (4096, 8, 1000), (1, 1, 1), (64, 256, 100)] {
+        for (max_rows, max_sequences, max_seq_len) in
+            [(512, 256, 2048), (4096, 8, 1000), (1, 1, 1), (64, 256, 100)]
+        {
             let config = AttentionConfig::new(4, 2, 16, DType::Bf16);
             let spec = AttentionSpec {
                 layer_groups: vec![0, 1],

@@ -59,7 +59,9 @@ impl Staging {
         }
         let mut room = piece.memory.slice_mut();
         for (target, bytes) in parts {
-            let Some((front, rest)) = std::mem::take(&mut room).split_at_mut_checked(bytes.len()) else { break };
+            let Some((front, rest)) = std::mem::take(&mut room).split_at_mut_checked(bytes.len()) else {
+                break;
+            };
             front.copy_from_slice(bytes);
             // SAFETY: the target is the caller's promise; the piece is filled again only after the event below.
             unsafe { gpu.copy_in(*target, front, stream) }?;

@@ -97,9 +97,8 @@ pub(super) fn sizes(backend: &CudaBackend, spec: &AttentionSpec) -> Result<Sizes
     for config in &spec.groups {
         let limits = DecodeLimits { rows, keys };
         let bound = DecodePlan::bound(config, backend.gpu().device(), limits, PlanOptions::default())?;
-        let items = launch_size(bound.items as usize, 1).map_or(bound.work, |items| {
-            bound.work / u64::from(bound.items.max(1)) * u64::from(items)
-        });
+        let items = launch_size(bound.items as usize, 1)
+            .map_or(bound.work, |items| bound.work / u64::from(bound.items.max(1)) * u64::from(items));
         sizes.work_bytes = sizes.work_bytes.max(usize::try_from(items).unwrap_or(usize::MAX));
         let (most, own) = (&mut sizes.workspace, bound.workspace);
         most.partial_out = most.partial_out.max(own.partial_out);

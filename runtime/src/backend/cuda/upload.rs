@@ -52,7 +52,8 @@ impl Places {
             places.bytes += shape.iter().product::<usize>() * dtype.size();
         }
         if dtype == DType::F32 {
-            places.wide = places.narrow.iter().zip(shapes).map(|(&at, s)| (s.len() == 1).then_some(at)).collect();
+            places.wide =
+                places.narrow.iter().zip(shapes).map(|(&at, s)| (s.len() == 1).then_some(at)).collect();
             return places;
         }
         places.bytes = places.bytes.next_multiple_of(ALIGNMENT);

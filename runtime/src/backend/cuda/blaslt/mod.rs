@@ -371,13 +371,17 @@ mod tests {
     fn a_missing_library_says_what_to_install() {
         match find() {
             Ok(version) => assert!(version.contains('.'), "{version}"),
-            Err(message) => assert!(message.contains("libcublasLt.so.12") && message.contains("install"), "{message}"),
+            Err(message) => {
+                assert!(message.contains("libcublasLt.so.12") && message.contains("install"), "{message}")
+            }
         }
     }
 
     #[test]
     fn alignments_are_powers_of_two_of_at_most_256() {
-        for (address, expected) in [(0u64, 256), (256, 256), (512 + 16, 16), (2, 2), (1 << 40, 256), (0x7f00_0060, 32)] {
+        for (address, expected) in
+            [(0u64, 256), (256, 256), (512 + 16, 16), (2, 2), (1 << 40, 256), (0x7f00_0060, 32)]
+        {
             assert_eq!(alignment(address), expected, "{address:#x}");
         }
     }
