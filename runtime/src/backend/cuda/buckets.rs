@@ -85,6 +85,7 @@ mod tests {
     fn filled_up_rows_are_a_sound_problem_without_keys() {
         let mut batch = StepBatch {
             tokens: vec![5, 6, 7],
+            earlier: Vec::new(),
             positions: vec![20, 3, 0],
             query_start: vec![0, 1, 2, 3],
             seq_lens: vec![21, 4, 1],
@@ -119,6 +120,7 @@ mod tests {
     fn only_steps_of_single_tokens_with_logits_are_decodes() {
         let mut batch = StepBatch {
             tokens: vec![1, 2],
+            earlier: Vec::new(),
             positions: vec![0, 1],
             query_start: vec![0, 2],
             seq_lens: vec![2],
