@@ -16,12 +16,15 @@
 
 pub mod activate;
 pub mod add;
+pub mod argmax;
 pub mod embed;
 pub mod fill_weights;
 pub mod gather_rows;
+pub mod log_softmax;
 pub mod matvec;
 pub mod norm;
 pub mod scale;
+pub mod vocab;
 
 use minijinja::{Value, context};
 
@@ -227,7 +230,19 @@ pub(crate) fn all_kernels() -> impl Iterator<Item = Result<Kernel, Error>> {
     let gather =
         gather_rows::GatherRowsSpec::all().map(|spec| Ok(gather_rows::GatherRows::new(spec)?.into_kernel()));
     let matvec = matvec::MatvecSpec::all().map(|spec| Ok(matvec::Matvec::new(spec)?.into_kernel()));
+    let argmax = argmax::ArgmaxSpec::all().map(|spec| Ok(argmax::Argmax::new(spec)?.into_kernel()));
+    let log_softmax =
+        log_softmax::LogSoftmaxSpec::all().map(|spec| Ok(log_softmax::LogSoftmax::new(spec)?.into_kernel()));
     let norm = norm::NormSpec::all().map(|spec| Ok(norm::Norm::new(spec)?.into_kernel()));
     let scale = scale::ScaleSpec::all().map(|spec| Ok(scale::Scale::new(spec)?.into_kernel()));
-    activate.chain(add).chain(embed).chain(fill).chain(gather).chain(matvec).chain(norm).chain(scale)
+    let logits = argmax.chain(log_softmax);
+    activate
+        .chain(add)
+        .chain(embed)
+        .chain(fill)
+        .chain(gather)
+        .chain(matvec)
+        .chain(norm)
+        .chain(scale)
+        .chain(logits)
 }
