@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use pagewise_attention::DType;
 
+use super::choose::Chosen;
 use super::gpu::{Gpu, PinnedMemory, Purpose};
 use super::tensor::{CudaTensor, shape_error};
 use crate::backend::BackendError;
@@ -12,9 +13,14 @@ use crate::backend::BackendError;
 const PIECE_BYTES: usize = 64 << 20;
 
 /// What a step gives, on its way to the host.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct CudaOutput {
+    /// Those that are wanted as they are, or have not been looked at.
     pub(super) logits: Option<CudaTensor>,
+    /// The tokens of all rows, where any is chosen.
+    pub(super) chosen: Option<Chosen>,
+    /// Whether each row is a chosen token.
+    pub(super) is_token: Vec<bool>,
 }
 
 /// Pinned memory that logits arrive in.

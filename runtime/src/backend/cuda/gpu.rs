@@ -214,6 +214,11 @@ impl PinnedMemory {
         self.start.as_ptr()
     }
 
+    pub(super) fn slice(&self) -> &[u8] {
+        // SAFETY: allocated for so many bytes, and initialised.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.bytes) }
+    }
+
     pub(super) fn slice_mut(&mut self) -> &mut [u8] {
         // SAFETY: allocated for so many bytes, initialised, and borrowed mutably.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.bytes) }

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use pagewise_attention::DType;
 use pagewise_attention::cuda::ptx::model::activate::{Activate, ActivateArgs, ActivateSpec};
 use pagewise_attention::cuda::ptx::model::add::{Add, AddArgs, AddSpec};
+use pagewise_attention::cuda::ptx::model::argmax::{Argmax, ArgmaxArgs, ArgmaxSpec};
 use pagewise_attention::cuda::ptx::model::embed::{Embed, EmbedArgs, EmbedSpec};
 use pagewise_attention::cuda::ptx::model::fill_weights::{FillWeights, FillWeightsArgs, FillWeightsSpec};
 use pagewise_attention::cuda::ptx::model::gather_rows::{GatherRows, GatherRowsArgs, GatherRowsSpec};
@@ -31,6 +32,7 @@ pub(super) struct Kernels {
     dependent: bool,
     activate: Family<ActivateSpec, Activate>,
     add: Family<AddSpec, Add>,
+    argmax: Family<ArgmaxSpec, Argmax>,
     embed: Family<EmbedSpec, Embed>,
     fill_weights: Family<FillWeightsSpec, FillWeights>,
     gather_rows: Family<GatherRowsSpec, GatherRows>,
@@ -91,6 +93,7 @@ impl Kernels {
             dependent: gpu.launches_dependently(),
             activate: Family::default(),
             add: Family::default(),
+            argmax: Family::default(),
             embed: Family::default(),
             fill_weights: Family::default(),
             gather_rows: Family::default(),
@@ -149,6 +152,19 @@ impl Kernels {
         let spec = AddSpec { dtype, vector, dependent: self.dependent };
         let entry = self.add.get(&self.gpu, spec, Add::new, Add::kernel)?;
         let launch = entry.descriptor.launch(args.rows, args.width);
+        // SAFETY: the caller's; the arguments are the descriptor's.
+        unsafe { self.launch(&entry.kernel, launch, &args.values(), self.dependent) }
+    }
+
+    /// The likeliest token of each row.
+    ///
+    /// # Safety
+    /// As of [`Kernels::activate`].
+    pub(super) unsafe fn argmax(&self, rows: u32, args: &ArgmaxArgs) -> Result<(), BackendError> {
+        let vector = widest(ptx::DType::F32, args.vocab, &[args.logits.stride], &[args.logits.address]);
+        let spec = ArgmaxSpec { vector, dependent: self.dependent };
+        let entry = self.argmax.get(&self.gpu, spec, Argmax::new, Argmax::kernel)?;
+        let launch = entry.descriptor.launch(rows, args.vocab);
         // SAFETY: the caller's; the arguments are the descriptor's.
         unsafe { self.launch(&entry.kernel, launch, &args.values(), self.dependent) }
     }

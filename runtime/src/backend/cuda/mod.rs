@@ -12,6 +12,7 @@ mod arena;
 mod blaslt;
 mod buckets;
 mod cache;
+mod choose;
 mod dense;
 mod download;
 mod gpu;
@@ -37,10 +38,11 @@ pub use step::CudaStep;
 pub use tensor::{CudaTensor, CudaWeight};
 
 use super::{Activated, AttentionSpec, Backend, BackendError, Heads, Input, Linear, Norm, StepBatch};
-use crate::executor::{RowWanted, StepOutput};
+use crate::executor::{RowOutput, RowWanted, Sampling, StepOutput};
 use crate::model_dir::WeightTensor;
 use arena::Arena;
 use blaslt::BlasLt;
+use choose::Chooser;
 use download::Download;
 use gpu::{DeviceMemory, Gpu, Purpose};
 use graphs::Graphs;
@@ -75,6 +77,7 @@ struct Shared {
     room: Mutex<Room>,
     rotary: Mutex<Option<RotaryTable>>,
     uploads: Mutex<Uploads>,
+    chooser: Mutex<Chooser>,
     download: Mutex<Download>,
     kernels: Kernels,
     blaslt: BlasLt,
@@ -138,6 +141,7 @@ impl CudaBackend {
             room: Mutex::default(),
             rotary: Mutex::default(),
             uploads: Mutex::default(),
+            chooser: Mutex::default(),
             download: Mutex::default(),
             kernels,
             blaslt,
@@ -196,6 +200,19 @@ impl CudaBackend {
 
     fn rotary(&self) -> MutexGuard<'_, Option<RotaryTable>> {
         lock(&self.shared.rotary)
+    }
+
+    /// Puts tokens that the last step chose where this one reads its own.
+    ///
+    /// # Safety
+    /// As of [`Chooser::place`].
+    unsafe fn place_earlier(
+        &self,
+        earlier: &[super::EarlierToken],
+        tokens: u64,
+    ) -> Result<(), BackendError> {
+        // SAFETY: the caller's.
+        unsafe { lock(&self.shared.chooser).place(self.gpu(), earlier, tokens) }
     }
 
     /// Forgets all graphs, after the last of them has run.
@@ -436,14 +453,50 @@ impl Backend for CudaBackend {
         self.gather(step, x)
     }
 
-    fn output(&self, logits: Option<CudaTensor>, _: &[RowWanted]) -> Result<CudaOutput, BackendError> {
-        Ok(CudaOutput { logits })
+    fn samples(&self, sampling: &Sampling) -> bool {
+        sampling.is_greedy()
     }
 
-    fn wait(&self, CudaOutput { logits }: CudaOutput) -> Result<StepOutput, BackendError> {
-        let Some(logits) = logits else { return Ok(StepOutput::default()) };
-        let rows = lock(&self.shared.download).rows(self.gpu(), &logits)?;
-        Ok(StepOutput::of_logits(rows, logits.width))
+    fn runs_ahead(&self) -> bool {
+        true
+    }
+
+    fn output(
+        &self,
+        logits: Option<CudaTensor>,
+        wanted: &[RowWanted],
+    ) -> Result<CudaOutput, BackendError> {
+        let Some(logits) = logits.filter(|logits| logits.rows > 0) else { return Ok(CudaOutput::default()) };
+        let is_token: Vec<bool> = (0..logits.rows)
+            .map(|row| matches!(wanted.get(row), Some(RowWanted::Token(sampling)) if self.samples(sampling)))
+            .collect();
+        let chosen = match is_token.contains(&true) {
+            true => Some(lock(&self.shared.chooser).likeliest(self.gpu(), self.kernels(), &logits)?),
+            false => None,
+        };
+        let logits = Some(logits).filter(|_| is_token.contains(&false));
+        Ok(CudaOutput { logits, chosen, is_token })
+    }
+
+    fn wait(&self, output: CudaOutput) -> Result<StepOutput, BackendError> {
+        let CudaOutput { logits, chosen, is_token } = output;
+        let tokens = match chosen {
+            Some(chosen) => lock(&self.shared.chooser).arrived(chosen)?,
+            None => Vec::new(),
+        };
+        let mut output = match logits {
+            Some(logits) => {
+                let rows = lock(&self.shared.download).rows(self.gpu(), &logits)?;
+                StepOutput::of_logits(rows, logits.width)
+            }
+            None => StepOutput { rows: vec![RowOutput::Token(None); is_token.len()], ..StepOutput::default() },
+        };
+        for ((row, is_token), token) in output.rows.iter_mut().zip(is_token).zip(tokens) {
+            if is_token {
+                *row = RowOutput::Token(token);
+            }
+        }
+        Ok(output)
     }
 
     fn synchronize(&self) -> Result<(), BackendError> {

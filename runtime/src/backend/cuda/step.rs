@@ -168,6 +168,8 @@ impl CudaBackend {
             self.forget_graphs()?;
         }
         inputs.send(&bytes, &tables)?;
+        // SAFETY: the tokens are part of what was just made room for, one a row.
+        unsafe { self.place_earlier(&batch.earlier, inputs.part(layout.tokens)) }?;
 
         let grids = planned.iter().map(|(_, _, grid)| *grid).collect();
         let key = filled.map(|rows| GraphKey { rows, grids });
