@@ -206,7 +206,14 @@ pub fn load(
             }
             WeightSource::Files { weights, dtype: options.dtype }
         }
-        LoadFormat::Dummy => dummy_weights(&config, options.dtype.unwrap_or(DType::Bf16))?,
+        LoadFormat::Dummy => {
+            let dtype = options.dtype.unwrap_or(DType::Bf16);
+            // On a GPU they are made there, and it says itself whether they fit.
+            if choice.device == Chosen::Cpu {
+                check_dummy_weights(&config, dtype)?;
+            }
+            WeightSource::Dummy { dtype }
+        }
     };
     progress(LoadProgress::Stage("reading the tokenizer"));
     let tokenizer = Tokenizer::open(&path)?;
@@ -250,8 +257,8 @@ pub fn load(
     })
 }
 
-/// Weights made up for a configuration, if the machine has room for them.
-fn dummy_weights(config: &ModelConfig, dtype: DType) -> Result<WeightSource, LoadError> {
+/// Whether the machine has room for weights made up for a configuration.
+fn check_dummy_weights(config: &ModelConfig, dtype: DType) -> Result<(), LoadError> {
     let product = |sizes: &[usize]| sizes.iter().fold(1u64, |all, &size| all.saturating_mul(size as u64));
     let embedding = product(&[config.vocab_size, config.hidden_size]);
     let attention = product(&[config.hidden_size, config.head_dim, 2 * config.q_heads + 2 * config.kv_heads]);
@@ -267,7 +274,7 @@ fn dummy_weights(config: &ModelConfig, dtype: DType) -> Result<WeightSource, Loa
                 format!("made-up weights of this shape take {bytes} bytes; the machine has {memory}");
             Err(LoadError::Option { option: "--load-format dummy", problem })
         }
-        _ => Ok(WeightSource::Dummy { dtype }),
+        _ => Ok(()),
     }
 }
 

@@ -24,6 +24,9 @@ const FEW_ROWS: usize = 8;
 /// Rows that our own kernel norms on the way: with more, a kernel of its own does it quicker.
 const NORMED_ROWS: usize = 2;
 
+/// Elements of a row of a stream that our own kernel converts: what eight rows of take the shared memory that it has.
+const MAX_STREAM: usize = 4096;
+
 /// The rows that go into a product.
 #[derive(Debug)]
 enum Operand<'a> {
@@ -163,11 +166,8 @@ impl CudaBackend {
                 self.norm_into(x, norm, room)?;
                 Ok(room.again())
             }
-            Operand::Stream(x) => {
-                let narrow = self.new_tensor(x.rows, x.width, self.dtype())?;
-                self.convert(x, &narrow)?;
-                Ok(narrow)
-            }
+            // Our own kernel converts on the way, unless a row is longer than any model's.
+            Operand::Stream(x) => Err(shape_error("a stream that is multiplied", &[x.width], &[MAX_STREAM])),
         }
     }
 
@@ -177,7 +177,7 @@ impl CudaBackend {
         let stays = match &operand {
             Operand::Direct(_) => true,
             Operand::Normed { x, .. } => x.rows <= NORMED_ROWS && x.dtype == DType::F32,
-            Operand::Stream(x) => x.rows <= FEW_ROWS,
+            Operand::Stream(_) => true,
         };
         if stays { Ok(operand) } else { Ok(Operand::Direct(self.direct(&operand)?)) }
     }
@@ -229,7 +229,9 @@ impl CudaBackend {
         if rows == 0 || factor.n == 0 {
             return Ok(());
         }
-        if rows <= FEW_ROWS && self.multiply_few(operand, factor, behind)? {
+        // A stream is converted there, eight rows at a time.
+        let is_few = rows <= FEW_ROWS || matches!(operand, Operand::Stream(_));
+        if is_few && self.multiply_few(operand, factor, behind)? {
             return Ok(());
         }
         let x = self.direct(operand)?;
@@ -356,7 +358,13 @@ impl CudaBackend {
         {
             return self.multiply(&mut operand, &factor, behind);
         }
-        let x = self.direct(&operand)?;
+        if let Operand::Normed { .. } = operand {
+            operand = Operand::Direct(self.direct(&operand)?);
+        }
+        let x = match &operand {
+            Operand::Direct(x) | Operand::Normed { room: x, .. } => x.again(),
+            Operand::Stream(x) => x.again(),
+        };
         let (activation, up) = match activated {
             Activated::Gated { activation, gate, up } => {
                 self.products(Input::Rows(&x), &mut [(gate, first), (up, second)])?;

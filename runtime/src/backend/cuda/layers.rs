@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use pagewise_attention::DType;
 use pagewise_attention::cuda::ptx::model::Rows;
-use pagewise_attention::cuda::ptx::model::activate::ActivateArgs;
 use pagewise_attention::cuda::ptx::model::add::AddArgs;
 use pagewise_attention::cuda::ptx::model::embed::EmbedArgs;
 use pagewise_attention::cuda::ptx::model::gather_rows::GatherRowsArgs;
@@ -276,11 +275,5 @@ impl CudaBackend {
         // large as the plan asks, and launches on the stream follow each other.
         unsafe { self.gpu().context.attention_raw(&group.plan, &call, self.gpu().raw_stream()) }?;
         Ok(())
-    }
-
-    /// A stream in the compute type.
-    pub(super) fn convert(&self, x: &CudaTensor, out: &CudaTensor) -> Result<(), BackendError> {
-        let _ = ActivateArgs::default();
-        Err(shape_error("a stream to be converted", &[x.rows, x.width], &[out.rows, out.width]))
     }
 }
