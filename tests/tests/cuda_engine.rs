@@ -5,7 +5,13 @@
 //!
 //! `PAGEWISE_LOAD_SECONDS` says how long the random load runs (5).
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking, its helpers too")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    unreachable_pub,
+    reason = "a test fails by panicking, its helpers too"
+)]
 
 #[path = "gpu/cuda.rs"]
 #[allow(dead_code, reason = "shared with the kernels' tests")]
@@ -212,7 +218,10 @@ fn difference(label: &str, found: &[Vec<Vec<f32>>], expected: &[Vec<Vec<f32>>]) 
             let largest = expected.iter().fold(0f32, |largest, x| largest.max(x.abs()));
             for (token, (x, y)) in found.iter().zip(expected).enumerate() {
                 let error = f64::from((x - y).abs()) / f64::from(largest);
-                assert!(!error.is_nan(), "{label}, text {text}, row {row}, logit {token}: {x}, on the CPU {y}");
+                assert!(
+                    !error.is_nan(),
+                    "{label}, text {text}, row {row}, logit {token}: {x}, on the CPU {y}"
+                );
                 worst = worst.max(error);
             }
         }
@@ -419,7 +428,11 @@ fn answers_agree(name: &str, dir: &Path, dtype: DType, count: usize) {
         empty(&label, &with_graphs);
         drop(with_graphs);
         let mut without = engine(dir, Way { graphs: false, ..way });
-        assert_eq!(tokens(&generate(&mut without, &requests)), tokens(&found), "{label}: graphs change tokens");
+        assert_eq!(
+            tokens(&generate(&mut without, &requests)),
+            tokens(&found),
+            "{label}: graphs change tokens"
+        );
     }
     println!("{name} {dtype}: {same} of {} answers are the CPU's to the token", 3 * count);
 }

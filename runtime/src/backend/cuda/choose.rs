@@ -66,14 +66,8 @@ impl Chooser {
         let Some(device) = &self.device else { return Ok(Chosen { place: 0, rows: 0 }) };
         let (keys, rows) = (device.address(), self.rows as u64);
         let (tickets, tokens) = (keys + 8 * rows, keys + 12 * rows);
-        let args = ArgmaxArgs {
-            logits: logits.view(),
-            vocab: logits.width32()?,
-            keys,
-            tickets,
-            tokens,
-            best: 0,
-        };
+        let args =
+            ArgmaxArgs { logits: logits.view(), vocab: logits.width32()?, keys, tickets, tokens, best: 0 };
         // SAFETY: there is room for as many rows, keys and tickets are zero before and after each launch.
         unsafe { kernels.argmax(logits.rows32()?, &args) }?;
         if self.places.len() < PLACES {
@@ -112,7 +106,11 @@ impl Chooser {
         for Run { row, logit_row, len } in runs(earlier) {
             if logit_row + len > self.rows {
                 let what = "the chosen tokens of the last step";
-                return Err(BackendError::Shape { what, found: vec![self.rows], needed: vec![logit_row + len] });
+                return Err(BackendError::Shape {
+                    what,
+                    found: vec![self.rows],
+                    needed: vec![logit_row + len],
+                });
             }
             let (from, to) = (chosen + 4 * logit_row as u64, tokens + 4 * row as u64);
             // SAFETY: the source was checked, the target is the caller's.
@@ -166,7 +164,8 @@ mod tests {
         assert_eq!(runs(&all), [Run { row: 0, logit_row: 0, len: 3 }]);
         // The second sequence has ended, and a prompt comes in between.
         let some = earlier(&[(0, 0), (1, 2), (2, 3), (9, 4)]);
-        let expected = [(0, 0, 1), (1, 2, 2), (9, 4, 1)].map(|(row, logit_row, len)| Run { row, logit_row, len });
+        let expected =
+            [(0, 0, 1), (1, 2, 2), (9, 4, 1)].map(|(row, logit_row, len)| Run { row, logit_row, len });
         assert_eq!(runs(&some), expected);
     }
 }

@@ -6,12 +6,13 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use pagewise_attention::cuda::cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
-use pagewise_attention::cuda::{Context, CudaError, Device, RawStream};
+use pagewise_attention::cuda::{Context, CudaError, CudaVersion, Device, RawStream};
 
 use crate::backend::BackendError;
 
-/// From this generation on kernels can be launched before the one before them has ended.
-const DEPENDENT_LAUNCH_SINCE: u32 = 9;
+/// From this generation on kernels can be launched before the one before them has ended, and from this CUDA version on
+/// also in a graph.
+const DEPENDENT_LAUNCH_SINCE: (u32, CudaVersion) = (9, CudaVersion { major: 12, minor: 3 });
 
 /// A GPU that is ours to compute on.
 #[derive(Debug)]
@@ -48,7 +49,8 @@ impl Gpu {
 
     /// Whether kernels can be launched before the one before them has ended.
     pub(super) fn launches_dependently(&self) -> bool {
-        self.device().compute_capability.major >= DEPENDENT_LAUNCH_SINCE
+        let (generation, cuda) = DEPENDENT_LAUNCH_SINCE;
+        self.device().compute_capability.major >= generation && self.device().driver >= cuda
     }
 
     /// The computing stream, for raw launches.

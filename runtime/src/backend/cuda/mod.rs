@@ -206,11 +206,7 @@ impl CudaBackend {
     ///
     /// # Safety
     /// As of [`Chooser::place`].
-    unsafe fn place_earlier(
-        &self,
-        earlier: &[super::EarlierToken],
-        tokens: u64,
-    ) -> Result<(), BackendError> {
+    unsafe fn place_earlier(&self, earlier: &[super::EarlierToken], tokens: u64) -> Result<(), BackendError> {
         // SAFETY: the caller's.
         unsafe { lock(&self.shared.chooser).place(self.gpu(), earlier, tokens) }
     }
@@ -461,11 +457,7 @@ impl Backend for CudaBackend {
         true
     }
 
-    fn output(
-        &self,
-        logits: Option<CudaTensor>,
-        wanted: &[RowWanted],
-    ) -> Result<CudaOutput, BackendError> {
+    fn output(&self, logits: Option<CudaTensor>, wanted: &[RowWanted]) -> Result<CudaOutput, BackendError> {
         let Some(logits) = logits.filter(|logits| logits.rows > 0) else { return Ok(CudaOutput::default()) };
         let is_token: Vec<bool> = (0..logits.rows)
             .map(|row| matches!(wanted.get(row), Some(RowWanted::Token(sampling)) if self.samples(sampling)))
@@ -489,7 +481,9 @@ impl Backend for CudaBackend {
                 let rows = lock(&self.shared.download).rows(self.gpu(), &logits)?;
                 StepOutput::of_logits(rows, logits.width)
             }
-            None => StepOutput { rows: vec![RowOutput::Token(None); is_token.len()], ..StepOutput::default() },
+            None => {
+                StepOutput { rows: vec![RowOutput::Token(None); is_token.len()], ..StepOutput::default() }
+            }
         };
         for ((row, is_token), token) in output.rows.iter_mut().zip(is_token).zip(tokens) {
             if is_token {
