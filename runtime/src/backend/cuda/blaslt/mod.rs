@@ -40,7 +40,7 @@ pub(super) struct Matrix {
 
 impl Matrix {
     fn alignment(&self) -> u64 {
-        alignment(self.address) as u64
+        u64::from(alignment(self.address))
     }
 }
 
@@ -372,7 +372,7 @@ mod tests {
         match find() {
             Ok(version) => assert!(version.contains('.'), "{version}"),
             Err(message) => {
-                assert!(message.contains("libcublasLt.so.12") && message.contains("install"), "{message}")
+                assert!(message.contains("libcublasLt.so.12") && message.contains("install"), "{message}");
             }
         }
     }
