@@ -25,6 +25,7 @@
 //! | [`mod@counter`] | fills memory with numbers that a host can recompute: for tests |
 //! | [`mod@decode`] | one query row a sequence over a paged cache, keys split over thread blocks |
 //! | [`mod@merge_states`] | puts attention over parts of the keys together, by their log-sum-exp |
+//! | [`mod@model`] | the dense layers of a decoding engine, and the choice of tokens |
 //! | [`mod@page_read`] | reads pages through a table: the yardstick of benches |
 //! | [`mod@prefill`] | tiles of query rows over a paged cache: prefill, chunked prefill |
 //! | [`mod@write_kv`] | stores new K and V rows into cache blocks, given by a slot mapping; turns K and queries on the way |
@@ -36,6 +37,7 @@ mod dtype;
 mod error;
 mod kernel;
 pub mod merge_states;
+pub mod model;
 pub mod page_read;
 pub mod prefill;
 pub mod receipt;
@@ -65,5 +67,6 @@ pub fn all_kernels() -> Result<Vec<Kernel>, Error> {
     let prefill_merge =
         prefill::PrefillMerge::all().map(|spec| Ok(prefill::PrefillMerge::new(spec)?.into_kernel()));
     let attention = decode.chain(prefill).chain(prefill_merge);
-    write_kv.chain(merge_states).chain(copy_blocks).chain(counter).chain(attention).chain(page_read).collect()
+    let caches = write_kv.chain(merge_states).chain(copy_blocks);
+    caches.chain(counter).chain(attention).chain(page_read).chain(model::all_kernels()).collect()
 }

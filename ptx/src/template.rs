@@ -12,11 +12,16 @@ use crate::Error;
 /// The shared idioms and the parts of long kernels, which kernels import or include by these names.
 const LIB: &[(&str, &str)] = &[
     ("lib/barriers.ptx", include_str!("../kernels/lib/barriers.ptx")),
+    ("lib/dependent.ptx", include_str!("../kernels/lib/dependent.ptx")),
     ("lib/elements.ptx", include_str!("../kernels/lib/elements.ptx")),
     ("decode/queries.ptx", include_str!("../kernels/decode/queries.ptx")),
     ("decode/scores.ptx", include_str!("../kernels/decode/scores.ptx")),
     ("decode/values.ptx", include_str!("../kernels/decode/values.ptx")),
     ("decode/merge.ptx", include_str!("../kernels/decode/merge.ptx")),
+    ("model/elementwise.ptx", include_str!("../kernels/model/elementwise.ptx")),
+    ("model/block_sum.ptx", include_str!("../kernels/model/block_sum.ptx")),
+    ("model/activation.ptx", include_str!("../kernels/model/activation.ptx")),
+    ("model/vocab.ptx", include_str!("../kernels/model/vocab.ptx")),
     ("prefill/bits.ptx", include_str!("../kernels/prefill/bits.ptx")),
     ("prefill/contract.ptx", include_str!("../kernels/prefill/contract.ptx")),
     ("prefill/params.ptx", include_str!("../kernels/prefill/params.ptx")),

@@ -254,6 +254,7 @@ impl<B: Backend> Executor for ModelExecutor<B> {
         for _ in 0..2 {
             let started = Instant::now();
             self.backend.block_ops(&mut self.cache, &ops).ok()?;
+            self.backend.synchronize().ok()?;
             seconds = started.elapsed().as_secs_f64();
         }
         let block_bytes = self.spec.block_bytes() as f64;

@@ -1,18 +1,18 @@
 //! From a model directory to a running engine: the one place where files, cache, device and engine meet.
 
-use crate::backend::cpu::CpuBackend;
-#[cfg(feature = "wgpu")]
-use crate::backend::wgpu::{AdapterChoice, WgpuBackend};
-use crate::backend::{AttentionSpec, Backend, BackendError};
+mod devices;
+
+pub use devices::{Choice, Chosen, choose_backend};
+
+use crate::backend::BackendError;
 use crate::engine::{Engine, EngineConfig};
-use crate::executor::{Executor, ModelExecutor};
 use crate::model_dir::{GenerationConfig, ModelConfig, ModelDir, ModelError, Weights, resolve_model};
-use crate::models::{LoadModelError, WeightSource, load_model, weight_dtype};
+use crate::models::{LoadModelError, WeightSource, weight_dtype};
 use crate::scheduler::Preemption;
 use crate::text::{ChatTemplate, Tokenizer};
-use pagewise_attention::{DType, MAX_BLOCK_SIZE};
+use devices::{Ready, Wanted, machine_memory};
+use pagewise_attention::DType;
 use pagewise_kvcache::{CacheConfig, CacheError, KvCacheManager};
-use std::fmt;
 
 /// Which device computes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -31,7 +31,8 @@ pub enum BackendChoice {
 /// How much memory the KV cache gets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CacheSize {
-    /// What the running sequences can need at most, but no more than a quarter of the machine's memory.
+    /// What the running sequences can need at most, but no more than a quarter of the machine's memory, or on a GPU than
+    /// [`LoadOptions::gpu_memory_utilization`] leaves.
     #[default]
     Auto,
     /// This many blocks.
@@ -71,8 +72,8 @@ pub struct LoadOptions {
     pub preemption: Preemption,
     /// Most sequences in one step.
     pub max_num_seqs: usize,
-    /// Most tokens in one step.
-    pub max_batch_tokens: usize,
+    /// Most tokens in one step; `None` is 512 on the CPU and 8192 on GPUs.
+    pub max_batch_tokens: Option<usize>,
     /// Longest sequence; `None` is the model's own limit.
     pub max_model_len: Option<usize>,
     /// Whether computed prefixes are kept and found again.
@@ -81,6 +82,10 @@ pub struct LoadOptions {
     pub threads: Option<usize>,
     /// Where weights come from.
     pub load_format: LoadFormat,
+    /// Share of a GPU's memory that may be used in all, weights and cache included.
+    pub gpu_memory_utilization: f64,
+    /// Whether decodes on CUDA are captured as graphs and replayed.
+    pub cuda_graphs: bool,
 }
 
 impl LoadOptions {
@@ -96,7 +101,9 @@ impl LoadOptions {
             swap_space: 0,
             preemption: Preemption::Auto,
             max_num_seqs: 256,
-            max_batch_tokens: 512,
+            max_batch_tokens: None,
+            gpu_memory_utilization: 0.9,
+            cuda_graphs: true,
             max_model_len: None,
             prefix_cache: true,
             threads: None,
@@ -181,7 +188,7 @@ pub fn load(
     options: &LoadOptions,
     progress: &mut dyn FnMut(LoadProgress<'_>),
 ) -> Result<LoadedModel, LoadError> {
-    let chosen = choose_backend(options.backend)?;
+    let choice = choose_backend(options.backend)?;
     let path = resolve_model(&options.model, &mut |fetched| {
         progress(LoadProgress::Download { file: &fetched.file, done: fetched.bytes, total: fetched.total });
     })?;
@@ -199,30 +206,22 @@ pub fn load(
             }
             WeightSource::Files { weights, dtype: options.dtype }
         }
-        LoadFormat::Dummy => dummy_weights(&config, options.dtype.unwrap_or(DType::Bf16))?,
+        LoadFormat::Dummy => {
+            let dtype = options.dtype.unwrap_or(DType::Bf16);
+            // On a GPU they are made there, and it says itself whether they fit.
+            if !choice.makes_weights() {
+                check_dummy_weights(&config, dtype)?;
+            }
+            WeightSource::Dummy { dtype }
+        }
     };
     progress(LoadProgress::Stage("reading the tokenizer"));
     let tokenizer = Tokenizer::open(&path)?;
     let chat_template = ChatTemplate::open(&path)?;
 
     let weight_dtype = weight_dtype(&config, &weights)?;
-    let kv_dtype = options.kv_dtype.unwrap_or(weight_dtype);
-    let loading = Loading { options, config: &config, weights: &weights, kv_dtype, max_model_len };
-    let (executor, spec, backend_line) = match &chosen.device {
-        Device::Cpu => {
-            let backend = CpuBackend::new(options.threads)?;
-            let line = format!("{chosen}, {} threads", backend.threads());
-            let (executor, spec) = loading.executor(backend, CacheRoom::of_the_machine(), progress)?;
-            (executor, spec, line)
-        }
-        #[cfg(feature = "wgpu")]
-        Device::Wgpu(adapter) => {
-            let backend = WgpuBackend::open(adapter)?;
-            let room = CacheRoom::of_a_gpu(backend.largest_binding());
-            let (executor, spec) = loading.executor(backend, room, progress)?;
-            (executor, spec, chosen.to_string())
-        }
-    };
+    let wanted = Wanted { options, config: &config, weights: &weights, weight_dtype, max_model_len };
+    let Ready { executor, spec, line, max_batch_tokens } = choice.make_ready(&wanted, progress)?;
     let (kv_groups, _) = config.kv_groups();
     let manager = KvCacheManager::new(CacheConfig {
         block_size: spec.block_size,
@@ -234,12 +233,12 @@ pub fn load(
     })?;
     let num_blocks = spec.num_blocks;
     tracing::info!(
-        backend = %backend_line, weights = %weight_dtype, num_blocks, block_size = spec.block_size, max_model_len,
+        backend = %line, weights = %weight_dtype, num_blocks, block_size = spec.block_size, max_model_len,
         "model loaded"
     );
     let engine_config = EngineConfig {
         max_num_seqs: options.max_num_seqs,
-        max_batch_tokens: options.max_batch_tokens,
+        max_batch_tokens,
         max_model_len,
         vocab_size: config.vocab_size,
         eos_token_ids: generation.eos_token_ids.clone(),
@@ -253,133 +252,13 @@ pub fn load(
         generation,
         config,
         max_model_len,
-        backend: backend_line,
+        backend: line,
         num_blocks,
     })
 }
 
-/// A model on its way to a device.
-struct Loading<'a> {
-    options: &'a LoadOptions,
-    config: &'a ModelConfig,
-    weights: &'a WeightSource,
-    kv_dtype: DType,
-    max_model_len: usize,
-}
-
-impl Loading<'_> {
-    /// Brings the weights to a device and makes its cache.
-    fn executor<B: Backend>(
-        &self,
-        backend: B,
-        room: CacheRoom,
-        progress: &mut dyn FnMut(LoadProgress<'_>),
-    ) -> Result<(Box<dyn Executor>, AttentionSpec), LoadError>
-    where
-        B::Weight: 'static,
-    {
-        let Self { options, config, weights, kv_dtype, max_model_len } = *self;
-        progress(LoadProgress::Stage("mapping the weights"));
-        let model = load_model(config, weights, &backend)?;
-        progress(LoadProgress::Stage("making the KV cache"));
-        let spec = attention_spec(options, config, kv_dtype, max_model_len, room)?;
-        let executor = ModelExecutor::new(backend, model, spec.clone(), config.vocab_size)?;
-        Ok((Box::new(executor), spec))
-    }
-}
-
-/// A backend that can be had, and why it was chosen.
-#[derive(Debug)]
-pub struct ChosenBackend {
-    device: Device,
-    reason: String,
-}
-
-#[derive(Debug)]
-enum Device {
-    Cpu,
-    #[cfg(feature = "wgpu")]
-    Wgpu(Box<pagewise_attention::wgpu::AdapterReport>),
-}
-
-/// One line: `cpu (asked for)`.
-impl fmt::Display for ChosenBackend {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let reason = &self.reason;
-        match &self.device {
-            Device::Cpu => write!(f, "cpu ({reason})"),
-            #[cfg(feature = "wgpu")]
-            Device::Wgpu(adapter) => write!(f, "wgpu ({reason}): {adapter}"),
-        }
-    }
-}
-
-/// Which backend `choice` means, and why. `auto` takes a real GPU through wgpu, then the CPU, and a software adapter
-/// only where the environment names it; asking for wgpu is enough to get a software adapter where there is no other.
-///
-/// # Errors
-/// [`LoadError::Option`] if it cannot be had.
-pub fn choose_backend(choice: BackendChoice) -> Result<ChosenBackend, LoadError> {
-    let cpu = |reason: String| Ok(ChosenBackend { device: Device::Cpu, reason });
-    match choice {
-        BackendChoice::Cpu => cpu("asked for".to_owned()),
-        BackendChoice::Wgpu => wgpu_device(false)
-            .map(|device| ChosenBackend { device, reason: "asked for".to_owned() })
-            .map_err(|problem| LoadError::Option { option: "--backend wgpu", problem }),
-        BackendChoice::Cuda => {
-            let problem = "the engine of this version computes on the CPU and through wgpu, not on cuda; use auto, cpu or wgpu";
-            Err(LoadError::Option { option: "--backend", problem: problem.to_owned() })
-        }
-        BackendChoice::Auto => match wgpu_device(true) {
-            Ok(device) => {
-                Ok(ChosenBackend { device, reason: "auto: a GPU, and the engine has no CUDA yet".to_owned() })
-            }
-            Err(problem) => cpu(format!("auto: no wgpu, {problem}")),
-        },
-    }
-}
-
-/// The adapter that the environment names, or the best; with `only_hardware`, no software is chosen by itself.
-#[cfg(feature = "wgpu")]
-fn wgpu_device(only_hardware: bool) -> Result<Device, String> {
-    let best = if only_hardware { AdapterChoice::Hardware } else { AdapterChoice::Best };
-    let choice = AdapterChoice::named_by_environment().unwrap_or(best);
-    choice.find().map(|report| Device::Wgpu(Box::new(report))).map_err(|error| error.to_string())
-}
-
-#[cfg(not(feature = "wgpu"))]
-fn wgpu_device(_: bool) -> Result<Device, String> {
-    Err("this binary was built without the feature wgpu".to_owned())
-}
-
-/// Memory that a cache can be made in.
-#[derive(Clone, Copy, Debug)]
-struct CacheRoom {
-    /// Bytes that a cache takes at most where no size is asked for.
-    by_default: u64,
-    /// Bytes of the largest buffer, which holds one layer's keys or values.
-    largest_buffer: u64,
-    /// Bytes that there are, where that is known.
-    memory: Option<u64>,
-}
-
-impl CacheRoom {
-    /// A quarter of the machine's memory by default.
-    fn of_the_machine() -> Self {
-        let memory = machine_memory();
-        let by_default = memory.map_or(1 << 30, |bytes| bytes / 4);
-        Self { by_default, largest_buffer: u64::MAX, memory }
-    }
-
-    /// Little by default: WebGPU does not say how much memory a GPU has.
-    #[cfg(feature = "wgpu")]
-    fn of_a_gpu(largest_buffer: u64) -> Self {
-        Self { by_default: 2 << 30, largest_buffer, memory: None }
-    }
-}
-
-/// Weights made up for a configuration, if the machine has room for them.
-fn dummy_weights(config: &ModelConfig, dtype: DType) -> Result<WeightSource, LoadError> {
+/// Whether the machine has room for weights made up for a configuration.
+fn check_dummy_weights(config: &ModelConfig, dtype: DType) -> Result<(), LoadError> {
     let product = |sizes: &[usize]| sizes.iter().fold(1u64, |all, &size| all.saturating_mul(size as u64));
     let embedding = product(&[config.vocab_size, config.hidden_size]);
     let attention = product(&[config.hidden_size, config.head_dim, 2 * config.q_heads + 2 * config.kv_heads]);
@@ -395,7 +274,7 @@ fn dummy_weights(config: &ModelConfig, dtype: DType) -> Result<WeightSource, Loa
                 format!("made-up weights of this shape take {bytes} bytes; the machine has {memory}");
             Err(LoadError::Option { option: "--load-format dummy", problem })
         }
-        _ => Ok(WeightSource::Dummy { dtype }),
+        _ => Ok(()),
     }
 }
 
@@ -410,98 +289,4 @@ fn max_model_len(options: &LoadOptions, config: &ModelConfig) -> Result<usize, L
         ),
         Some(len) => Ok(len),
     }
-}
-
-fn attention_spec(
-    options: &LoadOptions,
-    config: &ModelConfig,
-    kv_dtype: DType,
-    max_model_len: usize,
-    room: CacheRoom,
-) -> Result<AttentionSpec, LoadError> {
-    let block_size = options.block_size;
-    if !block_size.is_power_of_two() || block_size > MAX_BLOCK_SIZE {
-        let problem = format!("{block_size} is not a power of two from 1 to {MAX_BLOCK_SIZE}");
-        return Err(LoadError::Option { option: "--block-size", problem });
-    }
-    let mut spec = AttentionSpec::new(config, kv_dtype, block_size, 0);
-    spec.num_blocks = num_blocks(options, &spec, max_model_len, room)?;
-    spec.host_blocks = host_blocks(options, &spec)?;
-    Ok(spec)
-}
-
-fn host_blocks(options: &LoadOptions, spec: &AttentionSpec) -> Result<usize, LoadError> {
-    let refuse = |option, problem| Err(LoadError::Option { option, problem });
-    if options.swap_space == 0 {
-        return match options.preemption {
-            Preemption::Swap => refuse("--preemption swap", "there is no --swap-space to swap to".into()),
-            Preemption::Auto | Preemption::Recompute => Ok(0),
-        };
-    }
-    let block_bytes = (spec.block_bytes() + BOOKKEEPING_BYTES) as u64;
-    let blocks = options.swap_space / block_bytes;
-    match machine_memory() {
-        _ if blocks == 0 => {
-            refuse("--swap-space", format!("it holds no block; one block takes {block_bytes} bytes"))
-        }
-        Some(memory) if options.swap_space > memory => {
-            let asked = options.swap_space;
-            refuse("--swap-space", format!("{asked} bytes are asked for; the machine has {memory}"))
-        }
-        _ if blocks > u64::from(u32::MAX / 2) => {
-            refuse("--swap-space", format!("{blocks} blocks are more than can be numbered"))
-        }
-        _ => Ok(blocks as usize),
-    }
-}
-
-/// Bytes that the cache manager keeps for a block, at most: reference counts, links, and its place in the
-/// prefix cache without the tokens themselves.
-const BOOKKEEPING_BYTES: usize = 64;
-
-fn num_blocks(
-    options: &LoadOptions,
-    spec: &AttentionSpec,
-    max_model_len: usize,
-    room: CacheRoom,
-) -> Result<usize, LoadError> {
-    let bookkeeping = BOOKKEEPING_BYTES + size_of::<u32>() * spec.block_size;
-    let block_bytes = (spec.block_bytes() + bookkeeping) as u64;
-    let memory = room.memory;
-    let (option, blocks) = match options.cache_size {
-        CacheSize::Blocks(blocks) => ("--kv-blocks", blocks as u64),
-        CacheSize::Bytes(bytes) => ("--kv-memory", bytes / block_bytes),
-        CacheSize::Auto => {
-            let sequence = max_model_len.div_ceil(spec.block_size) * spec.groups.len();
-            let most = (sequence as u64).saturating_mul(options.max_num_seqs as u64);
-            let fitting = room.by_default / block_bytes;
-            // A layer's keys, or its values, lie in one buffer.
-            let sides = 2 * spec.num_buffers().max(1) as u64;
-            let side = (spec.block_bytes() as u64 / sides).max(1);
-            let most = most.min(fitting).min(room.largest_buffer / side);
-            ("--kv-blocks", most.clamp(1, u64::from(u32::MAX / 2)))
-        }
-    };
-    let refuse = |problem| Err(LoadError::Option { option, problem });
-    if blocks == 0 {
-        return refuse(format!("the cache would have no block; one block takes {block_bytes} bytes"));
-    }
-    let bytes = blocks.saturating_mul(block_bytes);
-    match memory {
-        Some(memory) if bytes > memory => {
-            refuse(format!("{blocks} blocks take {bytes} bytes; the machine has {memory}: ask for less"))
-        }
-        _ if blocks > u64::from(u32::MAX / 2) => {
-            refuse(format!("{blocks} blocks are more than can be numbered"))
-        }
-        _ => Ok(blocks as usize),
-    }
-}
-
-/// Bytes of memory, where the operating system says so in the way of Linux.
-fn machine_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kib.checked_mul(1024)
 }

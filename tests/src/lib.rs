@@ -18,10 +18,10 @@ pub const FIXTURES: [&str; 12] = [
     "gpt2",
 ];
 
-/// The directory of a fixture: among those of this package, or in the directory that `PAGEWISE_FIXTURES` names.
+/// The directory of a fixture: in `PAGEWISE_FIXTURES`, for a binary that has left its machine, or else in the sources.
 pub fn fixture(name: &str) -> PathBuf {
-    let here = || Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");
-    std::env::var_os("PAGEWISE_FIXTURES").map_or_else(here, PathBuf::from).join(name)
+    let sources = || Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");
+    std::env::var_os("PAGEWISE_FIXTURES").map_or_else(sources, PathBuf::from).join(name)
 }
 
 /// SmolLM2-135M-Instruct in f32, as `scripts/fetch-smollm2` leaves it, or in the directory that

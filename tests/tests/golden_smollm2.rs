@@ -76,7 +76,7 @@ fn greedy_tokens_and_text() {
 fn small_blocks_and_small_steps_give_the_same_tokens() {
     let small = |options: &mut LoadOptions| {
         options.block_size = 4;
-        options.max_batch_tokens = 24;
+        options.max_batch_tokens = Some(24);
         options.prefix_cache = false;
     };
     let Some(LoadedModel { mut engine, .. }) = model(small) else { return };

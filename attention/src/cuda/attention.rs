@@ -74,6 +74,27 @@ impl AttentionPlan {
         decode.into_iter().chain(prefill.map(PrefillPart::variant)).chain(merge).collect()
     }
 
+    /// Work items of the rows that are worked on one by one, without those that only fill a grid of fixed size.
+    pub fn decode_items(&self) -> usize {
+        self.decode.items().len()
+    }
+
+    /// The same plan with a launch of so many work items for the rows that are worked on one by one, of which those
+    /// without work end at once. Plans that were made with [`PlanOptions::grid_items`] and agree in this number and
+    /// in their rows can share a captured CUDA graph, however long their sequences are.
+    ///
+    /// # Errors
+    /// [`CudaError::TooLarge`] if there is more work than that.
+    pub fn with_decode_grid(mut self, items: u32) -> Result<Self, CudaError> {
+        let needed = self.decode_items();
+        if needed > items as usize {
+            let (value, max) = (needed as u64, u64::from(items));
+            return Err(CudaError::TooLarge { what: "the number of work items", value, max });
+        }
+        self.decode.shape.items = items;
+        Ok(self)
+    }
+
     /// The work items as the kernels read them: to be copied to the device as they are.
     pub fn work(&self) -> Vec<u32> {
         let mut words = self.decode.work();

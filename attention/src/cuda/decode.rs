@@ -95,7 +95,8 @@ fn arguments(plan: &DecodePlan, call: &AttentionCall) -> Result<DecodeArgs, Cuda
     })
 }
 
-pub(super) fn ptx_type(dtype: DType) -> pagewise_ptx::DType {
+/// An element type as the kernels' crate names it.
+pub fn ptx_type(dtype: DType) -> pagewise_ptx::DType {
     match dtype {
         DType::F32 => pagewise_ptx::DType::F32,
         DType::F16 => pagewise_ptx::DType::F16,

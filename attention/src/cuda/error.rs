@@ -161,7 +161,10 @@ pub enum CudaError {
 
 impl CudaError {
     /// Turns the driver's result into one of ours.
-    pub(super) fn check(call: &'static str, result: sys::CUresult) -> Result<(), Self> {
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`] unless the call succeeded.
+    pub fn check(call: &'static str, result: sys::CUresult) -> Result<(), Self> {
         match result {
             sys::CUresult::CUDA_SUCCESS => Ok(()),
             code => Err(Self::Driver { call, kernel: None, name: name(code), message: message(code) }),

@@ -20,6 +20,18 @@ impl From<sys::CUstream> for RawStream {
     }
 }
 
+/// When a launch begins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Order {
+    /// When what is before it on the stream has completed.
+    #[default]
+    Stream,
+    /// As soon as all thread blocks of the kernel before it have said that others may begin, or ended (programmatic
+    /// dependent launch, from sm_90 on). The kernel itself waits, by `griddepcontrol.wait`, before it touches what the
+    /// one before it reads or writes.
+    Dependent,
+}
+
 /// Room for the compiler's log.
 const LOG_BYTES: usize = 16 * 1024;
 
@@ -96,6 +108,65 @@ impl LoadedKernel {
         }
         tracing::debug!(kernel = kernel.entry(), gpu = device.name, "loaded a CUDA kernel");
         Ok(loaded)
+    }
+
+    /// Puts a launch on a stream of the current context; a dependent one as [`Order::Dependent`] says.
+    ///
+    /// # Safety
+    /// As [`LoadedKernel::launch`], and the kernel waits for the one before it where it must.
+    pub(super) unsafe fn launch_in_order(
+        &self,
+        launch: Launch,
+        args: &[Arg],
+        stream: RawStream,
+        order: Order,
+    ) -> Result<(), CudaError> {
+        match order {
+            // SAFETY: the caller's.
+            Order::Stream => unsafe { self.launch(launch, args, stream) },
+            // SAFETY: the caller's.
+            Order::Dependent => unsafe { self.launch_dependent(launch, args, stream) },
+        }
+    }
+
+    /// # Safety
+    /// As [`LoadedKernel::launch_in_order`].
+    unsafe fn launch_dependent(
+        &self,
+        launch: Launch,
+        args: &[Arg],
+        stream: RawStream,
+    ) -> Result<(), CudaError> {
+        debug_assert_eq!(args.len(), self.params, "{}", self.entry);
+        let mut pointers = [ptr::null_mut::<c_void>(); MAX_PARAMS];
+        for (pointer, value) in pointers.iter_mut().zip(args) {
+            *pointer = value.as_ptr().cast_mut().cast();
+        }
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { pad: [0; 64] },
+        };
+        attribute.value.programmaticStreamSerializationAllowed = 1;
+        let ([grid_x, grid_y, grid_z], [block_x, block_y, block_z]) = (launch.grid, launch.block);
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid_x,
+            gridDimY: grid_y,
+            gridDimZ: grid_z,
+            blockDimX: block_x,
+            blockDimY: block_y,
+            blockDimZ: block_z,
+            sharedMemBytes: launch.dynamic_shared,
+            hStream: stream.0 as sys::CUstream,
+            attrs: &raw mut attribute,
+            numAttrs: 1,
+        };
+        // SAFETY: the function is loaded, configuration, attribute and arguments are copied before the driver returns,
+        // and the caller answers for the rest.
+        let result = unsafe {
+            sys::cuLaunchKernelEx(&raw const config, self.function, pointers.as_mut_ptr(), ptr::null_mut())
+        };
+        CudaError::check("cuLaunchKernelEx", result).map_err(|error| error.of_kernel(&self.entry))
     }
 
     /// Puts a launch on a stream of the current context.

@@ -24,6 +24,7 @@ mod device;
 mod error;
 mod launch;
 mod merge_states;
+mod own_kernel;
 mod plan;
 mod prefill;
 mod prefill_plan;
@@ -43,14 +44,16 @@ pub use call::{AttentionCall, CacheScales};
 pub use context::Context;
 pub use copy_blocks::{BlockNumberType, BlockPairs, CopyBlocksCall, CopyBlocksVariant};
 pub use cudarc;
+pub use decode::ptx_type;
 
 pub use device::{
     ComputeCapability, CudaVersion, Device, MIN_COMPUTE_CAPABILITY, MIN_CUDA_VERSION, devices,
     driver_release, driver_version,
 };
 pub use error::CudaError;
-pub use launch::RawStream;
+pub use launch::{Order, RawStream};
 pub use merge_states::{MergeStatesCall, MergeStatesVariant};
+pub use own_kernel::OwnKernel;
 pub use pagewise_ptx as ptx;
 pub use plan::{DecodePlan, PlanBound, PlanOptions, StepLimits};
 pub use rotary::{PositionType, Rotary, RotaryQueries, RotaryTables};

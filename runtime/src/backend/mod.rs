@@ -3,6 +3,8 @@
 
 mod batch;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod rope;
 #[cfg(feature = "wgpu")]
 pub mod wgpu;
@@ -375,6 +377,11 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// Waits until the step is done and its output is on the host. The output's `vocab_size` need not be set.
     fn wait(&self, output: Self::Output) -> Result<StepOutput, BackendError>;
 
+    /// Waits until the device has done all that it was asked for.
+    fn synchronize(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
+
     /// Runs a whole step, where the device wants to be told (a thread pool).
     fn scope<T: Send>(&self, step: impl FnOnce() -> T + Send) -> T {
         step()
@@ -401,6 +408,43 @@ pub enum BackendError {
         /// The option that asks for less.
         hint: &'static str,
     },
+    /// The device has too little memory left.
+    #[error("{what} of {wanted} bytes do not fit the GPU, which has {free} free; ask for less with {hint}")]
+    DeviceMemory {
+        /// What it was for.
+        what: &'static str,
+        /// How much.
+        wanted: usize,
+        /// How much there was.
+        free: usize,
+        /// The option that asks for less.
+        hint: &'static str,
+    },
+    /// The CUDA driver, or a kernel of ours.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(#[from] pagewise_attention::cuda::CudaError),
+    /// A library that the device needs is missing or fails.
+    #[error("{0}")]
+    Library(String),
+    /// A tensor does not fit what is done with it: a defect of the model or of the backend.
+    #[error("{what} has the shape {found:?} where {needed:?} is needed")]
+    Shape {
+        /// Which.
+        what: &'static str,
+        /// Its shape.
+        found: Vec<usize>,
+        /// What was needed.
+        needed: Vec<usize>,
+    },
+    /// The device cannot do what an option asks for.
+    #[error("{option}: {problem}")]
+    Option {
+        /// Which, as it is written on the command line.
+        option: &'static str,
+        /// What is wrong and what can be had.
+        problem: String,
+    },
     /// A device did not keep all weights that were sent to it.
     #[error("{sent} weights were sent to the device and {left} are there; this is a defect of the backend")]
     LostWeights {
@@ -408,16 +452,6 @@ pub enum BackendError {
         sent: usize,
         /// How many it gave back.
         left: usize,
-    },
-    /// A tensor or weight is not of the shape that an operation takes: the model contradicts itself.
-    #[error("{what} has {found} where {expected} is needed; the weights do not fit the configuration")]
-    Shape {
-        /// Which size of what.
-        what: &'static str,
-        /// What it is.
-        found: usize,
-        /// What it must be.
-        expected: usize,
     },
     /// The GPU cannot do it, or there is none.
     #[cfg(feature = "wgpu")]

@@ -11,6 +11,7 @@ mod hub_fetch;
 mod index;
 pub(crate) mod json;
 mod layer_windows;
+mod made_up;
 mod page_in;
 mod parse_config;
 mod parse_rope;
@@ -24,6 +25,7 @@ pub use config::{Activation, Architecture, ModelConfig, RopeConfig, RopeScaling}
 pub use error::ModelError;
 pub use generation::GenerationConfig;
 pub use hub::{FetchProgress, resolve_model};
+pub use made_up::MadeUp;
 pub use weight_tensor::WeightTensor;
 pub use weights::Weights;
 

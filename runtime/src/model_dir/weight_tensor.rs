@@ -1,5 +1,6 @@
 //! A weight in host memory: a piece of a mapped file, or memory of its own. Cheap to clone.
 
+use super::made_up::{Lazy, MadeUp};
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use memmap2::Mmap;
 use pagewise_attention::{DType, HostTensor};
@@ -27,6 +28,7 @@ enum Data {
     F32(Arc<[f32]>),
     F16(Arc<[f16]>),
     Bf16(Arc<[bf16]>),
+    MadeUp(Lazy),
 }
 
 impl WeightTensor {
@@ -49,6 +51,20 @@ impl WeightTensor {
         Self { shape: shape.into(), data: Data::F32(elements.into()) }
     }
 
+    /// A weight that is made up where it is needed: on the device, or on the host when its elements are first asked
+    /// for.
+    pub fn of_made_up(made: MadeUp, dtype: DType, shape: &[usize]) -> Self {
+        Self { shape: shape.into(), data: Data::MadeUp(Lazy::new(made, dtype, shape.iter().product())) }
+    }
+
+    /// How the weight is made up, if it is.
+    pub fn made_up(&self) -> Option<MadeUp> {
+        match &self.data {
+            Data::MadeUp(lazy) => Some(lazy.made),
+            _ => None,
+        }
+    }
+
     /// Some of the rows (of the slowest extent), as far as there are that many. Mapped elements stay where they are.
     #[must_use]
     pub fn rows(&self, rows: Range<usize>) -> Self {
@@ -64,14 +80,22 @@ impl WeightTensor {
             Data::F32(x) => Data::F32(x.get(elements).unwrap_or_default().into()),
             Data::F16(x) => Data::F16(x.get(elements).unwrap_or_default().into()),
             Data::Bf16(x) => Data::Bf16(x.get(elements).unwrap_or_default().into()),
+            Data::MadeUp(lazy) => {
+                let made = MadeUp { first: lazy.made.first + elements.start as u64, ..lazy.made };
+                Data::MadeUp(Lazy::new(made, lazy.dtype, elements.len()))
+            }
         };
         Self { shape: std::iter::once(rows.len()).chain(rest.iter().copied()).collect(), data }
     }
 
-    /// A copy of a matrix with rows and columns exchanged; anything but a matrix stays as it is.
+    /// A copy of a matrix with rows and columns exchanged; anything but a matrix stays as it is. One that is made up is
+    /// made up in the new shape.
     #[must_use]
     pub fn transposed(self) -> Self {
         let [rows, columns] = *self.shape else { return self };
+        if let Data::MadeUp(_) = &self.data {
+            return Self { shape: [columns, rows].into(), data: self.data };
+        }
         let data = match self.host() {
             HostTensor::F32(x) => Data::F32(transpose(x, rows, columns).into()),
             HostTensor::F16(x) => Data::F16(transpose(x, rows, columns).into()),
@@ -85,6 +109,10 @@ impl WeightTensor {
     /// The numbers plus 1, in f32.
     #[must_use]
     pub fn plus_one(self) -> Self {
+        if let Data::MadeUp(lazy) = &self.data {
+            let made = MadeUp { center: 1.0 + lazy.made.center, ..lazy.made };
+            return Self::of_made_up(made, DType::F32, &self.shape);
+        }
         let elements: Vec<f32> = to_f32(self.host()).iter().map(|x| 1.0 + x).collect();
         Self { shape: self.shape, data: Data::F32(elements.into()) }
     }
@@ -105,12 +133,19 @@ impl WeightTensor {
             Data::F32(elements) => HostTensor::F32(elements),
             Data::F16(elements) => HostTensor::F16(elements),
             Data::Bf16(elements) => HostTensor::Bf16(elements),
+            Data::MadeUp(lazy) => lazy.host(),
         }
     }
 
     /// Type of the elements.
     pub fn dtype(&self) -> DType {
-        self.host().dtype()
+        match &self.data {
+            Data::Mapped { dtype, .. } => *dtype,
+            Data::F32(_) => DType::F32,
+            Data::F16(_) => DType::F16,
+            Data::Bf16(_) => DType::Bf16,
+            Data::MadeUp(lazy) => lazy.dtype,
+        }
     }
 
     /// Extents, slowest first.
@@ -123,6 +158,9 @@ impl WeightTensor {
     pub fn to_dtype(self, dtype: DType) -> Self {
         if self.dtype() == dtype {
             return self;
+        }
+        if let (Data::MadeUp(lazy), false) = (&self.data, dtype.is_fp8()) {
+            return Self::of_made_up(lazy.made, dtype, &self.shape);
         }
         let data = match dtype {
             DType::F32 => Data::F32(to_f32(self.host()).into()),
@@ -217,6 +255,23 @@ mod tests {
             assert_eq!(tensor.rows(36..99).shape(), [1, columns]);
             assert_eq!(tensor.rows(99..100).host().len(), 0);
         }
+    }
+
+    #[test]
+    fn made_up_weights_are_the_same_in_parts_and_in_other_types() {
+        let made = MadeUp { seed: 7, first: 0, center: 0.5, spread: 0.25 };
+        let whole = WeightTensor::of_made_up(made, DType::F32, &[37, 65]);
+        let x = to_f32(whole.host());
+        assert!(x.iter().all(|x| (0.25..0.75).contains(x)));
+        assert!((x.iter().sum::<f32>() / x.len() as f32 - 0.5).abs() < 0.02);
+        let part = whole.rows(5..9);
+        assert_eq!((part.shape(), part.dtype()), ([4, 65].as_slice(), DType::F32));
+        assert_eq!(to_f32(part.host()), x[5 * 65..9 * 65]);
+        let narrow = whole.clone().to_dtype(DType::Bf16);
+        assert_eq!(narrow.made_up(), Some(made));
+        assert_eq!(to_f32(narrow.host()), x.iter().map(|x| bf16::from_f32(*x).to_f32()).collect::<Vec<_>>());
+        assert_eq!(whole.clone().transposed().shape(), [65, 37]);
+        assert_eq!(to_f32(whole.plus_one().host())[0], 1.0 + x[0]);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Where weights come from: the files of a model directory, or a seed.
 
-use crate::model_dir::{ModelError, WeightTensor, Weights};
+use crate::model_dir::{MadeUp, ModelError, WeightTensor, Weights};
 use pagewise_attention::DType;
 
 /// Gives out weights by name and shape.
@@ -53,30 +53,19 @@ impl WeightSource {
                     None => tensor,
                 })
             }
-            Self::Dummy { dtype } => Ok(WeightTensor::from_f32(made_up(name, shape), shape).to_dtype(*dtype)),
+            Self::Dummy { dtype } => Ok(WeightTensor::of_made_up(made_up(name, shape), *dtype, shape)),
         }
     }
 }
 
 /// Uniform numbers of a size at which activations neither vanish nor explode; norms are near one.
-fn made_up(name: &str, shape: &[usize]) -> Vec<f32> {
-    let count = shape.iter().product();
-    let mut state =
+fn made_up(name: &str, shape: &[usize]) -> MadeUp {
+    let seed =
         name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
-    let mut uniform = move || {
-        // SplitMix64 (Steele et al. 2014).
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    let (center, spread) = match shape {
+        [_] if name.ends_with(".weight") => (1.0, 0.1),
+        [.., columns] => (0.0, (3.0 / (*columns).max(1) as f32).sqrt()),
+        [] => (0.0, 1.0),
     };
-    match shape {
-        [_] if name.ends_with(".weight") => (0..count).map(|_| 1.0 + 0.1 * uniform()).collect(),
-        [.., columns] => {
-            let width = (3.0 / (*columns).max(1) as f32).sqrt();
-            (0..count).map(|_| width * uniform()).collect()
-        }
-        [] => vec![uniform()],
-    }
+    MadeUp { seed, first: 0, center, spread }
 }

@@ -62,7 +62,7 @@ type Setting = (Preemption, usize, usize, bool);
 
 fn set(options: &mut LoadOptions, (preemption, budget, blocks, prefix_cache): Setting) {
     options.preemption = preemption;
-    options.max_batch_tokens = budget;
+    options.max_batch_tokens = Some(budget);
     options.cache_size = CacheSize::Blocks(blocks);
     options.prefix_cache = prefix_cache;
     options.swap_space = if preemption == Preemption::Recompute { 0 } else { 8 << 20 };

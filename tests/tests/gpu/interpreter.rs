@@ -1,8 +1,12 @@
 //! Runs a rendered kernel on the CPU, one thread after the other, so that a machine without a GPU sees wrong index
 //! arithmetic, wrong masks and accesses outside of an allocation.
 //!
-//! Owns the subset of PTX that the kernels without shared memory use: no barriers, no shuffles, no atomics. It says
-//! nothing about speed, and `ex2.approx` and its like are exact to the last bit here.
+//! Owns the subset of PTX that the kernels use which have neither asynchronous copies nor Hopper's instructions; what
+//! threads do together is `lockstep.rs`'s. It says nothing about speed or races, and `ex2.approx` and its like are exact
+//! to the last bit here.
+
+#[path = "lockstep.rs"]
+mod lockstep;
 
 use std::collections::HashMap;
 
@@ -20,6 +24,8 @@ use super::machine::Machine;
 #[derive(Debug, Default)]
 pub struct Memory {
     allocations: Vec<Vec<u8>>,
+    /// Of the block that runs.
+    shared: Vec<u8>,
 }
 
 /// Address bits within an allocation.
@@ -35,6 +41,16 @@ impl Memory {
     /// What an allocation holds.
     pub fn download(&self, address: u64) -> &[u8] {
         &self.allocations[(address >> SPAN) as usize - 1]
+    }
+
+    fn shared_slice(&mut self, address: u64, size: usize) -> Result<&mut [u8], String> {
+        let (at, len) = (address as u32 as usize, self.shared.len());
+        if !at.is_multiple_of(size) {
+            return Err(format!("{size} shared bytes at {at}: misaligned"));
+        }
+        self.shared
+            .get_mut(at..at + size)
+            .ok_or_else(|| format!("{size} shared bytes at {at}: outside of {len}"))
     }
 
     fn slice(&mut self, address: u64, size: usize) -> Result<&mut [u8], String> {
@@ -90,6 +106,9 @@ enum Kind {
     Parameter,
     Load,
     Store,
+    Atomic,
+    /// What the threads of a warp or of a block do together.
+    Together,
     Branch,
     Return,
     Nothing,
@@ -121,6 +140,8 @@ enum Float {
     Neg,
     Abs,
     Rcp,
+    Sqrt,
+    CopySign,
     Div,
     Exp2,
     Log2,
@@ -133,6 +154,8 @@ enum Float {
 pub struct Program {
     instructions: Vec<Instruction>,
     registers: usize,
+    /// Bytes of shared memory that the text declares.
+    shared: usize,
 }
 
 impl Program {
@@ -142,34 +165,18 @@ impl Program {
 
     /// Runs a launch. The first bad access or unknown instruction ends it.
     pub fn run(&self, launch: Launch, args: &[Arg], memory: &mut Memory) -> Result<(), String> {
-        let mut threads = 0u64;
         for_each(launch.grid, |block| {
+            let mut threads = Vec::new();
             for_each(launch.block, |thread| {
-                threads += 1;
-                self.run_thread([block, launch.block, thread, launch.grid], args, memory)
-                    .map_err(|error| format!("thread {thread:?} of block {block:?}: {error}"))
-            })
+                threads
+                    .push(lockstep::Thread::new([block, launch.block, thread, launch.grid], self.registers));
+                Ok(())
+            })?;
+            let shared = self.shared + launch.dynamic_shared as usize;
+            memory.shared = vec![0xff; shared];
+            lockstep::run_block(self, &mut threads, args, memory)
+                .map_err(|error| format!("block {block:?}: {error}"))
         })
-    }
-
-    fn run_thread(&self, special: [[u32; 3]; 4], args: &[Arg], memory: &mut Memory) -> Result<(), String> {
-        let mut registers = vec![0xdead_beef_dead_beef_u64; self.registers];
-        let mut at = 0;
-        // No kernel here loops for long: more is an endless loop.
-        for _ in 0..10_000_000u64 {
-            let Some(instruction) = self.instructions.get(at) else { return Ok(()) };
-            at += 1;
-            if instruction.guard.is_some_and(|(register, wanted)| (registers[register] & 1 == 1) != wanted) {
-                continue;
-            }
-            match instruction.kind {
-                Kind::Return => return Ok(()),
-                Kind::Branch => at = instruction.number as usize,
-                _ => execute(instruction, &mut registers, &special, args, memory)
-                    .map_err(|error| format!("{}: {error}", instruction.text))?,
-            }
-        }
-        Err("does not end".to_owned())
     }
 }
 
@@ -203,11 +210,13 @@ fn execute(
     let float = |index: usize| f32::from_bits(value(index) as u32);
     let result = match instruction.kind {
         Kind::Move => value(0),
-        Kind::Pack => (0..sources.len()).fold(0, |all, i| all | cut(value(i), 16) << (16 * i)),
+        Kind::Pack => {
+            (0..sources.len()).fold(0, |all, i| all | cut(value(i), bits / 2) << (bits / 2 * i as u32))
+        }
         Kind::Unpack => {
             let all = value(0);
             for (i, &target) in targets.iter().enumerate() {
-                registers[target] = cut(all >> (16 * i), 16);
+                registers[target] = cut(all >> (bits / 2 * i as u32), bits / 2);
             }
             return Ok(());
         }
@@ -258,10 +267,14 @@ fn execute(
                 Float::Neg => -x,
                 Float::Abs => x.abs(),
                 Float::Rcp => 1.0 / x,
+                Float::Sqrt => x.sqrt(),
+                // PTX names the sign first.
+                Float::CopySign => float(1).copysign(x),
                 Float::Div => x / float(1),
                 Float::Exp2 => x.exp2(),
                 Float::Log2 => x.log2(),
                 Float::Min => x.min(float(1)),
+                Float::Max if words[1] == "NaN" && (x.is_nan() || float(1).is_nan()) => f32::NAN,
                 Float::Max => x.max(float(1)),
             };
             u64::from(result.to_bits())
@@ -270,6 +283,8 @@ fn execute(
             let (a, b) = (value(0), value(1));
             let order = if ty.starts_with('f') {
                 float(0).partial_cmp(&float(1))
+            } else if ty == "s32" {
+                Some((a as i32).cmp(&(b as i32)))
             } else {
                 Some(cut(a, bits).cmp(&cut(b, bits)))
             };
@@ -306,7 +321,10 @@ fn execute(
         }
         Kind::Load => {
             let address = value(0).wrapping_add(*number);
-            let bytes = memory.slice(address, size * targets.len())?;
+            let bytes = match is_shared(words) {
+                true => memory.shared_slice(address, size * targets.len())?,
+                false => memory.slice(address, size * targets.len())?,
+            };
             for (&target, bytes) in targets.iter().zip(bytes.chunks_exact(*size)) {
                 let mut word = [0; 8];
                 word[..*size].copy_from_slice(bytes);
@@ -317,18 +335,47 @@ fn execute(
         Kind::Store => {
             let address = value(0).wrapping_add(*number);
             let words: Vec<[u8; 8]> = (1..sources.len()).map(|i| value(i).to_le_bytes()).collect();
-            let bytes = memory.slice(address, size * words.len())?;
+            let bytes = match is_shared(&instruction.words) {
+                true => memory.shared_slice(address, size * words.len())?,
+                false => memory.slice(address, size * words.len())?,
+            };
             for (word, bytes) in words.iter().zip(bytes.chunks_exact_mut(*size)) {
                 bytes.copy_from_slice(&word[..*size]);
             }
             return Ok(());
         }
-        Kind::Nothing | Kind::Branch | Kind::Return => return Ok(()),
+        Kind::Atomic => {
+            let bytes = memory.slice(value(0), *size)?;
+            let mut word = [0; 8];
+            word[..*size].copy_from_slice(bytes);
+            let (old, operand) = (u64::from_le_bytes(word), cut(value(1), bits));
+            let operation = words.iter().rev().nth(1).map_or("", String::as_str);
+            let new = match operation {
+                "inc" => {
+                    if old >= operand {
+                        0
+                    } else {
+                        old + 1
+                    }
+                }
+                "max" => old.max(operand),
+                "exch" => operand,
+                "add" => cut(old.wrapping_add(operand), bits),
+                other => return Err(format!("atomic {other}")),
+            };
+            bytes.copy_from_slice(&new.to_le_bytes()[..*size]);
+            old
+        }
+        Kind::Nothing | Kind::Branch | Kind::Return | Kind::Together => return Ok(()),
     };
     if let Some(&target) = targets.first() {
         registers[target] = result;
     }
     Ok(())
+}
+
+fn is_shared(words: &[String]) -> bool {
+    words.iter().any(|word| word == "shared")
 }
 
 fn convert(words: &[String], value: u64, second: impl FnOnce() -> u64) -> Result<u64, String> {
@@ -340,6 +387,10 @@ fn convert(words: &[String], value: u64, second: impl FnOnce() -> u64) -> Result
     };
     Ok(match (to.as_str(), from.as_str()) {
         ("u64" | "u32", "u16") => value & 0xffff,
+        ("u32", "f32") => u64::from(f32::from_bits(value as u32) as u32),
+        ("f64", "f32") => f64::from(f32::from_bits(value as u32)).to_bits(),
+        ("f32", "f64") => u64::from((f64::from_bits(value) as f32).to_bits()),
+        ("f64", "u64") => (value as f64).to_bits(),
         ("u64", "u32") | ("u32", "u64") => value & 0xffff_ffff,
         ("f32", "f16") => u64::from(half::f16::from_bits(value as u16).to_f32().to_bits()),
         ("f32", "u32") => u64::from((value as u32 as f32).to_bits()),
@@ -356,6 +407,9 @@ struct Reader {
     registers: HashMap<String, usize>,
     parameters: HashMap<String, u64>,
     labels: HashMap<String, u64>,
+    /// Where shared arrays begin; the dynamic one lies behind all others.
+    shared: HashMap<String, u64>,
+    shared_bytes: usize,
     branches: Vec<(usize, String)>,
     instructions: Vec<Instruction>,
 }
@@ -374,6 +428,17 @@ impl Reader {
             let number = self.parameters.len() as u64;
             self.parameters.insert(name.to_owned(), number);
         }
+        for line in body.lines().filter(|line| line.starts_with(".shared")) {
+            let (name, rest) =
+                line.split_whitespace().next_back().and_then(|word| word.split_once('[')).ok_or("shared")?;
+            let bytes: usize = rest.trim_end_matches("];").parse().map_err(|_| "bytes of shared memory")?;
+            self.shared.insert(name.to_owned(), self.shared_bytes as u64);
+            self.shared_bytes += bytes.next_multiple_of(16);
+        }
+        for line in head.lines().filter(|line| line.starts_with(".extern .shared")) {
+            let name = line.split_whitespace().next_back().unwrap_or("").trim_end_matches("[];");
+            self.shared.insert(name.to_owned(), self.shared_bytes as u64);
+        }
         // A statement ends in a semicolon and may span lines; a label ends in a colon.
         let mut statement = String::new();
         for line in body.trim_end_matches('}').lines() {
@@ -386,7 +451,7 @@ impl Reader {
             statement.push_str(line);
             statement.push(' ');
             if let Some(whole) = statement.trim_end().strip_suffix(';') {
-                if !whole.starts_with(".reg") {
+                if !whole.starts_with(".reg") && !whole.starts_with(".shared") {
                     let instruction = self.instruction(whole).map_err(|error| format!("{whole}: {error}"))?;
                     self.instructions.push(instruction);
                 }
@@ -396,7 +461,11 @@ impl Reader {
         for (at, label) in std::mem::take(&mut self.branches) {
             self.instructions[at].number = *self.labels.get(&label).ok_or(format!("no label {label}"))?;
         }
-        Ok(Program { instructions: self.instructions, registers: self.registers.len() })
+        Ok(Program {
+            instructions: self.instructions,
+            registers: self.registers.len(),
+            shared: self.shared_bytes,
+        })
     }
 
     fn register(&mut self, name: &str) -> usize {
@@ -413,6 +482,9 @@ impl Reader {
         }
         if text.starts_with('%') {
             return Ok(Source::Register(self.register(text)));
+        }
+        if let Some(&place) = self.shared.get(text) {
+            return Ok(Source::Immediate(place));
         }
         let parsed = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0f")) {
             Some(digits) => u64::from_str_radix(digits, 16).ok(),
@@ -460,7 +532,30 @@ impl Reader {
         };
         let first = instruction.words[0].clone();
         instruction.kind = match first.as_str() {
-            "createpolicy" => return Ok(instruction),
+            "createpolicy" | "griddepcontrol" | "fence" => return Ok(instruction),
+            "bar" => {
+                instruction.kind = Kind::Together;
+                return Ok(instruction);
+            }
+            "shfl" | "mma" => {
+                for name in list(&operands[0]) {
+                    let register = self.register(&name);
+                    instruction.targets.push(register);
+                }
+                for operand in &operands[1..] {
+                    for name in list(operand) {
+                        let source = self.source(&name)?;
+                        instruction.sources.push(source);
+                    }
+                }
+                Kind::Together
+            }
+            "atom" => {
+                instruction.targets = vec![self.register(&operands[0])];
+                instruction.sources =
+                    vec![self.source(operands[1].trim_matches(['[', ']']))?, self.source(&operands[2])?];
+                Kind::Atomic
+            }
             "ret" => Kind::Return,
             "bra" => {
                 self.branches.push((self.instructions.len(), operands[0].clone()));
@@ -513,6 +608,8 @@ impl Reader {
             "neg" => Kind::Float(Float::Neg),
             "abs" => Kind::Float(Float::Abs),
             "rcp" => Kind::Float(Float::Rcp),
+            "sqrt" => Kind::Float(Float::Sqrt),
+            "copysign" => Kind::Float(Float::CopySign),
             "ex2" => Kind::Float(Float::Exp2),
             "lg2" => Kind::Float(Float::Log2),
             "div" => arithmetic(Integer::Div, Some(Float::Div))?,

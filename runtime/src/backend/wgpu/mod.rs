@@ -174,8 +174,8 @@ impl WgpuBackend {
         if width == 0 || !out.width().is_multiple_of(width) {
             return Err(BackendError::Shape {
                 what: "the weight of a norm",
-                found: width,
-                expected: out.width(),
+                found: vec![width],
+                needed: vec![out.width()],
             });
         }
         if out.rows() == 0 {
@@ -183,7 +183,7 @@ impl WgpuBackend {
         }
         let place = |vector: &WgpuWeight| {
             let part = vector.parts().first();
-            let missing = BackendError::Shape { what: "a norm's parts", found: 0, expected: 1 };
+            let missing = BackendError::Shape { what: "a norm's parts", found: vec![0], needed: vec![1] };
             part.map(|part| (part.buffer.clone(), part.offset as u32)).ok_or(missing)
         };
         let (weight_buffer, weight_offset) = place(weight)?;
@@ -338,7 +338,11 @@ fn are_one(
 }
 
 fn expect(what: &'static str, found: usize, expected: usize) -> Result<(), BackendError> {
-    if found == expected { Ok(()) } else { Err(BackendError::Shape { what, found, expected }) }
+    if found == expected {
+        Ok(())
+    } else {
+        Err(BackendError::Shape { what, found: vec![found], needed: vec![expected] })
+    }
 }
 
 fn check_linear(linear: &Linear<WgpuWeight>, out: &WgpuTensor) -> Result<(), BackendError> {

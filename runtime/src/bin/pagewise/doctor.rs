@@ -17,7 +17,7 @@ pub(crate) struct DoctorArgs {}
 /// Runs the command.
 pub(crate) fn run(_: &DoctorArgs) -> Result<(), Failure> {
     let auto = match choose_backend(BackendChoice::Auto) {
-        Ok(chosen) => chosen.to_string(),
+        Ok(choice) => choice.line,
         Err(error) => error.to_string(),
     };
     let mut report = Report::default();
@@ -115,6 +115,10 @@ fn cuda(report: &mut Report) {
                     Err(error) => format!("not usable: {error}"),
                 });
             }
+            report.more(&match pagewise_runtime::backend::cuda::blaslt_version() {
+                Ok(version) => format!("cuBLASLt: {version}"),
+                Err(problem) => problem,
+            });
             if let Some(release) = cuda::driver_release() {
                 report.more(&format!("driver: {release}"));
             }

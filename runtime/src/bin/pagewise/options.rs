@@ -29,7 +29,8 @@ pub(crate) struct ModelOptions {
     /// Tokens a block of the KV cache: a power of two
     #[arg(long, value_name = "TOKENS", default_value = "16", value_parser = parse_block_size)]
     block_size: usize,
-    /// Blocks of the KV cache [default: as many as the longest sequences can need, within a quarter of the memory]
+    /// Blocks of the KV cache [default: on the CPU as many as the longest sequences can need, within a quarter of the
+    /// memory; on GPUs what --gpu-memory-utilization leaves]
     #[arg(long, value_name = "N", conflicts_with = "kv_memory")]
     kv_blocks: Option<NonZeroUsize>,
     /// Memory of the KV cache, such as 512MiB or 2GiB
@@ -45,9 +46,15 @@ pub(crate) struct ModelOptions {
     /// Most sequences in one step
     #[arg(long, value_name = "N", default_value = "256")]
     max_num_seqs: NonZeroUsize,
-    /// Most tokens in one step; longer prompts are computed in chunks
-    #[arg(long, value_name = "N", default_value = "512")]
-    max_batch_tokens: NonZeroUsize,
+    /// Most tokens in one step; longer prompts are computed in chunks [default: 512 on the CPU, 8192 on GPUs]
+    #[arg(long, value_name = "N")]
+    max_batch_tokens: Option<NonZeroUsize>,
+    /// Share of a GPU's memory that may be used in all, for weights, activations and KV cache
+    #[arg(long, value_name = "SHARE", default_value = "0.9", value_parser = parse_share)]
+    gpu_memory_utilization: f64,
+    /// Launch every kernel of a decode by itself instead of replaying CUDA graphs: slower, and of use for profilers
+    #[arg(long)]
+    no_cuda_graphs: bool,
     /// Longest sequence, prompt and answer together [default: the model's own limit]
     #[arg(long, value_name = "TOKENS")]
     max_model_len: Option<NonZeroUsize>,
@@ -78,7 +85,9 @@ impl ModelOptions {
             swap_space: self.swap_space,
             preemption: self.preemption.into(),
             max_num_seqs: self.max_num_seqs.get(),
-            max_batch_tokens: self.max_batch_tokens.get(),
+            max_batch_tokens: self.max_batch_tokens.map(NonZeroUsize::get),
+            gpu_memory_utilization: self.gpu_memory_utilization,
+            cuda_graphs: !self.no_cuda_graphs,
             max_model_len: self.max_model_len.map(NonZeroUsize::get),
             prefix_cache: !self.no_prefix_cache,
             threads: self.threads.map(NonZeroUsize::get),
@@ -318,6 +327,12 @@ fn parse_size(text: &str) -> Result<u64, String> {
     let bytes = number.parse::<f64>().map_err(|_| refuse())? * factor as f64;
     // Above 2^63 it is no memory of this world, and the conversion would saturate.
     if bytes < 9.0e18 { Ok(bytes as u64) } else { Err(refuse()) }
+}
+
+/// More than 0 and at most 1.
+fn parse_share(text: &str) -> Result<f64, String> {
+    let share = text.parse::<f64>().ok().filter(|share| *share > 0.0 && *share <= 1.0);
+    share.ok_or_else(|| "it must be more than 0 and at most 1".to_owned())
 }
 
 /// A number that is neither NaN nor infinite.

@@ -27,7 +27,7 @@ impl RopeAngles {
         Self { head_dim: 2 * frequencies.len(), half: frequencies.len(), cos_sin }
     }
 
-    /// Cosines and sines of each row, `[rows, 2, rotary_dim / 2]`.
+    /// `[rows, 2, rotary_dim / 2]`: the cosines of each row, then its sines.
     pub fn cos_sin(&self) -> &[f32] {
         &self.cos_sin
     }

@@ -1,0 +1,113 @@
+//! `gather_rows`: rows of a tensor, by number.
+//!
+//! Owns the variants, the parameter list and the geometry; the kernel is `kernels/model/gather_rows.ptx`.
+
+use minijinja::context;
+
+use super::{ELEMENTWISE_THREADS, Rows, Source, check_types, descriptor, elementwise, param, suffix};
+use crate::kernel::{Arg, Launch, ParamType};
+use crate::{DType, Error};
+
+/// Family and template name.
+const FAMILY: &str = "gather_rows";
+
+/// Which variant: fixed when the text is rendered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct GatherRowsSpec {
+    /// Elements of a thread: 1 or 4.
+    pub vector: u32,
+    /// Whether it may start before the kernel before it has ended (programmatic dependent launch, sm_90 on).
+    pub dependent: bool,
+}
+
+impl GatherRowsSpec {
+    /// Every variant that exists.
+    pub fn all() -> impl Iterator<Item = Self> {
+        [4, 1].into_iter().flat_map(|vector| [false, true].map(|dependent| Self { vector, dependent }))
+    }
+
+    /// The entry point: `gather_rows_f32_v4`.
+    pub fn entry(self) -> String {
+        format!("{FAMILY}_f32_v{}{}", self.vector, suffix(self.dependent))
+    }
+}
+
+/// What one launch works on: `out[i] = x[index i]`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct GatherRowsArgs {
+    /// Rows of the result.
+    pub rows: u32,
+    /// Elements of a row.
+    pub width: u32,
+    /// f32 `[x_rows, width]`
+    pub x: Rows,
+    /// Rows of `x`.
+    pub x_rows: u32,
+    /// Device address of the numbers, i32 `[rows]`. One outside of `x` gives a row of NaN.
+    pub index: u64,
+    /// f32 `[rows, width]`
+    pub out: Rows,
+}
+
+const SOURCE: Source = Source {
+    family: FAMILY,
+    text: include_str!("../../kernels/model/gather_rows.ptx"),
+    params: &{
+        use ParamType::{Pointer, U32, U64};
+        [
+            param("x", Pointer),
+            param("index", Pointer),
+            param("out", Pointer),
+            param("x_stride", U64),
+            param("out_stride", U64),
+            param("rows", U32),
+            param("width", U32),
+            param("x_rows", U32),
+        ]
+    },
+    max_threads: ELEMENTWISE_THREADS,
+    static_shared: 0,
+    dynamic_shared: 0,
+};
+
+impl GatherRowsArgs {
+    /// The values of the parameters, in launch order.
+    pub fn values(&self) -> [Arg; 8] {
+        [
+            Arg::pointer(self.x.address),
+            Arg::pointer(self.index),
+            Arg::pointer(self.out.address),
+            Arg::u64(self.x.stride),
+            Arg::u64(self.out.stride),
+            Arg::u32(self.rows),
+            Arg::u32(self.width),
+            Arg::u32(self.x_rows),
+        ]
+    }
+}
+
+descriptor! {
+    /// One variant, rendered.
+    GatherRows of GatherRowsSpec
+}
+
+impl GatherRows {
+    /// Renders a variant.
+    ///
+    /// # Errors
+    /// [`Error::UnsupportedVector`] for a vector that is neither 1 nor 4.
+    pub fn new(spec: GatherRowsSpec) -> Result<Self, Error> {
+        let GatherRowsSpec { vector, dependent } = spec;
+        check_types(FAMILY, DType::F32, vector)?;
+        Ok(Self { spec, kernel: SOURCE.kernel(spec.entry(), dependent, context! { vector })? })
+    }
+
+    /// Grid and block for so many rows of so many elements.
+    ///
+    /// # Errors
+    /// [`Error::Zero`] for an empty dimension, [`Error::NotDivisible`] when the vector does not divide the width,
+    /// [`Error::TooLarge`] and [`Error::GridTooLarge`] beyond what 32-bit numbers and CUDA allow.
+    pub fn launch(&self, rows: u32, width: u32) -> Result<Launch, Error> {
+        elementwise(FAMILY, rows, width, self.spec.vector)
+    }
+}

@@ -1,0 +1,330 @@
+//! `matvec`: products of one to eight rows with a matrix, at the speed at which the matrix can be read; with a norm
+//! before, and bias, activation, gate or residual sum behind.
+//!
+//! Owns the variants, the parameter list and the choice of the geometry; the kernel is `kernels/model/matvec.ptx`.
+
+use minijinja::context;
+
+use super::{
+    Activation, COMPUTE_TYPES, MAX_GRID_YZ, NormKind, Rows, Source, check_types, descriptor, param, suffix,
+};
+use crate::kernel::{Arg, Launch, ParamType};
+use crate::{DType, Error};
+
+/// Family and template name.
+const FAMILY: &str = "matvec";
+
+/// Features of a tile.
+pub const TILE: u32 = 16;
+
+/// Rows that one pass over the weights serves.
+pub const ROWS: u32 = 8;
+
+/// The most warps of a block; a multiple of [`WARP_STEP`], as every number of warps.
+const MAX_WARPS: u32 = 16;
+
+/// Warps come in so many.
+const WARP_STEP: u32 = 4;
+
+/// Bytes of a warp's sums of a tile.
+const SUM_BYTES: u32 = ROWS * 20 * 4;
+
+/// Dynamic shared memory of a block at most: what every GPU from sm_80 on has.
+const MAX_SHARED: u32 = 96 << 10;
+
+/// Which variant: fixed when the text is rendered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct MatvecSpec {
+    /// Type of the weights.
+    pub dtype: DType,
+    /// Where x comes from.
+    pub input: Input,
+    /// Whether the matrix has two halves, gates and what they multiply.
+    pub gated: bool,
+    /// Elements of a load: 1, or as many as fit 16 bytes.
+    pub vector: u32,
+    /// Whether it may start before the kernel before it has ended (programmatic dependent launch, sm_90 on).
+    pub dependent: bool,
+}
+
+/// Where a product's rows come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Input {
+    /// Rows of the weights' type, read where they lie.
+    Direct,
+    /// f32 rows, normed or not, which each thread block rounds to the weights' type in shared memory. Worth it for one
+    /// or two rows; for more, a kernel of its own norms them faster. [`Matvec::launch`] refuses what does not fit.
+    Staged,
+}
+
+impl MatvecSpec {
+    /// Every variant that exists.
+    pub fn all() -> impl Iterator<Item = Self> {
+        let vectors = |dtype: DType| [16 / dtype.size(), 1].map(|vector| (dtype, vector));
+        COMPUTE_TYPES.into_iter().flat_map(vectors).flat_map(|(dtype, vector)| {
+            [Input::Direct, Input::Staged].into_iter().flat_map(move |input| {
+                [(false, false), (false, true), (true, false), (true, true)].map(|(gated, dependent)| Self {
+                    dtype,
+                    input,
+                    gated,
+                    vector,
+                    dependent,
+                })
+            })
+        })
+    }
+
+    /// The entry point: `matvec_bf16_direct_plain_v8`.
+    pub fn entry(self) -> String {
+        let input = if self.input == Input::Staged { "staged" } else { "direct" };
+        let gated = if self.gated { "gated" } else { "plain" };
+        format!("{FAMILY}_{}_{input}_{gated}_v{}{}", self.dtype, self.vector, suffix(self.dependent))
+    }
+
+    /// Loads of each row that a thread has on their way. Both halves of a gated matrix count.
+    const fn stages(self) -> u32 {
+        if self.gated { 2 } else { 4 }
+    }
+
+    /// Elements of a row that a warp takes in a round.
+    const fn warp_round(self) -> u32 {
+        self.stages() * 4 * self.vector
+    }
+
+    /// Dynamic shared memory of a block.
+    fn shared(self, shape: MatvecShape, warps: u32) -> u64 {
+        let halves = if self.gated { 2 } else { 1 };
+        let sums = u64::from(2 * halves * warps * SUM_BYTES);
+        let padded = u64::from(shape.width).next_multiple_of(u64::from(warps * self.warp_round()));
+        let size = u64::from(self.dtype.size());
+        let gap = if size == 2 { 64 } else { 16 };
+        match self.input {
+            Input::Direct => sums,
+            Input::Staged => sums + u64::from(shape.rows.min(ROWS)) * (padded * size + gap),
+        }
+    }
+}
+
+/// The sizes that decide the geometry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct MatvecShape {
+    /// Rows of x. The weights are read once for every eight.
+    pub rows: u32,
+    /// Features of the result: of a gated matrix half of its rows.
+    pub features: u32,
+    /// Elements of a row of x and of the weights.
+    pub width: u32,
+}
+
+/// What becomes of the result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Store {
+    /// Stored in the weights' type.
+    Compute,
+    /// Stored as f32.
+    F32,
+    /// Added to f32.
+    Add,
+}
+
+/// A norm of x before the product.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MatvecNorm {
+    /// Which norm.
+    pub kind: NormKind,
+    /// Added to the mean of the squares.
+    pub eps: f32,
+    /// Device address of the weight, f32 `[width]`.
+    pub weight: u64,
+    /// Device address of the bias, f32 `[width]`; 0 for none.
+    pub bias: u64,
+}
+
+/// What one launch works on: `out = f(norm(x) · weightᵀ + bias)`, for a gated matrix times
+/// `norm(x) · upᵀ + bias`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MatvecArgs {
+    /// Sizes; the same as given to [`Matvec::launch`].
+    pub shape: MatvecShape,
+    /// `[rows, width]`: of the weights' type for [`Input::Direct`], f32 for [`Input::Staged`].
+    pub x: Rows,
+    /// A norm of x; for [`Input::Staged`] only.
+    pub norm: Option<MatvecNorm>,
+    /// `[features, width]`; gated `[2 · features, width]`, the gates first.
+    pub weight: Rows,
+    /// Device address of f32 `[features]` (gated: `[2 · features]`); 0 for none.
+    pub bias: u64,
+    /// The function of the product, or of the gate.
+    pub activation: Activation,
+    /// What becomes of the result.
+    pub store: Store,
+    /// `[rows, features]`, of the type that `store` says.
+    pub out: Rows,
+}
+
+const SOURCE: Source = Source {
+    family: FAMILY,
+    text: include_str!("../../kernels/model/matvec.ptx"),
+    params: &{
+        use ParamType::{F32, Pointer, U32, U64};
+        [
+            param("x", Pointer),
+            param("weight", Pointer),
+            param("bias", Pointer),
+            param("norm_weight", Pointer),
+            param("norm_bias", Pointer),
+            param("out", Pointer),
+            param("x_stride", U64),
+            param("weight_stride", U64),
+            param("out_stride", U64),
+            param("rows", U32),
+            param("features", U32),
+            param("width", U32),
+            param("norm", U32),
+            param("activation", U32),
+            param("store", U32),
+            param("eps", F32),
+        ]
+    },
+    max_threads: 32 * MAX_WARPS,
+    static_shared: 0,
+    dynamic_shared: MAX_SHARED,
+};
+
+impl MatvecArgs {
+    /// The values of the parameters, in launch order.
+    pub fn values(&self) -> [Arg; 16] {
+        let (kind, norm) = match self.norm {
+            None => (0, MatvecNorm { kind: NormKind::Rms, eps: 0.0, weight: 0, bias: 0 }),
+            Some(norm) if norm.kind == NormKind::Rms => (1, norm),
+            Some(norm) => (2, norm),
+        };
+        let store = match self.store {
+            Store::Compute => 0,
+            Store::F32 => 1,
+            Store::Add => 2,
+        };
+        [
+            Arg::pointer(self.x.address),
+            Arg::pointer(self.weight.address),
+            Arg::pointer(self.bias),
+            Arg::pointer(norm.weight),
+            Arg::pointer(norm.bias),
+            Arg::pointer(self.out.address),
+            Arg::u64(self.x.stride),
+            Arg::u64(self.weight.stride),
+            Arg::u64(self.out.stride),
+            Arg::u32(self.shape.rows),
+            Arg::u32(self.shape.features),
+            Arg::u32(self.shape.width),
+            Arg::u32(kind),
+            Arg::u32(self.activation.code()),
+            Arg::u32(store),
+            Arg::f32(norm.eps),
+        ]
+    }
+}
+
+descriptor! {
+    /// One variant, rendered.
+    Matvec of MatvecSpec
+}
+
+/// How a launch is laid out; [`Matvec::launch`] chooses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Geometry {
+    /// Warps of a block, a multiple of 4 up to 16.
+    pub warps: u32,
+    /// Blocks, which share the tiles.
+    pub blocks: u32,
+}
+
+impl Matvec {
+    /// Renders a variant.
+    ///
+    /// # Errors
+    /// [`Error::UnsupportedTypes`] for an fp8 type, [`Error::UnsupportedVector`] for a vector that is neither 1 nor 16
+    /// bytes.
+    pub fn new(spec: MatvecSpec) -> Result<Self, Error> {
+        let MatvecSpec { dtype, input, gated, vector, dependent } = spec;
+        check_types(FAMILY, dtype, vector)?;
+        let staged = input == Input::Staged;
+        let variables = context! {
+            dtype => dtype.name(),
+            size => dtype.size(),
+            vector,
+            stages => spec.stages(),
+            staged,
+            gated,
+            mma => dtype.size() == 2 && vector == 8,
+            weight_how => "ld.global.nc.L1::no_allocate",
+            weight_policy => "",
+        };
+        let source = Source {
+            static_shared: if staged { 256 } else { 0 },
+            dynamic_shared: if staged { MAX_SHARED } else { 4 * MAX_WARPS * SUM_BYTES },
+            ..SOURCE
+        };
+        Ok(Self { spec, kernel: source.kernel(spec.entry(), dependent, variables)? })
+    }
+
+    /// Grid and block for a shape on a GPU of so many multiprocessors.
+    ///
+    /// # Errors
+    /// [`Error::Zero`] for an empty dimension, [`Error::NotDivisible`] when the vector does not divide the width,
+    /// [`Error::TooLarge`] beyond 2³¹ of anything, and where staged rows do not fit into shared memory,
+    /// [`Error::GridTooLarge`] beyond half a million rows.
+    pub fn launch(&self, shape: MatvecShape, multiprocessors: u32) -> Result<Launch, Error> {
+        let tiles = shape.features.div_ceil(TILE);
+        // More warps where tiles are few, so that enough loads are under way.
+        let warps = if tiles <= multiprocessors { 16 } else { 8 };
+        let resident = (multiprocessors * if warps == 16 { 1 } else { 2 }).max(1);
+        // As many blocks as can run at once, if each has as many tiles to do as the others.
+        let turns = tiles.div_ceil(resident).max(1);
+        self.launch_as(shape, Geometry { warps, blocks: tiles.div_ceil(turns) })
+    }
+
+    /// The same with a geometry of the caller's choice, for tuning.
+    ///
+    /// # Errors
+    /// As of [`launch`](Self::launch), and [`Error::UnsupportedTuning`].
+    pub fn launch_as(&self, shape: MatvecShape, geometry: Geometry) -> Result<Launch, Error> {
+        let MatvecShape { rows, features, width } = shape;
+        let Geometry { warps, blocks } = geometry;
+        let limit = i32::MAX as u32;
+        for (field, value) in [("rows", rows), ("features", features), ("width", width), ("blocks", blocks)] {
+            if value == 0 {
+                return Err(Error::Zero { kernel: FAMILY, field });
+            }
+            if value > limit {
+                return Err(Error::TooLarge { kernel: FAMILY, field, value, limit });
+            }
+        }
+        let vector = self.spec.vector;
+        if width % vector != 0 {
+            return Err(Error::NotDivisible { kernel: FAMILY, vector, field: "width", value: width });
+        }
+        if !warps.is_multiple_of(WARP_STEP) || warps == 0 || warps > MAX_WARPS {
+            let (what, bounds) = ("warps of a block", "4, 8, 12 or 16");
+            return Err(Error::UnsupportedTuning { kernel: FAMILY, what, bounds });
+        }
+        let shared = self.spec.shared(shape, warps);
+        if shared > u64::from(self.kernel.dynamic_shared) {
+            let value = u32::try_from(shared).unwrap_or(u32::MAX);
+            let limit = self.kernel.dynamic_shared;
+            return Err(Error::TooLarge { kernel: FAMILY, field: "bytes of staged rows", value, limit });
+        }
+        let grid = [blocks, rows.div_ceil(ROWS), 1];
+        if grid[1] > MAX_GRID_YZ {
+            let (value, needed) = (rows, grid[1]);
+            return Err(Error::GridTooLarge {
+                kernel: FAMILY,
+                field: "rows",
+                value,
+                needed,
+                limit: MAX_GRID_YZ,
+            });
+        }
+        Ok(Launch { grid, block: [32 * warps, 1, 1], dynamic_shared: shared as u32 })
+    }
+}

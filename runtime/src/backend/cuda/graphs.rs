@@ -1,0 +1,101 @@
+//! Steps that are done again: the launches of a decode of a shape, captured once as a CUDA graph and replayed.
+//!
+//! A shape's first step runs as it is, which loads every kernel and chooses every algorithm; its second is captured.
+//! Owns the graphs; that addresses and launches of a shape are always the same is `inputs.rs`'s, `arena.rs`'s and
+//! `step.rs`'s.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use pagewise_attention::cuda::cudarc::driver::CudaGraph;
+use pagewise_attention::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+
+use super::gpu::{Gpu, checked};
+use super::step::GraphKey;
+use super::tensor::CudaTensor;
+use crate::backend::BackendError;
+
+/// What is known of each shape.
+#[derive(Default)]
+pub(super) struct Graphs {
+    of: HashMap<GraphKey, State>,
+}
+
+impl std::fmt::Debug for Graphs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Graphs").field("shapes", &self.of.len()).finish()
+    }
+}
+
+enum State {
+    /// Its first step has run.
+    Seen,
+    Captured {
+        graph: Graph,
+        logits: CudaTensor,
+    },
+}
+
+/// A graph, which its owner uses from one thread at a time.
+struct Graph(CudaGraph);
+
+// SAFETY: the driver lets any thread use a graph, one at a time; it is inside of a mutex.
+unsafe impl Send for Graph {}
+
+impl Graphs {
+    /// Runs a step by replaying its graph, by capturing one, or as it is.
+    pub(super) fn run(
+        &mut self,
+        gpu: &Arc<Gpu>,
+        key: &GraphKey,
+        forward: impl FnOnce() -> Result<CudaTensor, BackendError>,
+    ) -> Result<CudaTensor, BackendError> {
+        match self.of.get(key) {
+            Some(State::Captured { graph, logits }) => {
+                checked("cuGraphLaunch", graph.0.launch())?;
+                Ok(logits.again())
+            }
+            None => {
+                let logits = forward()?;
+                self.of.insert(key.clone(), State::Seen);
+                Ok(logits)
+            }
+            Some(State::Seen) => {
+                // Until it has worked the shape counts as one that was never seen.
+                self.of.remove(key);
+                let (graph, logits) = capture(gpu, forward)?;
+                checked("cuGraphLaunch", graph.0.launch())?;
+                tracing::debug!(?key, "captured a CUDA graph");
+                let again = logits.again();
+                self.of.insert(key.clone(), State::Captured { graph, logits });
+                Ok(again)
+            }
+        }
+    }
+
+    /// Shapes with a graph.
+    pub(super) fn captured(&self) -> usize {
+        self.of.values().filter(|state| matches!(state, State::Captured { .. })).count()
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.of.clear();
+    }
+}
+
+/// Captures what `forward` puts on the computing stream, which does not run.
+fn capture(
+    gpu: &Arc<Gpu>,
+    forward: impl FnOnce() -> Result<CudaTensor, BackendError>,
+) -> Result<(Graph, CudaTensor), BackendError> {
+    let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+    checked("cuStreamBeginCapture", gpu.stream.begin_capture(mode))?;
+    let logits = forward();
+    // Ended whatever came of it: a stream that captures cannot do anything else.
+    let graph = gpu.stream.end_capture(CUgraphInstantiate_flags(0));
+    let logits = logits?;
+    match checked("cuStreamEndCapture", graph)? {
+        Some(graph) => Ok((Graph(graph), logits)),
+        None => Err(BackendError::Library("the CUDA driver captured an empty graph".to_owned())),
+    }
+}

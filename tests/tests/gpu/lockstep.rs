@@ -1,0 +1,178 @@
+//! Threads of a block side by side: each runs until it comes to something that threads do together, a barrier, a
+//! shuffle or a matrix product; when all who take part are there, it is done for all of them.
+
+use pagewise_attention::cuda::ptx::Arg;
+
+use super::{Instruction, Kind, Memory, Program, Source, execute};
+
+/// Lanes of a warp.
+const LANES: usize = 32;
+
+/// A thread: its numbers, its registers, and where it is; `None` once it has left.
+pub(super) struct Thread {
+    special: [[u32; 3]; 4],
+    registers: Vec<u64>,
+    at: Option<usize>,
+}
+
+impl Thread {
+    pub(super) fn new(special: [[u32; 3]; 4], registers: usize) -> Self {
+        Self { special, registers: vec![0xdead_beef_dead_beef; registers], at: Some(0) }
+    }
+
+    /// Runs up to the next thing that is done together, or to the end.
+    fn run(&mut self, program: &Program, args: &[Arg], memory: &mut Memory) -> Result<(), String> {
+        // No kernel here loops for long: more is an endless loop.
+        for _ in 0..10_000_000u64 {
+            let Some(instruction) = self.at.and_then(|at| program.instructions.get(at)) else {
+                self.at = None;
+                return Ok(());
+            };
+            let is_off = instruction
+                .guard
+                .is_some_and(|(register, wanted)| (self.registers[register] & 1 == 1) != wanted);
+            let next = self.at.map(|at| at + 1);
+            match instruction.kind {
+                _ if is_off => self.at = next,
+                Kind::Together => return Ok(()),
+                Kind::Return => self.at = None,
+                Kind::Branch => self.at = Some(instruction.number as usize),
+                _ => {
+                    self.at = next;
+                    let thread = self.special[2];
+                    execute(instruction, &mut self.registers, &self.special, args, memory)
+                        .map_err(|error| format!("thread {thread:?}: {}: {error}", instruction.text))?;
+                }
+            }
+        }
+        Err("does not end".to_owned())
+    }
+
+    fn value(&self, source: &Source) -> u64 {
+        match *source {
+            Source::Register(register) => self.registers[register],
+            Source::Immediate(value) => value,
+            Source::Special(index) => u64::from(self.special[index / 3][index % 3]),
+        }
+    }
+}
+
+/// Runs all threads of a block to their ends.
+pub(super) fn run_block(
+    program: &Program,
+    threads: &mut [Thread],
+    args: &[Arg],
+    memory: &mut Memory,
+) -> Result<(), String> {
+    loop {
+        for thread in threads.iter_mut() {
+            thread.run(program, args, memory)?;
+        }
+        let mut moved = false;
+        for warp in threads.chunks_mut(LANES) {
+            moved |= run_warp(program, warp)?;
+        }
+        if moved {
+            continue;
+        }
+        // Nothing is left but barriers of the block.
+        let waiting: Vec<&mut Thread> = threads.iter_mut().filter(|thread| thread.at.is_some()).collect();
+        if waiting.is_empty() {
+            return Ok(());
+        }
+        for thread in waiting {
+            let is_barrier = |at| program.instructions.get(at).is_some_and(is_block_barrier);
+            match thread.at {
+                Some(at) if is_barrier(at) => thread.at = Some(at + 1),
+                _ => return Err("threads wait for each other at different places".to_owned()),
+            }
+        }
+    }
+}
+
+fn is_block_barrier(instruction: &Instruction) -> bool {
+    instruction.words.first().is_some_and(|word| word == "bar")
+        && instruction.words.get(1).is_some_and(|word| word != "warp")
+}
+
+/// Does what a warp's threads all wait for, if they do; whether that was so.
+fn run_warp(program: &Program, warp: &mut [Thread]) -> Result<bool, String> {
+    let mut places = warp.iter().filter_map(|thread| thread.at);
+    let Some(at) = places.next() else { return Ok(false) };
+    if places.any(|other| other != at) {
+        return Ok(false);
+    }
+    let Some(instruction) = program.instructions.get(at) else { return Ok(false) };
+    if is_block_barrier(instruction) {
+        return Ok(false);
+    }
+    if instruction.words[0] != "bar" {
+        if warp.len() != LANES || warp.iter().any(|thread| thread.at.is_none()) {
+            return Err(format!("{}: not all lanes of the warp are there", instruction.text));
+        }
+        match instruction.words[0].as_str() {
+            "shfl" => shuffle(instruction, warp)?,
+            _ => multiply(instruction, warp),
+        }
+    }
+    for thread in warp.iter_mut().filter(|thread| thread.at.is_some()) {
+        thread.at = Some(at + 1);
+    }
+    Ok(true)
+}
+
+/// `shfl.sync` by an exclusive or of the lane, from below, or of one lane to all.
+fn shuffle(instruction: &Instruction, warp: &mut [Thread]) -> Result<(), String> {
+    let mode = instruction.words[2].as_str();
+    let values: Vec<u64> = warp.iter().map(|thread| thread.value(&instruction.sources[0])).collect();
+    for (lane, thread) in warp.iter_mut().enumerate() {
+        let operand = thread.value(&instruction.sources[1]) as usize;
+        let from = match mode {
+            "bfly" => lane ^ operand,
+            "up" => lane.checked_sub(operand).unwrap_or(lane),
+            "down" => {
+                if lane + operand < LANES {
+                    lane + operand
+                } else {
+                    lane
+                }
+            }
+            "idx" => operand,
+            other => return Err(format!("shuffle {other}")),
+        };
+        let target = instruction.targets[0];
+        thread.registers[target] = values[from];
+    }
+    Ok(())
+}
+
+/// `mma.sync` m16n8k16 of f16 or bf16 with f32 sums: fragments as PTX lays them out over the lanes.
+fn multiply(instruction: &Instruction, warp: &mut [Thread]) {
+    let is_half = instruction.words.iter().any(|word| word == "f16");
+    let number = |bits: u64| match is_half {
+        true => half::f16::from_bits(bits as u16).to_f64(),
+        false => half::bf16::from_bits(bits as u16).to_f64(),
+    };
+    let (mut a, mut b) = ([[0.0; 16]; 16], [[0.0; 8]; 16]);
+    for (lane, thread) in warp.iter().enumerate() {
+        let (group, quad) = (lane / 4, lane % 4);
+        let word = |index: usize| thread.value(&instruction.sources[index]);
+        for part in 0..2 {
+            for (register, (row, k)) in [(0, 0), (8, 0), (0, 8), (8, 8)].into_iter().enumerate() {
+                a[group + row][2 * quad + k + part] = number(word(register) >> (16 * part));
+            }
+            for register in 0..2 {
+                b[2 * quad + 8 * register + part][group] = number(word(4 + register) >> (16 * part));
+            }
+        }
+    }
+    for (lane, thread) in warp.iter_mut().enumerate() {
+        let (group, quad) = (lane / 4, lane % 4);
+        for (register, (row, column)) in [(0, 0), (0, 1), (8, 0), (8, 1)].into_iter().enumerate() {
+            let (row, column) = (group + row, 2 * quad + column);
+            let start = f64::from(f32::from_bits(thread.value(&instruction.sources[6 + register]) as u32));
+            let sum: f64 = (0..16).map(|k| a[row][k] * b[k][column]).sum();
+            thread.registers[instruction.targets[register]] = u64::from(((start + sum) as f32).to_bits());
+        }
+    }
+}
