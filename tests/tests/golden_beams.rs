@@ -127,7 +127,7 @@ fn preempted_searches_end_the_same() {
                 options.cache_size = CacheSize::Blocks(56 * groups);
                 options.swap_space = 4 << 20;
                 options.preemption = preemption;
-                options.max_batch_tokens = 40;
+                options.max_batch_tokens = Some(40);
             });
             run(name, &mut engine);
             let stats = engine.stats().scheduler;
