@@ -106,7 +106,8 @@ impl<'a> Gpu<'a> {
 
 impl Device for Gpu<'_> {
     fn upload(&mut self, bytes: &[u8]) -> u64 {
-        let slice = self.stream.clone_htod(if bytes.is_empty() { &[0xff; 16] } else { bytes }).unwrap();
+        let bytes = if bytes.is_empty() { &[0xff; 16] } else { bytes };
+        let slice = self.stream.clone_htod(bytes).unwrap();
         let address = slice.device_ptr(&self.stream).0;
         self.slices.push((address, slice));
         address
