@@ -162,7 +162,7 @@ impl<'a, 'b> Bench<'a, 'b> {
         let size = spec.dtype.size() as usize;
         let bytes = (halves * shape.features * shape.width) as usize * size;
         let copies = (self.weights.len() / bytes).clamp(1, 512);
-        let needed = ROTATION.div_ceil(bytes).max(4).min(64);
+        let needed = ROTATION.div_ceil(bytes).clamp(4, 64);
         let (weights, x, out) =
             (self.gpu.address(&self.weights), self.gpu.address(&self.x), self.gpu.address(&self.out));
         let us = self.gpu.time(needed, |i| {
@@ -170,7 +170,7 @@ impl<'a, 'b> Bench<'a, 'b> {
             let norm = MatvecNorm { kind: NormKind::Rms, eps: 1e-5, weight: x + (32 << 20), bias: 0 };
             let args = MatvecArgs {
                 shape,
-                x: Rows { address: x + (i % 2 << 20), stride: u64::from(shape.width) },
+                x: Rows { address: x + ((i as u64 % 2) << 20), stride: u64::from(shape.width) },
                 norm: normed.then_some(norm),
                 weight: Rows {
                     address: weights + ((i % copies) * bytes) as u64,

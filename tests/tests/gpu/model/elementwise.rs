@@ -152,14 +152,14 @@ pub fn run(run: &mut Run<'_>) {
             let (rows, width) = shape(random, spec.vector);
             let x_rows = 1 + random.below(9);
             let mut x = Tensor::random(random, DType::F32, x_rows, width, spec.vector as usize, 1.0);
-            let mut out = Tensor::poisoned(random, DType::F32, rows, width, spec.vector as usize);
+            let unit = if spec.vector > 1 { 16 / dtype(spec.out).size() } else { 1 };
+            let mut out = Tensor::poisoned(random, dtype(spec.out), rows, width, unit);
+            let listed = !random.one_in(3);
             let index: Vec<u32> = (0..rows)
-                .map(|_| {
-                    if random.one_in(8) {
-                        random.pick(&[u32::MAX, x_rows as u32])
-                    } else {
-                        random.below(x_rows) as u32
-                    }
+                .map(|row| match random.below(8) {
+                    _ if !listed => row as u32,
+                    0 => random.pick(&[u32::MAX, x_rows as u32]),
+                    _ => random.below(x_rows) as u32,
                 })
                 .collect();
             let args = GatherRowsArgs {
@@ -167,7 +167,7 @@ pub fn run(run: &mut Run<'_>) {
                 width: width as u32,
                 x: x.upload(device),
                 x_rows: x_rows as u32,
-                index: words(device, &index),
+                index: if listed { words(device, &index) } else { 0 },
                 out: out.upload(device),
             };
             device.run(gather.kernel(), gather.launch(args.rows, args.width).unwrap(), &args.values())?;

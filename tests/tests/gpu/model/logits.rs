@@ -2,6 +2,7 @@
 
 use pagewise_attention::DType;
 use pagewise_attention::cuda::ptx::model::argmax::{Argmax, ArgmaxArgs, ArgmaxSpec, NO_TOKEN};
+use pagewise_attention::cuda::ptx::model::carry_tokens::{CarryTokens, CarryTokensArgs, CarryTokensSpec};
 use pagewise_attention::cuda::ptx::model::log_softmax::{LogSoftmax, LogSoftmaxArgs, LogSoftmaxSpec};
 use pagewise_attention::cuda::ptx::model::vocab::blocks;
 
@@ -135,6 +136,40 @@ pub fn run(run: &mut Run<'_>) {
                 if index % 2 == 0 { (max, 0.0) } else { (log_sum, error(log_sum)) }
             })?;
             Ok(worst)
+        });
+    }
+    for spec in CarryTokensSpec::all() {
+        let carry = CarryTokens::new(spec).unwrap();
+        run.variant(carry.kernel(), |device, random| {
+            let (rows, chosen) = (1 + random.below(400), 1 + random.below(300));
+            let mut expected: Vec<u32> = (0..rows).map(|_| random.next() as u32).collect();
+            let tokens: Vec<u32> = (0..chosen).map(|_| random.next() as u32).collect();
+            let ids = words(device, &expected);
+            let mut pairs = Vec::new();
+            for (row, id) in expected.iter_mut().enumerate() {
+                let from = random.below(chosen + 5);
+                match random.below(3) {
+                    0 => {}
+                    1 => pairs.extend([row as u32, u32::MAX]),
+                    _ => {
+                        pairs.extend([row as u32, from as u32]);
+                        *id = tokens.get(from).copied().unwrap_or(*id);
+                    }
+                }
+            }
+            pairs.extend([rows as u32, 0]);
+            let args = CarryTokensArgs {
+                pairs: words(device, &pairs),
+                count: pairs.len() as u32 / 2,
+                tokens: words(device, &tokens),
+                chosen: chosen as u32,
+                ids,
+                rows: rows as u32,
+            };
+            device.run(carry.kernel(), carry.launch(), &args.values())?;
+            let found = device.download(ids);
+            let expected: Vec<u8> = expected.iter().flat_map(|id| id.to_le_bytes()).collect();
+            if found == expected { Ok(0.0) } else { Err("tokens are not where they should be".to_owned()) }
         });
     }
 }

@@ -13,10 +13,11 @@ use pagewise_attention::cuda::ptx::{Arg, Kernel, Launch};
 use super::random::Random;
 
 /// The kernels that have cases here.
-pub const FAMILIES: [&str; 10] = [
+pub const FAMILIES: [&str; 11] = [
     "activate",
     "add",
     "argmax",
+    "carry_tokens",
     "embed",
     "fill_weights",
     "gather_rows",
