@@ -109,8 +109,8 @@ struct Source {
 
 impl Source {
     fn kernel(&self, entry: String, dependent: bool, variables: Value) -> Result<Kernel, Error> {
-        // PTX 7.4 brought cache hints; dependent launches came with Hopper.
-        let target = if dependent { Target::from(90, (7, 8)) } else { Target::from(80, (7, 4)) };
+        // PTX 7.4 brought cache hints; dependent launches came with Hopper, PTX 8.0 its prefetches.
+        let target = if dependent { Target::from(90, (8, 0)) } else { Target::from(80, (7, 4)) };
         let text = template::render(
             self.family,
             self.text,
