@@ -47,9 +47,9 @@ impl Default for PlanOptions {
     fn default() -> Self {
         Self {
             item_keys: None,
-            workgroups: 1024,
+            workgroups: 512,
             smallest: 128,
-            largest: 512,
+            largest: 2048,
             tiles_from: None,
             prefill_keys: None,
             prefill_tuning: None,

@@ -97,6 +97,7 @@ fn reader<'a, 'b>(gpu: &'a Gpu<'b>) -> Reader<'a, 'b> {
 }
 
 /// GB/s of reading memory in order.
+#[allow(dead_code, reason = "not every bench asks for it alone")]
 pub fn ceiling(gpu: &Gpu<'_>) -> f64 {
     ceiling_of(&reader(gpu))
 }

@@ -27,14 +27,21 @@ fn in_f16(gpu: &Gpu<'_>) -> impl Iterator<Item = Shape> {
     shapes().into_iter().filter(move |shape| shape.kv_dtype == DType::Bf16 && shape.bytes() <= most)
 }
 
-pub fn all_shapes(gpu: &Gpu<'_>, ceiling: f64, wanted: impl Fn(&str) -> bool) -> Vec<Value> {
-    let mut results = Vec::new();
-    let (mut vllm, mut sdpa, mut peers, mut large) = (vec![], vec![], vec![], vec![]);
+/// The shapes that are measured on a GPU.
+pub fn names() -> Vec<String> {
+    shapes().into_iter().filter(|shape| shape.kv_dtype == DType::Bf16).map(|shape| shape.name).collect()
+}
+
+pub fn headline() {
     println!(
         "decode f16, d128 if not said otherwise, block 16: us, GB/s, % of ceiling, x vLLM, x SDPA dense"
     );
+}
+
+pub fn all_shapes(gpu: &Gpu<'_>, ceiling: f64, wanted: impl Fn(&str) -> bool) -> Vec<Value> {
+    let mut results = Vec::new();
+    headline();
     for shape in in_f16(gpu).filter(|shape| wanted(&shape.name)) {
-        let mut best = f64::INFINITY;
         for hnd in [false, true] {
             let layout = if hnd { "HND" } else { "NHD" };
             let prepared = match Prepared::new(gpu, &shape, hnd) {
@@ -47,7 +54,6 @@ pub fn all_shapes(gpu: &Gpu<'_>, ceiling: f64, wanted: impl Fn(&str) -> bool) ->
             };
             let Measured { us, error, items, merged, variant } =
                 prepared.measure(PlanOptions::default(), None).unwrap();
-            best = best.min(us);
             let rate = shape.bytes() / us / 1e3;
             // A software driver computes on the CPU: what the CPU backend takes there says how well.
             let cpu_us = gpu.software.then(|| prepared.cpu_us());
@@ -74,13 +80,24 @@ pub fn all_shapes(gpu: &Gpu<'_>, ceiling: f64, wanted: impl Fn(&str) -> bool) ->
                 "merged_rows": merged, "variant": variant, "cpu_us": cpu_us,
             }));
         }
-        if best.is_finite() && shape.counts() {
-            vllm.push(shape.vllm_us / best);
-            sdpa.extend(shape.sdpa_us.map(|sdpa| sdpa / best));
-            peers.push(shape.best_us / best);
+    }
+    summary(&results);
+    results
+}
+
+/// Geometric means over the better layout of each shape.
+pub fn summary(results: &[Value]) {
+    let (mut vllm, mut sdpa, mut peers, mut large) = (vec![], vec![], vec![], vec![]);
+    for shape in shapes() {
+        let of_shape = results.iter().filter(|result| result["shape"] == shape.name.as_str());
+        let best = |key: &str| of_shape.clone().filter_map(|result| result[key].as_f64()).reduce(f64::max);
+        if shape.counts() {
+            vllm.extend(best("speedup_over_vllm"));
+            sdpa.extend(best("speedup_over_sdpa_dense"));
+            peers.extend(best("speedup_over_best_peer"));
         }
-        if best.is_finite() && shape.bytes() >= 256e6 {
-            large.push((shape.bytes() / best / 1e3 / ceiling, shape.name.clone()));
+        if shape.bytes() >= 256e6 {
+            large.extend(best("of_ceiling").map(|share| (share, shape.name)));
         }
     }
     let mean = |list: &[f64]| (list.iter().map(|x| x.ln()).sum::<f64>() / list.len().max(1) as f64).exp();
@@ -93,7 +110,6 @@ pub fn all_shapes(gpu: &Gpu<'_>, ceiling: f64, wanted: impl Fn(&str) -> bool) ->
     if let Some((least, name)) = large.iter().min_by(|a, b| a.0.total_cmp(&b.0)) {
         println!("from 256 MB on, at least {:.1}% of the read ceiling ({name})", 100.0 * least);
     }
-    results
 }
 
 /// Plans and tunings, on a few shapes.
