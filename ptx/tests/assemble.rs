@@ -98,7 +98,7 @@ fn the_selection_holds_every_pair_and_stays_small() {
     for arch in ARCHS {
         assert!(jobs.iter().any(|(_, chosen)| *chosen == arch), "nothing is assembled for {}", arch.name);
     }
-    assert!(jobs.len() <= 250, "{} assemblies take too long for every test run", jobs.len());
+    assert!(jobs.len() <= 320, "{} assemblies take too long for every test run", jobs.len());
 }
 
 #[test]

@@ -75,33 +75,48 @@ impl Reader<'_, '_> {
     }
 }
 
-pub fn measure(gpu: &Gpu<'_>) -> Yardsticks {
+const BYTES: usize = 4 << 30;
+const PAGES: usize = BYTES / PAGE_BYTES as usize;
+
+fn reader<'a, 'b>(gpu: &'a Gpu<'b>) -> Reader<'a, 'b> {
     let load = |merges| {
         let descriptor = PageRead::new(merges).unwrap();
         let module = gpu.engine.load_module(Ptx::from_src(descriptor.kernel().text())).unwrap();
         let function = Arc::clone(&module).load_function(descriptor.kernel().entry()).unwrap();
         (descriptor, function)
     };
-    let bytes = 4usize << 30;
-    let pages = bytes / PAGE_BYTES as usize;
-    let reader = Reader {
+    Reader {
         gpu,
         read: load(false),
         merged: load(true),
-        data: gpu.filled(DType::Bf16, bytes / 2),
-        partial: gpu.stream.alloc_zeros(pages).unwrap(),
+        data: gpu.filled(DType::Bf16, BYTES / 2),
+        partial: gpu.stream.alloc_zeros(PAGES).unwrap(),
         ticket: gpu.stream.alloc_zeros(1).unwrap(),
         out: gpu.stream.alloc_zeros(1).unwrap(),
-    };
-    let in_order = gpu.stream.clone_htod(&(0..pages as i32).collect::<Vec<_>>()).unwrap();
-    let random = gpu.stream.clone_htod(&Random(3).permutation(pages)).unwrap();
+    }
+}
 
+/// GB/s of reading memory in order.
+pub fn ceiling(gpu: &Gpu<'_>) -> f64 {
+    ceiling_of(&reader(gpu))
+}
+
+fn ceiling_of(reader: &Reader<'_, '_>) -> f64 {
+    let in_order = reader.gpu.stream.clone_htod(&(0..PAGES as i32).collect::<Vec<_>>()).unwrap();
     let mut ceiling = 0.0f64;
     for per_block in [2, 4, 8, 16, 32, 64] {
-        let us = gpu.time(3, |_| reader.launch(false, &in_order, 0, pages, per_block));
-        ceiling = ceiling.max(bytes as f64 / us / 1e3);
+        let us = reader.gpu.time(3, |_| reader.launch(false, &in_order, 0, PAGES, per_block));
+        ceiling = ceiling.max(BYTES as f64 / us / 1e3);
     }
     println!("read ceiling {ceiling:.0} GB/s");
+    ceiling
+}
+
+pub fn measure(gpu: &Gpu<'_>) -> Yardsticks {
+    let reader = reader(gpu);
+    let pages = PAGES;
+    let random = gpu.stream.clone_htod(&Random(3).permutation(pages)).unwrap();
+    let ceiling = ceiling_of(&reader);
 
     let mut floor = Vec::new();
     for megabytes in [0.5, 1.0, 4.2, 16.8, 33.6, 67.1, 134.2, 268.4, 536.9, 1073.7, 2147.5, 4294.9] {

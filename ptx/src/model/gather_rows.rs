@@ -1,10 +1,12 @@
-//! `gather_rows`: rows of a tensor, by number.
+//! `gather_rows`: rows of an f32 tensor, by number or all of them, rounded to another type where that is wanted.
 //!
 //! Owns the variants, the parameter list and the geometry; the kernel is `kernels/model/gather_rows.ptx`.
 
 use minijinja::context;
 
-use super::{ELEMENTWISE_THREADS, Rows, Source, check_types, descriptor, elementwise, param, suffix};
+use super::{
+    COMPUTE_TYPES, ELEMENTWISE_THREADS, Rows, Source, check_types, descriptor, elementwise, param, suffix,
+};
 use crate::kernel::{Arg, Launch, ParamType};
 use crate::{DType, Error};
 
@@ -14,6 +16,8 @@ const FAMILY: &str = "gather_rows";
 /// Which variant: fixed when the text is rendered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct GatherRowsSpec {
+    /// Type of the result.
+    pub out: DType,
     /// Elements of a thread: 1 or 4.
     pub vector: u32,
     /// Whether it may start before the kernel before it has ended (programmatic dependent launch, sm_90 on).
@@ -23,12 +27,15 @@ pub struct GatherRowsSpec {
 impl GatherRowsSpec {
     /// Every variant that exists.
     pub fn all() -> impl Iterator<Item = Self> {
-        [4, 1].into_iter().flat_map(|vector| [false, true].map(|dependent| Self { vector, dependent }))
+        COMPUTE_TYPES
+            .into_iter()
+            .flat_map(|out| [4, 1].map(|vector| (out, vector)))
+            .flat_map(|(out, vector)| [false, true].map(|dependent| Self { out, vector, dependent }))
     }
 
-    /// The entry point: `gather_rows_f32_v4`.
+    /// The entry point: `gather_rows_f32_bf16_v4`.
     pub fn entry(self) -> String {
-        format!("{FAMILY}_f32_v{}{}", self.vector, suffix(self.dependent))
+        format!("{FAMILY}_f32_{}_v{}{}", self.out, self.vector, suffix(self.dependent))
     }
 }
 
@@ -43,9 +50,9 @@ pub struct GatherRowsArgs {
     pub x: Rows,
     /// Rows of `x`.
     pub x_rows: u32,
-    /// Device address of the numbers, i32 `[rows]`. One outside of `x` gives a row of NaN.
+    /// Device address of the numbers, i32 `[rows]`; one outside of `x` gives a row of NaN. 0: row `i` is that of `x`.
     pub index: u64,
-    /// f32 `[rows, width]`
+    /// `[rows, width]`
     pub out: Rows,
 }
 
@@ -95,11 +102,19 @@ impl GatherRows {
     /// Renders a variant.
     ///
     /// # Errors
-    /// [`Error::UnsupportedVector`] for a vector that is neither 1 nor 4.
+    /// [`Error::UnsupportedTypes`] for an fp8 type, [`Error::UnsupportedVector`] for a vector that is neither 1 nor 4.
     pub fn new(spec: GatherRowsSpec) -> Result<Self, Error> {
-        let GatherRowsSpec { vector, dependent } = spec;
+        let GatherRowsSpec { out, vector, dependent } = spec;
+        check_types(FAMILY, out, 1)?;
         check_types(FAMILY, DType::F32, vector)?;
-        Ok(Self { spec, kernel: SOURCE.kernel(spec.entry(), dependent, context! { vector })? })
+        Ok(Self {
+            spec,
+            kernel: SOURCE.kernel(
+                spec.entry(),
+                dependent,
+                context! { dtype => out.name(), size => out.size(), vector },
+            )?,
+        })
     }
 
     /// Grid and block for so many rows of so many elements.

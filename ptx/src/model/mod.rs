@@ -17,6 +17,7 @@
 pub mod activate;
 pub mod add;
 pub mod argmax;
+pub mod carry_tokens;
 pub mod embed;
 pub mod fill_weights;
 pub mod gather_rows;
@@ -108,8 +109,8 @@ struct Source {
 
 impl Source {
     fn kernel(&self, entry: String, dependent: bool, variables: Value) -> Result<Kernel, Error> {
-        // PTX 7.4 brought cache hints; dependent launches came with Hopper.
-        let target = if dependent { Target::from(90, (7, 8)) } else { Target::from(80, (7, 4)) };
+        // PTX 7.4 brought cache hints; dependent launches came with Hopper, PTX 8.0 its prefetches.
+        let target = if dependent { Target::from(90, (8, 0)) } else { Target::from(80, (7, 4)) };
         let text = template::render(
             self.family,
             self.text,
@@ -224,6 +225,8 @@ use descriptor;
 pub(crate) fn all_kernels() -> impl Iterator<Item = Result<Kernel, Error>> {
     let activate = activate::ActivateSpec::all().map(|spec| Ok(activate::Activate::new(spec)?.into_kernel()));
     let add = add::AddSpec::all().map(|spec| Ok(add::Add::new(spec)?.into_kernel()));
+    let carry = carry_tokens::CarryTokensSpec::all()
+        .map(|spec| Ok(carry_tokens::CarryTokens::new(spec)?.into_kernel()));
     let embed = embed::EmbedSpec::all().map(|spec| Ok(embed::Embed::new(spec)?.into_kernel()));
     let fill = fill_weights::FillWeightsSpec::all()
         .map(|spec| Ok(fill_weights::FillWeights::new(spec)?.into_kernel()));
@@ -235,7 +238,7 @@ pub(crate) fn all_kernels() -> impl Iterator<Item = Result<Kernel, Error>> {
         log_softmax::LogSoftmaxSpec::all().map(|spec| Ok(log_softmax::LogSoftmax::new(spec)?.into_kernel()));
     let norm = norm::NormSpec::all().map(|spec| Ok(norm::Norm::new(spec)?.into_kernel()));
     let scale = scale::ScaleSpec::all().map(|spec| Ok(scale::Scale::new(spec)?.into_kernel()));
-    let logits = argmax.chain(log_softmax);
+    let logits = argmax.chain(log_softmax).chain(carry);
     activate
         .chain(add)
         .chain(embed)

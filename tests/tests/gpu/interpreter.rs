@@ -532,7 +532,8 @@ impl Reader {
         };
         let first = instruction.words[0].clone();
         instruction.kind = match first.as_str() {
-            "createpolicy" | "griddepcontrol" | "fence" => return Ok(instruction),
+            "createpolicy" | "griddepcontrol" | "fence" | "prefetch" => return Ok(instruction),
+            "cp" if instruction.words.iter().any(|word| word == "prefetch") => return Ok(instruction),
             "bar" => {
                 instruction.kind = Kind::Together;
                 return Ok(instruction);

@@ -215,7 +215,7 @@ impl Kernels {
             &[args.x.stride, args.out.stride],
             &[args.x.address, args.out.address],
         );
-        let spec = GatherRowsSpec { vector, dependent: self.dependent };
+        let spec = GatherRowsSpec { out: ptx::DType::F32, vector, dependent: self.dependent };
         let entry = self.gather_rows.get(&self.gpu, spec, GatherRows::new, GatherRows::kernel)?;
         let launch = entry.descriptor.launch(args.rows, args.width);
         // SAFETY: the caller's; the arguments are the descriptor's.

@@ -1,0 +1,104 @@
+//! `carry_tokens`: puts tokens that a step chose to where the next step reads its tokens, without the host.
+//!
+//! Owns the variants, the parameter list and the geometry; the kernel is `kernels/model/carry_tokens.ptx`.
+
+use minijinja::context;
+
+use super::{Source, descriptor, param, suffix};
+use crate::Error;
+use crate::kernel::{Arg, Launch, ParamType};
+
+/// Family and template name.
+const FAMILY: &str = "carry_tokens";
+
+/// Threads of the only block.
+const THREADS: u32 = 256;
+
+/// Which variant: fixed when the text is rendered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct CarryTokensSpec {
+    /// Whether it may start before the kernel before it has ended (programmatic dependent launch, sm_90 on).
+    pub dependent: bool,
+}
+
+impl CarryTokensSpec {
+    /// Every variant that exists.
+    pub fn all() -> impl Iterator<Item = Self> {
+        [false, true].into_iter().map(|dependent| Self { dependent })
+    }
+
+    /// The entry point: `carry_tokens_pdl`.
+    pub fn entry(self) -> String {
+        format!("{FAMILY}{}", suffix(self.dependent))
+    }
+}
+
+/// What one launch works on: `ids[row] = tokens[from]` for each pair.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct CarryTokensArgs {
+    /// Device address of (row, from), u32 `[count, 2]`; pairs that are outside are skipped.
+    pub pairs: u64,
+    /// Pairs.
+    pub count: u32,
+    /// Device address of the tokens that were chosen, u32 `[chosen]`.
+    pub tokens: u64,
+    /// Tokens that were chosen.
+    pub chosen: u32,
+    /// Device address of the tokens of the next step, u32 `[rows]`.
+    pub ids: u64,
+    /// Rows of the next step.
+    pub rows: u32,
+}
+
+const SOURCE: Source = Source {
+    family: FAMILY,
+    text: include_str!("../../kernels/model/carry_tokens.ptx"),
+    params: &{
+        use ParamType::{Pointer, U32};
+        [
+            param("pairs", Pointer),
+            param("tokens", Pointer),
+            param("ids", Pointer),
+            param("count", U32),
+            param("chosen", U32),
+            param("rows", U32),
+        ]
+    },
+    max_threads: THREADS,
+    static_shared: 0,
+    dynamic_shared: 0,
+};
+
+impl CarryTokensArgs {
+    /// The values of the parameters, in launch order.
+    pub fn values(&self) -> [Arg; 6] {
+        [
+            Arg::pointer(self.pairs),
+            Arg::pointer(self.tokens),
+            Arg::pointer(self.ids),
+            Arg::u32(self.count),
+            Arg::u32(self.chosen),
+            Arg::u32(self.rows),
+        ]
+    }
+}
+
+descriptor! {
+    /// One variant, rendered.
+    CarryTokens of CarryTokensSpec
+}
+
+impl CarryTokens {
+    /// Renders a variant.
+    ///
+    /// # Errors
+    /// [`Error::Template`], which is a defect of this crate.
+    pub fn new(spec: CarryTokensSpec) -> Result<Self, Error> {
+        Ok(Self { spec, kernel: SOURCE.kernel(spec.entry(), spec.dependent, context! {})? })
+    }
+
+    /// Grid and block for any number of pairs.
+    pub fn launch(&self) -> Launch {
+        Launch { grid: [1, 1, 1], block: [THREADS, 1, 1], dynamic_shared: 0 }
+    }
+}
