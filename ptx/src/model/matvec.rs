@@ -301,7 +301,7 @@ impl Matvec {
             }
         }
         let vector = self.spec.vector;
-        if width % vector != 0 {
+        if !width.is_multiple_of(vector) {
             return Err(Error::NotDivisible { kernel: FAMILY, vector, field: "width", value: width });
         }
         if !warps.is_multiple_of(WARP_STEP) || warps == 0 || warps > MAX_WARPS {
