@@ -14,7 +14,7 @@ use pagewise_attention::cuda::cudarc;
 use pagewise_attention::cuda::ptx::model::argmax::{Argmax, ArgmaxArgs, ArgmaxSpec};
 use pagewise_attention::cuda::ptx::model::log_softmax::{LogSoftmax, LogSoftmaxArgs, LogSoftmaxSpec};
 use pagewise_attention::cuda::ptx::model::matvec::{
-    Geometry, Input, Matvec, MatvecArgs, MatvecNorm, MatvecShape, MatvecSpec, RINGS, Store,
+    Geometry, Input, Matvec, MatvecArgs, MatvecNorm, MatvecShape, MatvecSpec, Store,
 };
 use pagewise_attention::cuda::ptx::model::norm::{Norm, NormArgs, NormSpec, Parts};
 use pagewise_attention::cuda::ptx::model::vocab::blocks;
@@ -187,37 +187,32 @@ impl<'a, 'b> Bench<'a, 'b> {
     }
 
     pub fn all(&mut self, wanted: impl Fn(&str) -> bool) {
-        let bf16 = |gated, dependent, input, ring| MatvecSpec {
+        let bf16 = |gated, dependent, input| MatvecSpec {
             dtype: ptx::DType::Bf16,
             input,
             gated,
             vector: 8,
-            ring,
             dependent,
         };
         for (name, features, width, gated) in SHAPES {
             for rows in [1, 2, 4, 8] {
                 let shape = MatvecShape { rows, features, width };
                 for dependent in [false, true] {
-                    let mut kinds = vec![("", Input::Direct, Store::Compute, false, 0)];
-                    for (kind, ring) in [("ring 4 ", 4), ("ring 8 ", 8)] {
-                        kinds.push((kind, Input::Direct, Store::Compute, false, ring));
-                    }
+                    let mut kinds = vec![("", Input::Direct, Store::Compute, false)];
                     if rows == 1 || (rows == 8 && dependent) {
-                        kinds.push(("norm ", Input::Staged, Store::Compute, true, 0));
+                        kinds.push(("norm ", Input::Staged, Store::Compute, true));
                     }
                     if rows == 1 && dependent && !gated {
-                        kinds.push(("add ", Input::Direct, Store::Add, false, 0));
-                        kinds.push(("add ring 4 ", Input::Direct, Store::Add, false, 4));
+                        kinds.push(("add ", Input::Direct, Store::Add, false));
                     }
-                    for (kind, input, store, normed, ring) in kinds {
+                    for (kind, input, store, normed) in kinds {
                         let store = if features > 100_000 { Store::F32 } else { store };
                         let full =
                             format!("matvec {name} {kind}rows {rows}{}", if dependent { " pdl" } else { "" });
                         if !wanted(&full) {
                             continue;
                         }
-                        let spec = bf16(gated, dependent, input, ring);
+                        let spec = bf16(gated, dependent, input);
                         let Some((us, matvec, launch, bytes)) =
                             self.product(spec, shape, store, normed, None)
                         else {
@@ -241,7 +236,6 @@ impl<'a, 'b> Bench<'a, 'b> {
                     input: Input::Direct,
                     gated: false,
                     vector: 16 / dtype.size(),
-                    ring: 0,
                     dependent: false,
                 };
                 let shape = MatvecShape { rows, features: 4096, width: 4096 };
@@ -359,18 +353,16 @@ impl<'a, 'b> Bench<'a, 'b> {
                 }
                 let shape = MatvecShape { rows, features, width };
                 let tiles = features.div_ceil(16);
-                let rings = RINGS.iter().chain(&[0]);
-                for (&ring, warps) in rings.flat_map(|ring| [8, 12, 16].map(|warps| (ring, warps))) {
-                    let spec = MatvecSpec {
-                        dtype: ptx::DType::Bf16,
-                        input: Input::Direct,
-                        gated,
-                        vector: 8,
-                        ring,
-                        dependent: true,
-                    };
+                let spec = MatvecSpec {
+                    dtype: ptx::DType::Bf16,
+                    input: Input::Direct,
+                    gated,
+                    vector: 8,
+                    dependent: true,
+                };
+                for warps in [4, 8, 12, 16] {
                     let mut tried = Vec::new();
-                    for resident in [1, 2, 4] {
+                    for resident in [1, 2, 3, 4, 5, 1000] {
                         let turns = tiles.div_ceil(multiprocessors * resident).max(1);
                         let blocks = tiles.div_ceil(turns);
                         if tried.contains(&blocks) {
@@ -381,7 +373,7 @@ impl<'a, 'b> Bench<'a, 'b> {
                         if let Some((us, matvec, _, bytes)) =
                             self.product(spec, shape, Store::Compute, false, Some(geometry))
                         {
-                            let more = json!({ "ring": ring, "warps": warps, "blocks": blocks });
+                            let more = json!({ "warps": warps, "blocks": blocks });
                             self.note(full.clone(), matvec.kernel(), us, bytes, more);
                         }
                     }

@@ -29,16 +29,6 @@ const WARP_STEP: u32 = 4;
 /// Bytes of a warp's sums of a tile.
 const SUM_BYTES: u32 = ROWS * 20 * 4;
 
-/// KiB of shared memory that each warp's ring may have.
-pub const RINGS: [u32; 2] = [4, 8];
-
-/// Tiles of a block from which on several blocks share a multiprocessor: then those that are done early make way for
-/// others, and no block's last tiles are waited for.
-const MANY_TURNS: u32 = 32;
-
-/// Rows of fewer elements than this keep no more than 12 warps busy.
-const NARROW: u32 = 1024;
-
 /// Dynamic shared memory of a block at most: what every GPU from sm_80 on has.
 const MAX_SHARED: u32 = 96 << 10;
 
@@ -53,9 +43,6 @@ pub struct MatvecSpec {
     pub gated: bool,
     /// Elements of a load: 1, or as many as fit 16 bytes.
     pub vector: u32,
-    /// KiB of shared memory through which each warp's weights come, one of [`RINGS`], or 0: they come through registers.
-    /// Only where [`can_ring`](Self::can_ring) says so.
-    pub ring: u32,
     /// Whether it may start before the kernel before it has ended (programmatic dependent launch, sm_90 on).
     pub dependent: bool,
 }
@@ -71,42 +58,32 @@ pub enum Input {
 }
 
 impl MatvecSpec {
-    /// Whether there is a variant of these with a ring: of 16-bit types with vectors, reading x where it lies.
-    pub const fn can_ring(dtype: DType, input: Input, vector: u32) -> bool {
-        dtype.size() == 2 && vector == 8 && matches!(input, Input::Direct)
-    }
-
-    /// The ring to take: the smallest, so that many warps have one, or none.
-    pub const fn best_ring(dtype: DType, input: Input, vector: u32) -> u32 {
-        if Self::can_ring(dtype, input, vector) { RINGS[0] } else { 0 }
-    }
-
     /// Every variant that exists.
     pub fn all() -> impl Iterator<Item = Self> {
         let vectors = |dtype: DType| [16 / dtype.size(), 1].map(|vector| (dtype, vector));
         COMPUTE_TYPES.into_iter().flat_map(vectors).flat_map(|(dtype, vector)| {
             [Input::Direct, Input::Staged].into_iter().flat_map(move |input| {
-                let rings = if Self::can_ring(dtype, input, vector) { &RINGS[..] } else { &[] };
-                [0].iter().chain(rings).flat_map(move |&ring| {
-                    [(false, false), (false, true), (true, false), (true, true)]
-                        .map(|(gated, dependent)| Self { dtype, input, gated, vector, ring, dependent })
+                [(false, false), (false, true), (true, false), (true, true)].map(|(gated, dependent)| Self {
+                    dtype,
+                    input,
+                    gated,
+                    vector,
+                    dependent,
                 })
             })
         })
     }
 
-    /// The entry point: `matvec_bf16_direct_plain_v8`, with a ring of 4 KiB `.._v8_r4`.
+    /// The entry point: `matvec_bf16_direct_plain_v8`.
     pub fn entry(self) -> String {
         let input = if self.input == Input::Staged { "staged" } else { "direct" };
         let gated = if self.gated { "gated" } else { "plain" };
-        let ring = if self.ring > 0 { format!("_r{}", self.ring) } else { String::new() };
-        format!("{FAMILY}_{}_{input}_{gated}_v{}{ring}{}", self.dtype, self.vector, suffix(self.dependent))
+        format!("{FAMILY}_{}_{input}_{gated}_v{}{}", self.dtype, self.vector, suffix(self.dependent))
     }
 
     /// Loads of each row that a thread has on their way. Both halves of a gated matrix count.
     const fn stages(self) -> u32 {
-        let whole = if self.ring > 0 { self.ring } else { 4 };
-        if self.gated { whole / 2 } else { whole }
+        if self.gated { 2 } else { 4 }
     }
 
     /// Elements of a row that a warp takes in a round.
@@ -122,7 +99,7 @@ impl MatvecSpec {
         let size = u64::from(self.dtype.size());
         let gap = if size == 2 { 64 } else { 16 };
         match self.input {
-            Input::Direct => sums + u64::from(warps * self.ring * 1024),
+            Input::Direct => sums,
             Input::Staged => sums + u64::from(shape.rows.min(ROWS)) * (padded * size + gap),
         }
     }
@@ -267,15 +244,10 @@ impl Matvec {
     ///
     /// # Errors
     /// [`Error::UnsupportedTypes`] for an fp8 type, [`Error::UnsupportedVector`] for a vector that is neither 1 nor 16
-    /// bytes, [`Error::UnsupportedTuning`] for a ring that is not one of [`RINGS`] or where there is none.
+    /// bytes.
     pub fn new(spec: MatvecSpec) -> Result<Self, Error> {
-        let MatvecSpec { dtype, input, gated, vector, ring, dependent } = spec;
+        let MatvecSpec { dtype, input, gated, vector, dependent } = spec;
         check_types(FAMILY, dtype, vector)?;
-        let ringed = RINGS.contains(&ring) && MatvecSpec::can_ring(dtype, input, vector);
-        if ring != 0 && !ringed {
-            let (what, bounds) = ("KiB of a ring", "0; for direct rows of 16-bit types with vectors also 4 or 8");
-            return Err(Error::UnsupportedTuning { kernel: FAMILY, what, bounds });
-        }
         let staged = input == Input::Staged;
         let variables = context! {
             dtype => dtype.name(),
@@ -284,14 +256,13 @@ impl Matvec {
             stages => spec.stages(),
             staged,
             gated,
-            ring,
             mma => dtype.size() == 2 && vector == 8,
             weight_how => "ld.global.nc.L1::no_allocate",
             weight_policy => "",
         };
         let source = Source {
             static_shared: if staged { 256 } else { 0 },
-            dynamic_shared: if staged || ring > 0 { MAX_SHARED } else { 4 * MAX_WARPS * SUM_BYTES },
+            dynamic_shared: if staged { MAX_SHARED } else { 4 * MAX_WARPS * SUM_BYTES },
             ..SOURCE
         };
         Ok(Self { spec, kernel: source.kernel(spec.entry(), dependent, variables)? })
@@ -301,18 +272,14 @@ impl Matvec {
     ///
     /// # Errors
     /// [`Error::Zero`] for an empty dimension, [`Error::NotDivisible`] when the vector does not divide the width,
-    /// [`Error::TooLarge`] beyond 2³¹ of anything, and where staged rows or rings do not fit into shared memory,
+    /// [`Error::TooLarge`] beyond 2³¹ of anything, and where staged rows do not fit into shared memory,
     /// [`Error::GridTooLarge`] beyond half a million rows.
     pub fn launch(&self, shape: MatvecShape, multiprocessors: u32) -> Result<Launch, Error> {
-        let most = if shape.width < NARROW { 12 } else { MAX_WARPS };
-        let fits = |warps: &u32| self.spec.shared(shape, *warps) <= u64::from(self.kernel.dynamic_shared);
-        let mut warps = (1..=most / WARP_STEP).rev().map(|steps| steps * WARP_STEP);
-        let warps = warps.find(fits).unwrap_or(WARP_STEP);
         let tiles = shape.features.div_ceil(TILE);
-        let multiprocessors = multiprocessors.max(1);
-        let many = tiles.div_ceil(multiprocessors) >= MANY_TURNS;
-        let resident = multiprocessors.saturating_mul(if many { 4 } else { 1 });
-        // As many blocks as may be, if each has as many tiles to do as the others.
+        // More warps where tiles are few, so that enough loads are under way.
+        let warps = if tiles <= multiprocessors { 16 } else { 8 };
+        let resident = (multiprocessors * if warps == 16 { 1 } else { 2 }).max(1);
+        // As many blocks as can run at once, if each has as many tiles to do as the others.
         let turns = tiles.div_ceil(resident).max(1);
         self.launch_as(shape, Geometry { warps, blocks: tiles.div_ceil(turns) })
     }
@@ -345,7 +312,7 @@ impl Matvec {
         if shared > u64::from(self.kernel.dynamic_shared) {
             let value = u32::try_from(shared).unwrap_or(u32::MAX);
             let limit = self.kernel.dynamic_shared;
-            return Err(Error::TooLarge { kernel: FAMILY, field: "bytes of shared memory", value, limit });
+            return Err(Error::TooLarge { kernel: FAMILY, field: "bytes of staged rows", value, limit });
         }
         let grid = [blocks, rows.div_ceil(ROWS), 1];
         if grid[1] > MAX_GRID_YZ {
@@ -359,50 +326,5 @@ impl Matvec {
             });
         }
         Ok(Launch { grid, block: [32 * warps, 1, 1], dynamic_shared: shared as u32 })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn geometry(ring: u32, gated: bool, features: u32, width: u32, multiprocessors: u32) -> (u32, u32) {
-        let spec =
-            MatvecSpec { dtype: DType::Bf16, input: Input::Direct, gated, vector: 8, ring, dependent: false };
-        let shape = MatvecShape { rows: 1, features, width };
-        let launch = Matvec::new(spec).unwrap().launch(shape, multiprocessors).unwrap();
-        (launch.block[0] / 32, launch.grid[0])
-    }
-
-    #[test]
-    fn geometries_are_those_that_were_fastest_on_132_multiprocessors() {
-        // gated, features, width, warps, blocks: each within 2 % of the fastest of a sweep for one row.
-        for (gated, features, width, warps, blocks) in [
-            (false, 4096, 4096, 16, 128),
-            (false, 6144, 4096, 16, 128),
-            (true, 14336, 4096, 16, 128),
-            (false, 28672, 4096, 16, 128),
-            (false, 4096, 14336, 16, 128),
-            (false, 128_256, 4096, 16, 501),
-            (false, 960, 576, 12, 60),
-            (false, 576, 576, 12, 36),
-            (true, 1536, 576, 12, 96),
-            (false, 576, 1536, 16, 36),
-            (false, 3072, 2048, 16, 96),
-            (false, 2048, 8192, 16, 128),
-        ] {
-            let found = geometry(0, gated, features, width, 132);
-            assert_eq!(found, (warps, blocks), "{features}x{width}");
-        }
-    }
-
-    #[test]
-    fn blocks_have_as_many_warps_as_fit() {
-        assert_eq!(geometry(4, false, 4096, 4096, 132), (16, 128));
-        assert_eq!(geometry(4, true, 14336, 4096, 132), (12, 128));
-        assert_eq!(geometry(8, false, 4096, 4096, 132), (8, 128));
-        assert_eq!(geometry(8, true, 14336, 4096, 132), (8, 128));
-        assert_eq!(geometry(0, false, 4096, 4096, 0), (16, 64));
-        assert_eq!(geometry(0, false, u32::MAX >> 1, 4096, u32::MAX).0, 16);
     }
 }

@@ -242,8 +242,7 @@ impl Kernels {
             &[args.x.stride, args.weight.stride],
             &[args.x.address, args.weight.address, norm[0], norm[1]],
         );
-        let ring = MatvecSpec::best_ring(dtype, input, vector);
-        let spec = MatvecSpec { dtype, input, gated, vector, ring, dependent: self.dependent };
+        let spec = MatvecSpec { dtype, input, gated, vector, dependent: self.dependent };
         let entry = self.matvec.get(&self.gpu, spec, Matvec::new, Matvec::kernel)?;
         let launch = entry.descriptor.launch(args.shape, self.gpu.device().multiprocessors);
         if let (Err(ptx::Error::TooLarge { .. }), matvec::Input::Staged) = (&launch, input) {

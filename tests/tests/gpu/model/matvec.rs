@@ -1,7 +1,6 @@
 //! Products of few rows with a matrix.
 
 use pagewise_attention::DType;
-use pagewise_attention::cuda::ptx::Error;
 use pagewise_attention::cuda::ptx::model::Activation;
 use pagewise_attention::cuda::ptx::model::matvec::{
     Geometry, Input, Matvec, MatvecArgs, MatvecNorm, MatvecShape, MatvecSpec, Store,
@@ -67,16 +66,7 @@ pub fn run(run: &mut Run<'_>) {
                     warps: if small { 4 } else { random.pick(&[4, 8, 12, 16]) },
                     blocks: 1 + random.below(5) as u32,
                 };
-                match matvec.launch_as(shape, geometry) {
-                    // Many warps need more shared memory than there is beside staged rows, or for their rings; the
-                    // launch that chooses takes fewer, which is enough for all widths here.
-                    Err(Error::TooLarge { field: "bytes of shared memory", limit, .. }) => {
-                        assert!(spec.ring > 0 || staged && rows * width * weight.size() > limit as usize / 3);
-                        matvec.launch(shape, 132)
-                    }
-                    launch => launch,
-                }
-                .map_err(|error| error.to_string())?
+                matvec.launch_as(shape, geometry).map_err(|error| error.to_string())?
             };
             device.run(matvec.kernel(), launch, &args.values())?;
 
