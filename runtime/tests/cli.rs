@@ -21,8 +21,16 @@ struct Run {
     stderr: String,
 }
 
+/// The binary. Mesa's software Vulkan, which `--backend auto` asks about, complains on standard error where a session has
+/// no such folder.
+fn command() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pagewise"));
+    command.env("XDG_RUNTIME_DIR", env!("CARGO_TARGET_TMPDIR"));
+    command
+}
+
 fn pagewise(args: &[&str], input: &str) -> Run {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_pagewise"))
+    let mut child = command()
         .args(args)
         .env_remove("RUST_LOG")
         .env("HF_HUB_OFFLINE", "1")
@@ -335,8 +343,6 @@ fn failures_are_one_message_an_exit_code_and_an_empty_stdout() {
         (&["generate", "hi", "--model", text, "--kv-memory", "1000TiB"], 1, "--kv-memory"),
         (&["generate", "hi", "--model", text, "--n", "18446744073709551615"], 1, "max-num-seqs"),
         (&["generate", "hi", "--model", text, "--threads", "100000"], 1, "--threads"),
-        (&["generate", "hi", "--model", text, "--backend", "cuda"], 1, "--backend"),
-        (&["generate", "hi", "--model", text, "--backend", "wgpu"], 1, "--backend"),
         (&["generate", "hi", "--model", text, "--swap-space", "1000TiB"], 1, "--swap-space"),
         (&["generate", "hi", "--model", text, "--swap-space", "7"], 1, "--swap-space"),
         (&["generate", "hi", "--model", text, "--preemption", "swap"], 1, "--swap-space"),
@@ -352,6 +358,23 @@ fn failures_are_one_message_an_exit_code_and_an_empty_stdout() {
             assert!(run.stderr.starts_with("error: "), "{args:?}: {}", run.stderr);
             assert_eq!(run.stderr.lines().count(), 1, "{args:?}: {}", run.stderr);
         }
+    }
+}
+
+#[test]
+fn a_backend_that_is_not_there_is_refused() {
+    let text = model_with_text();
+    for (backend, hidden_by, value) in
+        [("cuda", "CUDA_VISIBLE_DEVICES", ""), ("wgpu", "PAGEWISE_WGPU_ADAPTER", "no such adapter")]
+    {
+        let model = text.path().to_str().unwrap();
+        let mut command = command();
+        command.args(["generate", "hi", "--model", model, "--backend", backend]).env(hidden_by, value);
+        let Output { status, stdout, stderr } = command.output().unwrap();
+        let stderr = String::from_utf8(stderr).unwrap();
+        assert_eq!((status.code(), stdout.as_slice()), (Some(1), b"".as_slice()), "{stderr}");
+        assert!(stderr.starts_with(&format!("error: --backend: {backend} cannot be had: ")), "{stderr}");
+        assert_eq!(stderr.lines().count(), 1, "{stderr}");
     }
 }
 
@@ -427,7 +450,7 @@ fn verbose_speaks_on_stderr_only() {
 #[test]
 fn a_reader_that_goes_away_is_no_panic() {
     let model = fixture("llama_gqa");
-    let mut child = Command::new(env!("CARGO_BIN_EXE_pagewise"))
+    let mut child = command()
         .args(["generate", "--prompts", "-", "--json", "--model", model.to_str().unwrap()])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())

@@ -91,6 +91,8 @@ impl Tensor {
     ) -> Result<f64, String> {
         let mut found = self.clone();
         found.bytes = device.download(self.address);
+        // Memory is never empty, tensors may be.
+        found.bytes.truncate(self.bytes.len());
         let size = self.dtype.size();
         let (mut worst, mut largest) = (0.0f64, f64::MIN_POSITIVE);
         for row in 0..self.rows {
