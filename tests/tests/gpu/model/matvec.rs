@@ -22,7 +22,12 @@ pub fn run(run: &mut Run<'_>) {
             let staged = spec.input == Input::Staged;
             let rows = random.pick(&[1, 1, 2, 3, 7, 8, 11]);
             let features = 1 + random.below(random.clone().pick(&if small { [20, 40] } else { [40, 700] }));
-            let most = if small { [60, 90] } else { [100, 500] };
+            // Eight staged rows and the sums of many warps must fit 96 KiB of shared memory.
+            let most = match (small, staged) {
+                (true, _) => [60, 90],
+                (false, true) => [100, 350],
+                (false, false) => [100, 500],
+            };
             let width = unit * (1 + random.below(random.clone().pick(&most)));
             let halves = if spec.gated { 2 } else { 1 };
             let reach = (3.0 / width as f64).sqrt();
