@@ -11,7 +11,7 @@ use super::Run;
 use super::tensor::{F32, Tensor, words};
 
 /// Rows of logits: ordinary ones, ones with ties, with NaN and infinities, and ones without a candidate.
-fn logits(random: &mut Random, vector: u32, small: bool) -> Tensor {
+pub(super) fn logits(random: &mut Random, vector: u32, small: bool) -> Tensor {
     let rows = random.pick(&[1, 1, 2, 5]);
     let unit = vector as usize;
     let most = random.pick(&if small { [10, 3000] } else { [3000, 70_000] });
