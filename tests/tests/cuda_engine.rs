@@ -19,6 +19,8 @@
 mod cuda;
 #[path = "gpu/engine_machine.rs"]
 mod engine_machine;
+#[path = "gpu/engine_sampling.rs"]
+mod engine_sampling;
 
 use engine_machine::{
     Machine, Numbers, bound, config, difference, rows_alone, rows_decoded, rows_mixed, texts,
@@ -126,8 +128,8 @@ fn requests(vocab_size: usize, count: usize, seed: u64) -> Vec<Request> {
             temperature: 0.0,
             n: if index % 7 == 3 { 2 } else { 1 },
             beam_width: (index % 7 == 5).then_some(3),
-            // Those without log-probabilities are chosen on the device.
             logprobs: (index % 2 == 0).then_some(2),
+            prompt_logprobs: (index % 5 == 1).then_some(1),
             ..SamplingParams::default()
         };
         Request::new(prompt, params)
