@@ -20,7 +20,7 @@ pub const CHOICE: &[Fault] = &[
         breaks: "sums relative to different maxima are added up",
     },
     Fault {
-        name: "order of equals",
+        name: "the one beside",
         family: "argmax",
         line: "selp.b64 %rd_key, 0, %rd_key, %p_x;",
         instead: "xor.b64 %rd_key, %rd_key, 1;\nselp.b64 %rd_key, 0, %rd_key, %p_x;",
