@@ -56,8 +56,7 @@ fn drawn(row: &[f64], ranked: &[usize], draw: &RowDraw, [share, part, uniform]: 
 /// Whether a draw may give this token: what the rules give for some shares as close to those asked for as the f32
 /// weights are to the exact ones. An exponent of at most 31, below which a weight is below the unit of the sums, is
 /// rounded twice, and the exponential is within 2 units of the last place: 64 · 2^-24 in all.
-fn may_give(row: &[f64], draw: &RowDraw, token: u32) -> Result<(), String> {
-    let ranked = ranked(row);
+fn may_give(row: &[f64], ranked: &[usize], draw: &RowDraw, token: u32) -> Result<(), String> {
     if ranked.is_empty() {
         return if token == NO_TOKEN { Ok(()) } else { Err(format!("{token} has no logit")) };
     }
@@ -68,7 +67,7 @@ fn may_give(row: &[f64], draw: &RowDraw, token: u32) -> Result<(), String> {
             // Nothing weighs more than the best one.
             let part = part.min(1.0);
             for uniform in [draw.uniform, draw.uniform - 64.0 * F32, draw.uniform + 64.0 * F32] {
-                let found = drawn(row, &ranked, draw, [share, part, uniform.clamp(0.0, 1.0)]);
+                let found = drawn(row, ranked, draw, [share, part, uniform.clamp(0.0, 1.0)]);
                 if found == token as usize {
                     return Ok(());
                 }
@@ -176,10 +175,13 @@ pub fn run(run: &mut Run<'_>) {
                     draws.push(random_draw(random, row));
                 }
             }
+            let values: Vec<Vec<f64>> = (0..rows).map(|row| row_of(&logits, row)).collect();
+            let orders: Vec<Vec<usize>> = values.iter().map(|row| ranked(row)).collect();
             let view = logits.upload(device);
             let mut rounds = vec![draws];
             if !small {
-                rounds.extend((0..40).map(|_| (0..rows).map(|row| random_draw(random, row)).collect()));
+                let more = if vocab > 5000 { 3 } else { 40 };
+                rounds.extend((0..more).map(|_| (0..rows).map(|row| random_draw(random, row)).collect()));
             }
             for draws in rounds.iter().filter(|draws| !draws.is_empty()) {
                 let bytes: Vec<u8> = draws.iter().flat_map(RowDraw::bytes).collect();
@@ -194,7 +196,7 @@ pub fn run(run: &mut Run<'_>) {
                 let tokens = tokens_at(&device.download(args.tokens));
                 for (row, &token) in tokens.iter().enumerate().take(rows) {
                     match draws.iter().find(|draw| draw.row as usize == row) {
-                        Some(draw) => may_give(&row_of(&logits, row), draw, token)?,
+                        Some(draw) => may_give(&values[row], &orders[row], draw, token)?,
                         None if token == NO_TOKEN - 1 => {}
                         None => return Err(format!("row {row} was not drawn from, and became {token}")),
                     }
