@@ -123,7 +123,7 @@ impl Device for OfFamily {
 fn verdict(fault: &Fault) -> Result<(), String> {
     let (alter, planted) = fault.planted();
     let mut device = OfFamily { machine: Interpreter::new(alter), family: fault.family, entry: None };
-    let run = Run { device: &mut device, cases: 60, seed: run_seed(), small: true, passed: &mut |_, _| {} };
+    let run = Run { device: &mut device, cases: 200, seed: run_seed(), small: true, passed: &mut |_, _| {} };
     let result = catch_unwind(AssertUnwindSafe(|| run.all()));
     assert!(planted.load(Ordering::Relaxed) > 0, "{}: no kernel has the line {}", fault.name, fault.line);
     result.map_err(|error| {

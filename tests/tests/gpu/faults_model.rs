@@ -51,7 +51,7 @@ pub const CHOICE: &[Fault] = &[
         name: "a bound for few used for many",
         family: "sample",
         line: "setp.le.u32 %p_x, %r_top_k, 32;",
-        instead: "setp.le.u32 %p_x, %r_top_k, 1024;",
+        instead: "setp.ne.u32 %p_x, %r_top_k, 0;",
         breaks: "top-k looks for k tokens above a bound that only 32 need to reach",
     },
     Fault {

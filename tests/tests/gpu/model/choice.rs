@@ -87,7 +87,7 @@ fn random_draw(random: &mut Random, row: usize) -> RowDraw {
     RowDraw {
         row: row as u32,
         temperature: random.pick(&[1e-3, 0.3, 1.0, 1.0, 3.0, 1e30]),
-        top_k: random.pick(&[0, 0, 1, 2, 5, 40, 300, 1500, u32::MAX]),
+        top_k: random.pick(&[0, 0, 1, 2, 5, 40, 300, 900, 1500, u32::MAX]),
         top_p: random.pick(&[1.0, 1.0, 0.999, 0.9, 0.5, 1e-9]),
         min_p: random.pick(&[0.0, 0.0, 0.05, 0.7, 1.0]),
         uniform: if random.one_in(5) {
