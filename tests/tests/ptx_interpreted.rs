@@ -1,4 +1,4 @@
-//! The kernels without shared memory, run on the CPU by an interpreter: right on random cases, and with each planted
+//! The kernels that move and merge what the cache holds, run on the CPU by an interpreter: right on random cases, and with each planted
 //! fault wrong on some. No GPU is needed; what a GPU's own rounding and scheduling add is the `cuda_*` tests' to see.
 //!
 //! One case again: `PAGEWISE_CASE="bf16 fp8_e4m3 8 1234" cargo test -p pagewise-tests --test ptx_interpreted`.
@@ -210,7 +210,10 @@ fn asynchronous_copies_arrive_when_they_are_waited_for() {
         .collect();
     assert_eq!(copied("ret;", "ret;").unwrap(), expected);
     let early = copied("cp.async.wait_group 1;", "cp.async.wait_group 2;").unwrap();
-    assert!(early[..512].iter().all(|&byte| byte == 0xff), "a tile was read before it had arrived");
+    assert!(
+        early[..16].iter().all(|&byte| byte == 0xff),
+        "the first thread reads before its neighbour has waited"
+    );
     assert_eq!(early[512..], expected[512..]);
     for (line, instead, says) in [
         ("[%r_mine], [%rd_from], 16;", "[%r_mine + 8], [%rd_from], 16;", "misaligned"),
