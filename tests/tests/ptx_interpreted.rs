@@ -1,5 +1,6 @@
-//! The kernels that move and merge what the cache holds, run on the CPU by an interpreter: right on random cases, and with each planted
-//! fault wrong on some. No GPU is needed; what a GPU's own rounding and scheduling add is the `cuda_*` tests' to see.
+//! The kernels that move and merge what the cache holds, run on the CPU by an interpreter: right on random cases, and with
+//! each planted fault wrong on some. No GPU is needed; what a GPU's own rounding and scheduling add is the `cuda_*` tests'
+//! to see.
 //!
 //! One case again: `PAGEWISE_CASE="bf16 fp8_e4m3 8 1234" cargo test -p pagewise-tests --test ptx_interpreted`.
 #![allow(
