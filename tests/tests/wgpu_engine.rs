@@ -14,7 +14,9 @@ use engine_pair::{Pair, Sequence, adapters, argmax, beams, engine};
 use pagewise_attention::DType;
 use pagewise_runtime::backend::wgpu::WgpuBackend;
 use pagewise_runtime::backend::{AttentionSpec, Backend, BackendError};
-use pagewise_runtime::executor::{Executor, ExecutorError, ModelExecutor, Row, RowWanted, Sampling};
+use pagewise_runtime::executor::{
+    Executor, ExecutorError, LogitChanges, ModelExecutor, Row, RowWanted, Sampling, TokenWanted,
+};
 use pagewise_runtime::model_dir::{ModelDir, Weights};
 use pagewise_runtime::models::{WeightSource, load_model};
 use pagewise_runtime::plan::{BlockCopy, BlockOps, Chunk, LogitRows, SequenceId, StepPlan, TokenInput};
@@ -380,22 +382,23 @@ fn argmax_on_the_device() {
                 .collect();
             let kept = logits.clone();
             let table = backend.upload(WeightTensor::from_f32(logits, &[rows, width])).unwrap();
-            let greedy = Sampling {
+            let sampling = Sampling {
                 temperature: 0.0,
                 top_k: 0,
                 top_p: 1.0,
                 min_p: 0.0,
                 draw: Draw { seed: 0, sample: 0, position: 0 },
             };
+            let greedy = TokenWanted { sampling, changes: LogitChanges::default(), logprobs: None };
             // Of some rows the logits.
             let asked: Vec<RowWanted> = (0..rows)
-                .map(|_| if random.one_in(3) { RowWanted::Logits } else { RowWanted::Token(greedy) })
+                .map(|_| if random.one_in(3) { RowWanted::Logits } else { RowWanted::Token(greedy.clone()) })
                 .collect();
             let output = engine_pair::on_device(&backend, &table, [rows, width], &asked);
             for (row, asked) in asked.iter().enumerate() {
                 match (asked, output.row(row).unwrap()) {
                     (RowWanted::Token(_), Row::Token(token)) => {
-                        assert_eq!(token, want[row], "{rows} rows of {width}");
+                        assert_eq!(token.map(|token| token.token_id), want[row], "{rows} rows of {width}");
                     }
                     (RowWanted::Logits, Row::Logits(got)) => {
                         let same = got
