@@ -69,7 +69,7 @@ fn weight(softmax: Softmax, bits: u32) -> f32 {
     return exp_of_negative(max(2.0 * half * softmax.inverse, -87.3));
 }
 
-// A weight in units of 2^-44, rounded down: sums of 2^18 weights fit 64 bits and are the same in any order.
+// A weight in units of 2^-44, rounded down: sums of 2^19 weights fit 64 bits and are the same in any order.
 fn mass(weight: f32) -> vec2<u32> {
     let bits = bitcast<u32>(weight);
     let digits = (bits & 0x7fffffu) | 0x800000u;

@@ -3,7 +3,7 @@
 //% import "lib/sampling.wgsl" as sampling
 // ${ name }: what log-probabilities of rows of logits follow from, and the logit of a token that is known.
 //
-//   x     [rows, width]    f32, read as their bits; width up to 2^18
+//   x     [rows, width]    f32, read as their bits; width up to 2^19
 //   jobs  [count, ${ job_words }]       u32: row, token (0xffffffff: none), out
 //   out                    u32, from a job's place on: the largest logit; the sum of exp(x - largest) over the row in
 //                          units of 2^-44, low word and high word; the token's logit

@@ -1,5 +1,4 @@
 //# Variables: name, workgroup_size, change_words, rule_words.
-//% import "lib/wide.wgsl" as wide
 // ${ name }: adds biases to single logits and applies repetition, frequency and presence penalties to them.
 //
 //   x      [rows, width]      f32, read and written as their bits
@@ -10,7 +9,8 @@
 //
 // An invocation has a change. A repetition penalty divides positive numbers and multiplies others (Keskar et al. 2019, CTRL,
 // section 4.1); the bias comes before it, frequency and presence penalties come behind. NaN and infinities stay as they
-// are. For beams the numbers are log-probabilities: they are turned back into logits of the same order afterwards.
+// are. For beams the numbers are log-probabilities: they are turned back into logits of the same order afterwards; beside
+// an infinite logit they stay as they are.
 
 struct Params {
     count: u32,
@@ -66,6 +66,9 @@ fn penalties(
     var normaliser = 0.0;
     let sum = jobs[rule + 4u];
     if (sum != 0xffffffffu) {
+        if ((sums[sum] & 0x7fffffffu) >= 0x7f800000u) {
+            return;
+        }
         let total = f32(sums[sum + 2u]) * 0x1p-12 + f32(sums[sum + 1u]) * 0x1p-44;
         normaliser = bitcast<f32>(sums[sum]) + log(total);
     }

@@ -3,7 +3,7 @@
 //% import "lib/sampling.wgsl" as sampling
 // ${ name }: chooses a token from each of some rows of logits: temperature, top-k, top-p, min-p and a counted random number.
 //
-//   x      [rows, width]       f32, read as their bits; width up to 2^18
+//   x      [rows, width]       f32, read as their bits; width up to 2^19
 //   jobs   [count, ${ job_words }]         u32: Job
 //   saved  [changes]           u32: logits as they were before bias and penalties
 //   ids    [rows]              u32: the chosen token; 0xffffffff for a row of nothing but NaN and negative infinity

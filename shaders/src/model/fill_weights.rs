@@ -55,7 +55,7 @@ impl FillWeightsSpec {
     }
 
     fn per_word(&self) -> u32 {
-        4 / self.dtype.size() as u32
+        4 / self.dtype.size()
     }
 
     fn words(&self, args: &FillWeightsArgs) -> u64 {

@@ -12,8 +12,8 @@ const FAMILY: &str = "sample";
 /// The answer for a row in which there is nothing but NaN and −∞.
 pub const NO_TOKEN: u32 = u32::MAX;
 
-/// Elements of the longest row: sums of so many weights of 2⁴⁴ units fit 64 bits.
-pub const MAX_WIDTH: u32 = 1 << 18;
+/// Elements of the longest row: sums of so many weights of at most 2⁴⁴ units fit 64 bits.
+pub const MAX_WIDTH: u32 = 1 << 19;
 
 /// Words of a [`SampleJob`].
 pub const JOB_WORDS: usize = 16;
