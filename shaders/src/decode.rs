@@ -310,6 +310,7 @@ impl Decode {
             workgroup_size,
             needs_f16: false,
             needs_subgroups: spec.subgroups,
+            needs_matrices: false,
         };
         Ok(Self { spec, shader })
     }
@@ -370,6 +371,7 @@ impl DecodeMerge {
             workgroup_size: MERGE_WORKGROUP,
             needs_f16: false,
             needs_subgroups: false,
+            needs_matrices: false,
         };
         Ok(Self { shader })
     }

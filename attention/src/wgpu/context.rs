@@ -7,17 +7,18 @@ use std::sync::{Arc, Mutex, PoisonError};
 use ::wgpu::{
     BindGroup, BindGroupDescriptor, BindGroupEntry, BindGroupLayout, BindGroupLayoutDescriptor,
     BindGroupLayoutEntry, BindingResource, BindingType, Buffer, BufferBindingType, BufferDescriptor,
-    BufferUsages, ComputePipeline, ComputePipelineDescriptor, Device, ErrorFilter, Features, Limits,
-    PipelineCache, PipelineCacheDescriptor, PipelineCompilationOptions, PipelineLayoutDescriptor, Queue,
-    ShaderModuleDescriptor, ShaderRuntimeChecks, ShaderSource, ShaderStages,
+    BufferUsages, ComputePipeline, ComputePipelineDescriptor, CooperativeMatrixProperties, Device,
+    ErrorFilter, Features, Limits, PipelineCache, PipelineCacheDescriptor, PipelineCompilationOptions,
+    PipelineLayoutDescriptor, Queue, ShaderModuleDescriptor, ShaderRuntimeChecks, ShaderSource, ShaderStages,
 };
 use pagewise_shaders::copy_blocks::{CopyBlocks, CopyUnit};
 use pagewise_shaders::decode::{Decode, DecodeMerge, DecodeSpec};
 use pagewise_shaders::merge_states::{MergeStates, MergeStatesSpec};
-use pagewise_shaders::prefill::{Prefill, PrefillSpec};
+use pagewise_shaders::prefill::{MatrixShape, Prefill, PrefillKernel};
 use pagewise_shaders::write_kv::{WriteKv, WriteKvSpec};
 use pagewise_shaders::{BindingKind, Shader};
 
+use super::adapter::{matrix_features, matrix_shape};
 use super::{WgpuError, check_limits};
 
 /// Kernels for one device, which stays the caller's. Each pipeline is built when it is first asked for, and kept.
@@ -27,12 +28,13 @@ pub struct Context {
     queue: Queue,
     limits: Limits,
     features: Features,
+    matrices: Option<MatrixShape>,
     cache: Option<PipelineCache>,
     pub(super) write_kv: Pipelines<WriteKvSpec, WriteKv>,
     pub(super) copy_blocks: Pipelines<CopyUnit, CopyBlocks>,
     pub(super) decode: Pipelines<DecodeSpec, Decode>,
     pub(super) decode_merge: Pipelines<pagewise_shaders::DType, DecodeMerge>,
-    pub(super) prefill: Pipelines<PrefillSpec, Prefill>,
+    pub(super) prefill: Pipelines<PrefillKernel, Prefill>,
     pub(super) merge_states: Pipelines<MergeStatesSpec, MergeStates>,
 }
 
@@ -74,6 +76,7 @@ impl Context {
             queue,
             limits,
             features,
+            matrices: None,
             write_kv: Pipelines::default(),
             copy_blocks: Pipelines::default(),
             decode: Pipelines::default(),
@@ -81,6 +84,22 @@ impl Context {
             prefill: Pipelines::default(),
             merge_states: Pipelines::default(),
         })
+    }
+
+    /// Tells of the matrix units that the device's adapter has
+    /// ([`Adapter::cooperative_matrix_properties`](::wgpu::Adapter::cooperative_matrix_properties)), which a device cannot
+    /// be asked for. Prefill makes use of them where they fit ([`matrix_shape`](super::matrix_shape)) and the device was
+    /// made with the features that they take, as [`device_descriptor`](super::device_descriptor) says.
+    #[must_use]
+    pub fn with_matrices(self, properties: &[CooperativeMatrixProperties]) -> Self {
+        let there = self.features.contains(matrix_features());
+        let matrices = matrix_shape(&self.device.adapter_info(), properties).filter(|_| there);
+        Self { matrices, ..self }
+    }
+
+    /// The matrices that prefill makes use of.
+    pub fn matrices(&self) -> Option<MatrixShape> {
+        self.matrices
     }
 
     /// What the device keeps of the pipelines that were built so far, to be stored and given to

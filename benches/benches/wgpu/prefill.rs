@@ -1,9 +1,9 @@
 //! Prefill at the shapes that others were measured at, chunks with few queries, and a mixture with decode; in f16.
 
 use half::f16;
-use pagewise_attention::wgpu::shaders::prefill::PrefillTuning;
+use pagewise_attention::wgpu::shaders::prefill::{MatrixTuning, PrefillTuning};
 use pagewise_attention::wgpu::wgpu::Buffer;
-use pagewise_attention::wgpu::{AttentionCall, BufferRange, HeadTerms, PlanOptions};
+use pagewise_attention::wgpu::{AttentionCall, BufferRange, HeadTerms, PlanOptions, PrefillChoice};
 use pagewise_attention::{AttentionConfig, CacheLayout, DType, PagedBatch, Problem, RowStrides};
 use serde_json::{Value, json};
 
@@ -98,9 +98,16 @@ pub fn sweep(gpu: &Gpu<'_>, wanted: impl Fn(&str) -> bool) -> Vec<Value> {
                     let tuning = PrefillTuning { row_quads, workgroup_size, chunk, gap };
                     try_one(
                         "split as by default".to_owned(),
-                        PlanOptions { prefill_tuning: Some(tuning), ..PlanOptions::default() },
+                        PlanOptions { prefill: PrefillChoice::Tiled(Some(tuning)), ..PlanOptions::default() },
                     );
                 }
+            }
+        }
+        for strips in [2, 4, 8] {
+            for (keys, ahead) in [(32, false), (32, true), (64, false), (64, true)] {
+                let prefill = PrefillChoice::Matrix(Some(MatrixTuning { strips, keys, ahead }));
+                let options = PlanOptions { prefill, ..PlanOptions::default() };
+                try_one("split as by default".to_owned(), options);
             }
         }
         for workgroups in [512, 2048, 4096] {
