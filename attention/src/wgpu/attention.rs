@@ -379,6 +379,9 @@ impl Context {
             let Some(spec) = DecodeSpec::for_needs(self.needs(config, unit)?) else { continue };
             // The plan counts on the usual number of queries.
             let spec = DecodeSpec { queries: usual.queries, tuning: tuning.unwrap_or(spec.tuning), ..spec };
+            if spec.tuning.half && !self.features().contains(Features::SHADER_F16) {
+                continue;
+            }
             match args.uniform(spec) {
                 Ok(_) if spec.exists() => return Ok(spec),
                 Ok(_) => {}

@@ -44,14 +44,20 @@ pub fn all_shapes(gpu: &Gpu<'_>, wanted: impl Fn(&str) -> bool) -> Vec<Value> {
         if !wanted(name) {
             continue;
         }
-        let measured = Prepared::new(gpu, &sequences).measure(PlanOptions::default()).unwrap();
+        let prepared = Prepared::new(gpu, &sequences);
+        let tiled = PlanOptions { prefill: PrefillChoice::Tiled(None), ..PlanOptions::default() };
+        let tiled = prepared.measure(tiled).unwrap();
+        let measured = prepared.measure(PlanOptions::default()).unwrap();
         let Measured { us, rate, error, variant } = measured;
         let over = peers.map_or(String::new(), |[fa3, fa2]| {
             format!("  x{:.2} FA3 paged, x{:.2} FI fa2", rate / fa3, rate / fa2)
         });
-        println!("prefill {name:12} {us:9.1} us {rate:6.1} TFLOP/s{over}  error {error:.1e}  {variant}");
+        println!(
+            "prefill {name:12} {us:9.1} us {rate:6.1} TFLOP/s{over}  error {error:.1e}  {variant}, tiled {:.1} TFLOP/s",
+            tiled.rate
+        );
         results.push(json!({
-            "shape": name, "us": us, "tflop_s": rate, "relative_error": error, "variant": variant,
+            "shape": name, "us": us, "tflop_s": rate, "relative_error": error, "variant": variant, "tiled_tflop_s": tiled.rate,
             "fa3_paged_tflop_s": peers.map(|p| p[0]), "fi_fa2_tflop_s": peers.map(|p| p[1]),
         }));
     }
