@@ -19,6 +19,7 @@ use pagewise_shaders::write_kv::{WriteKv, WriteKvSpec};
 use pagewise_shaders::{BindingKind, Shader};
 
 use super::adapter::{matrix_features, matrix_shape};
+use super::pipeline_cache::{seal, unseal};
 use super::{WgpuError, check_limits};
 
 /// Kernels for one device, which stays the caller's. Each pipeline is built when it is first asked for, and kept.
@@ -51,10 +52,10 @@ impl Context {
 
     /// The same, with what [`Context::pipeline_cache_data`] gave in an earlier run: where the device has the feature
     /// `PIPELINE_CACHE`, pipelines are then not compiled again. Data of another device or driver is of no use and does
-    /// no harm.
+    /// no harm; nor do data that were cut or damaged on their way, which a checksum shows.
     ///
     /// # Safety
-    /// The data is what [`Context::pipeline_cache_data`] gave, unchanged.
+    /// The data come from [`Context::pipeline_cache_data`]: nobody made them up to look like it.
     ///
     /// # Errors
     /// As [`Context::new`].
@@ -65,9 +66,14 @@ impl Context {
     ) -> Result<Self, WgpuError> {
         let (limits, features) = (device.limits(), device.features());
         check_limits(&limits)?;
+        let whole = data.and_then(unseal);
+        if data.is_some() && whole.is_none() {
+            tracing::warn!("the stored pipeline cache is damaged and left out: pipelines are compiled again");
+        }
+        let data = whole;
         let descriptor = PipelineCacheDescriptor { label: Some("pagewise"), data, fallback: true };
         let cache = features.contains(Features::PIPELINE_CACHE).then(|| {
-            // SAFETY: the caller says that the data comes from a pipeline cache.
+            // SAFETY: the caller says that the data come from a pipeline cache, and they are as they were.
             unsafe { device.create_pipeline_cache(&descriptor) }
         });
         Ok(Self {
@@ -105,7 +111,7 @@ impl Context {
     /// What the device keeps of the pipelines that were built so far, to be stored and given to
     /// [`Context::with_pipeline_cache`]; `None` on devices without the feature `PIPELINE_CACHE`.
     pub fn pipeline_cache_data(&self) -> Option<Vec<u8>> {
-        self.cache.as_ref()?.get_data()
+        self.cache.as_ref()?.get_data().map(seal)
     }
 
     /// Builds the pipeline of any kernel of [`pagewise_shaders`], with the layout of its bind group 0. Nothing is kept:

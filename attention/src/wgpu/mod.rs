@@ -15,6 +15,7 @@ mod copy_blocks;
 mod dtype;
 mod error;
 mod merge_states;
+mod pipeline_cache;
 mod plan;
 mod prefill_plan;
 mod swap_blocks;
