@@ -15,11 +15,9 @@
 mod blocks;
 #[path = "gpu/encode.rs"]
 mod encode;
-#[path = "gpu/faults.rs"]
+#[path = "gpu/faults/mod.rs"]
 mod faults;
-#[path = "gpu/faults_model.rs"]
-mod faults_model;
-#[path = "gpu/interpreter.rs"]
+#[path = "gpu/interpreter/mod.rs"]
 mod interpreter;
 #[path = "gpu/machine.rs"]
 mod machine;
@@ -136,10 +134,10 @@ fn cases_find_what_is_planted() {
     // What the cases panic with is the finding.
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| {}));
-    let verdicts: Vec<_> = faults_model::CHOICE.iter().map(|fault| catch_unwind(|| verdict(fault))).collect();
+    let verdicts: Vec<_> = faults::CHOICE.iter().map(|fault| catch_unwind(|| verdict(fault))).collect();
     std::panic::set_hook(hook);
     let mut survivors = Vec::new();
-    for (fault, verdict) in faults_model::CHOICE.iter().zip(verdicts) {
+    for (fault, verdict) in faults::CHOICE.iter().zip(verdicts) {
         match verdict {
             Ok(Ok(())) => survivors.push(format!("{} ({}): {}", fault.name, fault.family, fault.breaks)),
             Ok(Err(error)) => {

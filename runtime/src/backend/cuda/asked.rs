@@ -11,6 +11,7 @@ use crate::executor::{
     CandidatesOutput, CandidatesWanted, LogitChanges, RowOutput, RowWanted, TokenOutput, TokenWanted,
 };
 use crate::request::{PositionLogprobs, TokenLogprob};
+use crate::sampling::Normaliser;
 use crate::sampling::beam::Candidate;
 
 /// Whether the kernels can answer this.
@@ -257,13 +258,12 @@ impl Answers<'_> {
     /// The tokens of a list with their log-probabilities.
     fn list(&self, row: usize, list: usize) -> Vec<TokenLogprob> {
         let stats = self.layout.stats + 2 * row;
-        let (max, log_sum) = (self.number(stats), f64::from(self.number(stats + 1)));
+        let normaliser = Normaliser::of_log_sum(self.number(stats), self.number(stats + 1));
         let places = (list * self.most)..((list + 1) * self.most);
         let token = |place: usize| {
             let token_id = self.word(self.layout.list_tokens + place);
-            let logit = self.number(self.layout.list_values + place);
-            let above = if logit == max { 0.0 } else { f64::from(logit) - f64::from(max) };
-            (token_id != NO_TOKEN).then(|| TokenLogprob { token_id, logprob: (above - log_sum) as f32 })
+            let logprob = normaliser.of_logit(self.number(self.layout.list_values + place));
+            (token_id != NO_TOKEN).then_some(TokenLogprob { token_id, logprob })
         };
         places.map_while(token).collect()
     }

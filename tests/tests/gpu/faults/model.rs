@@ -1,7 +1,7 @@
 //! Faults of one line each, planted in the dense layers' kernels; the interpreter runs them, so that no GPU is needed to
 //! see that the cases find them.
 
-use super::faults::Fault;
+use super::Fault;
 
 /// Faults of what is made of logits.
 pub const CHOICE: &[Fault] = &[
