@@ -129,7 +129,6 @@ fn requests(vocab_size: usize, count: usize, seed: u64) -> Vec<Request> {
             n: if index % 7 == 3 { 2 } else { 1 },
             beam_width: (index % 7 == 5).then_some(3),
             logprobs: (index % 2 == 0).then_some(2),
-            prompt_logprobs: (index % 5 == 1).then_some(1),
             ..SamplingParams::default()
         };
         Request::new(prompt, params)

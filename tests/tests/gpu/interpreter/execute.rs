@@ -217,6 +217,7 @@ fn convert(words: &[String], value: u64, second: impl FnOnce() -> u64) -> Result
         ("u64", "f32") if words[1] == "rni" => f32::from_bits(value as u32).round_ties_even() as u64,
         ("f64", "f32") => f64::from(f32::from_bits(value as u32)).to_bits(),
         ("f32", "f64") => u64::from((f64::from_bits(value) as f32).to_bits()),
+        ("f32", "u64") => u64::from((value as f32).to_bits()),
         ("f64", "u64") => (value as f64).to_bits(),
         ("u64", "u32") | ("u32", "u64") => value & 0xffff_ffff,
         ("f32", "f16") => u64::from(half::f16::from_bits(value as u16).to_f32().to_bits()),

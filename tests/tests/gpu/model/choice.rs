@@ -22,8 +22,9 @@ fn ranked(row: &[f64]) -> Vec<usize> {
     tokens
 }
 
-/// The token that a draw gives, by the rules as they are written: f64, a sort, sums.
-fn drawn(row: &[f64], ranked: &[usize], draw: &RowDraw, [share, part, uniform]: [f64; 3]) -> usize {
+/// What a draw may give, by the rules as they are written: f64, a sort, sums. Those are tokens whose stretch of the whole
+/// sum is within `slack` of the uniform number.
+fn drawn(row: &[f64], ranked: &[usize], draw: &RowDraw, [share, part, slack]: [f64; 3]) -> Vec<usize> {
     let best = row[ranked[0]];
     let weight = |token: usize| {
         if row[token] == best { 1.0 } else { ((row[token] - best) / f64::from(draw.temperature)).exp() }
@@ -43,14 +44,14 @@ fn drawn(row: &[f64], ranked: &[usize], draw: &RowDraw, [share, part, uniform]: 
     }
     kept.retain(|&token| weight(token) >= part);
     kept.sort_unstable();
-    let target = uniform * kept.iter().map(|&token| weight(token)).sum::<f64>();
+    let total = kept.iter().map(|&token| weight(token)).sum::<f64>();
     let mut sum = 0.0;
-    let chosen = kept.iter().find(|&&token| {
+    let near = |&&token: &&usize| {
+        let start = sum / total;
         sum += weight(token);
-        sum > target
-    });
-    // Rounding alone can leave nothing: then it is the last one that weighs anything.
-    chosen.copied().unwrap_or_else(|| *kept.iter().rfind(|&&token| weight(token) > 0.0).unwrap())
+        weight(token) > 0.0 && start <= draw.uniform + slack && sum / total >= draw.uniform - slack
+    };
+    kept.iter().filter(near).copied().collect()
 }
 
 /// Whether a draw may give this token: what the rules give for some shares as close to those asked for as the f32
@@ -63,16 +64,13 @@ fn may_give(row: &[f64], ranked: &[usize], draw: &RowDraw, token: u32) -> Result
     let near = |x: f64| [x, x * (1.0 - 64.0 * F32), x * (1.0 + 64.0 * F32)];
     let mut given = Vec::new();
     for share in near(f64::from(draw.top_p)) {
-        for part in near(f64::from(draw.min_p).min(1.0)) {
+        for part in near(f64::from(draw.min_p)) {
             // Nothing weighs more than the best one.
-            let part = part.min(1.0);
-            for uniform in [draw.uniform, draw.uniform - 64.0 * F32, draw.uniform + 64.0 * F32] {
-                let found = drawn(row, ranked, draw, [share, part, uniform.clamp(0.0, 1.0)]);
-                if found == token as usize {
-                    return Ok(());
-                }
-                given.push(found);
+            let found = drawn(row, ranked, draw, [share, part.min(1.0), 64.0 * F32]);
+            if found.contains(&(token as usize)) {
+                return Ok(());
             }
+            given.push(found);
         }
     }
     given.dedup();
