@@ -268,6 +268,12 @@ fn follows(logprobs: &PositionLogprobs, params: &SamplingParams, draw: Draw) -> 
     given.into_iter().map(|(id, _)| id).collect()
 }
 
+fn log_softmax(row: &[f32]) -> Vec<f64> {
+    let max = row.iter().fold(f64::MIN, |max, &x| max.max(f64::from(x)));
+    let sum = max + row.iter().map(|&x| (f64::from(x) - max).exp()).sum::<f64>().ln();
+    row.iter().map(|&x| f64::from(x) - sum).collect()
+}
+
 /// Sampled requests through the whole engine, several samples each: every token follows from the log-probabilities that
 /// the device gives, and these are the CPU's of the same text.
 fn sampled_answers_agree(name: &str, dir: &Path, dtype: DType) {
@@ -286,6 +292,7 @@ fn sampled_answers_agree(name: &str, dir: &Path, dtype: DType) {
                 seed: Some(index as u64 * 7),
                 n: 1 + index % 2,
                 logprobs: Some(config.vocab_size),
+                prompt_logprobs: (index % 4 == 1).then_some(2),
                 ..SamplingParams::default()
             };
             Request::new(prompt, params)
@@ -299,6 +306,19 @@ fn sampled_answers_agree(name: &str, dir: &Path, dtype: DType) {
         for (index, completion) in output.outputs.iter().enumerate() {
             let text = [request.prompt.as_slice(), &completion.token_ids].concat();
             let rows = rows_alone(&mut machine, std::slice::from_ref(&text)).remove(0);
+            for (at, entry) in output.prompt_logprobs.iter().flatten().enumerate() {
+                let Some(entry) = entry else { continue };
+                assert_eq!(
+                    (entry.token.token_id, entry.top.len()),
+                    (text[at], 2),
+                    "{name} {dtype}, prompt {at}"
+                );
+                let expected = log_softmax(&rows[at - 1]);
+                for of in entry.top.iter().chain([&entry.token]) {
+                    let apart = f64::from(of.logprob) - expected[of.token_id as usize];
+                    assert!(apart.abs() <= margin, "{name} {dtype}, prompt {at}: {of:?} is {apart:.2e} off");
+                }
+            }
             for (at, (&token, logprobs)) in
                 completion.token_ids.iter().zip(completion.logprobs.as_ref().unwrap()).enumerate()
             {
@@ -311,12 +331,10 @@ fn sampled_answers_agree(name: &str, dir: &Path, dtype: DType) {
                 };
                 let given = follows(logprobs, &request.params, draw);
                 assert!(given.contains(&token), "{label}: {token}, where {given:?} follows");
-                let row = &rows[position - 1];
-                let max = row.iter().fold(f64::MIN, |max, &x| max.max(f64::from(x)));
-                let sum = max + row.iter().map(|&x| (f64::from(x) - max).exp()).sum::<f64>().ln();
-                assert_eq!(logprobs.top.len(), row.len(), "{label}");
+                let expected = log_softmax(&rows[position - 1]);
+                assert_eq!(logprobs.top.len(), expected.len(), "{label}");
                 for of in &logprobs.top {
-                    let apart = f64::from(of.logprob) - (f64::from(row[of.token_id as usize]) - sum);
+                    let apart = f64::from(of.logprob) - expected[of.token_id as usize];
                     assert!(
                         apart.abs() <= margin,
                         "{label}: {of:?} is {apart:.2e} off, {margin:.2e} allowed"
