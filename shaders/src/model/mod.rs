@@ -122,6 +122,7 @@ fn shader(family: &'static str, name: String, text: String, bindings: Vec<Bindin
         workgroup_size: WORKGROUP_SIZE,
         needs_f16: false,
         needs_subgroups: false,
+        needs_matrices: false,
     }
 }
 
