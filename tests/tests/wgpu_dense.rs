@@ -8,7 +8,7 @@
 #[path = "gpu/dense/mod.rs"]
 mod dense;
 #[allow(dead_code, reason = "its tables are those of the CUDA kernels")]
-#[path = "gpu/faults.rs"]
+#[path = "gpu/faults/mod.rs"]
 mod faults;
 #[path = "gpu/random.rs"]
 mod random;

@@ -368,7 +368,7 @@ fn steps_ahead_give_the_same_answers() {
             assert_eq!(tokens(ahead), tokens(waiting), "request {index}");
             assert_eq!(ahead.outputs[0].logprobs, waiting.outputs[0].logprobs, "request {index}");
         }
-        assert!(seen.ahead.load(Relaxed) >= 6 && seen.placeholders.load(Relaxed) >= 40, "{seen:?}");
+        assert!(seen.ahead.load(Relaxed) >= 6 && seen.placeholders.load(Relaxed) >= 20, "{seen:?}");
         assert_eq!(seen_waiting.ahead.load(Relaxed), 0);
     }
 }
