@@ -4,13 +4,14 @@
 use super::engine_pair::{adapters, engine, engine_over, on_device};
 use super::random::Random;
 use super::{golden, seed};
+use pagewise_attention::{DType, HostTensor};
 use pagewise_runtime::backend::wgpu::WgpuBackend;
-use pagewise_runtime::backend::{Backend, BackendError};
+use pagewise_runtime::backend::{AttentionSpec, Backend, BackendError};
 use pagewise_runtime::executor::{
     CandidatesWanted, Executor, ExecutorError, LogitChanges, Row, RowWanted, Sampling, StepOutput,
     TokenChange, TokenWanted,
 };
-use pagewise_runtime::model_dir::WeightTensor;
+use pagewise_runtime::model_dir::{MadeUp, ModelDir, WeightTensor};
 use pagewise_runtime::plan::{StepPlan, TokenInput};
 use pagewise_runtime::request::{PositionLogprobs, Request, RequestOutput, SamplingParams, TokenLogprob};
 use pagewise_runtime::sampling::{Draw, Sampler, TokenCounts};
@@ -435,13 +436,49 @@ fn requests_in_flight_fail_with_the_device() {
     }
 }
 
+fn widened(host: HostTensor<'_>) -> Vec<f32> {
+    match host {
+        HostTensor::F32(x) => x.to_vec(),
+        HostTensor::F16(x) => x.iter().map(|x| x.to_f32()).collect(),
+        HostTensor::Bf16(x) => x.iter().map(|x| x.to_f32()).collect(),
+        HostTensor::F8E4M3(_) | HostTensor::F8E5M2(_) => panic!("no weight has this type"),
+    }
+}
+
+/// Weights that come from no file are made on the device: whole, in parts, and one behind the other, they are the host's
+/// to the bit.
+#[test]
+fn made_up_weights_are_those_of_the_host() {
+    for backend in adapters() {
+        let small = backend.sibling().unwrap().with_largest_weight(4096);
+        let mut random = Random::new(seed());
+        for dtype in [DType::F32, DType::F16, DType::Bf16] {
+            let [rows, width] = [40, random.pick(&[61, 64, 97])];
+            let tensors: Vec<WeightTensor> = [(0.0, 0.0411), (1.0, 0.125)]
+                .into_iter()
+                .map(|(center, spread)| {
+                    let made = MadeUp { seed: random.next(), first: random.next() >> 20, center, spread };
+                    WeightTensor::of_made_up(made, dtype, &[rows, width])
+                })
+                .collect();
+            for backend in [&backend, &small] {
+                let mut tables = backend.upload_together(tensors.clone()).unwrap();
+                tables.push(backend.upload(tensors[0].clone()).unwrap());
+                for (table, tensor) in tables.iter().zip(tensors.iter().chain(&tensors)) {
+                    let output = on_device(backend, table, [rows, width], &[]);
+                    let wide = widened(tensor.host());
+                    let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                    assert_eq!(bits(&output.logits), bits(&wide), "{dtype}, {rows} rows of {width}");
+                }
+            }
+        }
+    }
+}
+
 /// More memory than the device has, in buffers each of which it could have: a typed error, and what was there works on.
 /// Software takes from the machine's memory what it is asked for, so that only hardware is asked.
 #[test]
 fn memory_that_is_not_there_is_a_typed_error() {
-    use pagewise_attention::DType;
-    use pagewise_runtime::backend::AttentionSpec;
-    use pagewise_runtime::model_dir::ModelDir;
     for backend in adapters() {
         if backend.name().contains("software") {
             continue;
