@@ -184,6 +184,7 @@ fn dependent_launches_wait_for_what_they_read() {
         input: Input::Direct,
         gated: false,
         vector: 4,
+        one: false,
         dependent,
     };
     let mut found = Vec::new();

@@ -1,7 +1,8 @@
 //! `matvec`: products of one to eight rows with a matrix, at the speed at which the matrix can be read; with a norm
 //! before, and bias, activation, gate or residual sum behind.
 //!
-//! Owns the variants, the parameter list and the choice of the geometry; the kernel is `kernels/model/matvec.ptx`.
+//! Owns the variants, the parameter list and the choice of the geometry; the kernels are `kernels/model/matvec.ptx` and,
+//! for one row, `kernels/model/matvec_one.ptx`.
 
 use minijinja::context;
 
@@ -29,6 +30,9 @@ const WARP_STEP: u32 = 4;
 /// Bytes of a warp's sums of a tile.
 const SUM_BYTES: u32 = ROWS * 20 * 4;
 
+/// Bytes of a row of weights that a warp with one row asks for before the kernel before it has ended.
+const EARLY_BYTES: u32 = 8192;
+
 /// Dynamic shared memory of a block at most: what every GPU from sm_80 on has.
 const MAX_SHARED: u32 = 96 << 10;
 
@@ -43,6 +47,9 @@ pub struct MatvecSpec {
     pub gated: bool,
     /// Elements of a load: 1, or as many as fit 16 bytes.
     pub vector: u32,
+    /// Whether it is for one row only: without tensor cores, each warp works for itself on whole rows of weights. Takes 16
+    /// bytes at once.
+    pub one: bool,
     /// Whether it may start before the kernel before it has ended (programmatic dependent launch, sm_90 on).
     pub dependent: bool,
 }
@@ -63,13 +70,12 @@ impl MatvecSpec {
         let vectors = |dtype: DType| [16 / dtype.size(), 1].map(|vector| (dtype, vector));
         COMPUTE_TYPES.into_iter().flat_map(vectors).flat_map(|(dtype, vector)| {
             [Input::Direct, Input::Staged].into_iter().flat_map(move |input| {
-                [(false, false), (false, true), (true, false), (true, true)].map(|(gated, dependent)| Self {
-                    dtype,
-                    input,
-                    gated,
-                    vector,
-                    dependent,
-                })
+                [(false, false), (false, true), (true, false), (true, true)].into_iter().flat_map(
+                    move |(gated, dependent)| {
+                        let few = Self { dtype, input, gated, vector, one: false, dependent };
+                        [Some(few), (vector > 1).then_some(Self { one: true, ..few })].into_iter().flatten()
+                    },
+                )
             })
         })
     }
@@ -78,12 +84,18 @@ impl MatvecSpec {
     pub fn entry(self) -> String {
         let input = if self.input == Input::Staged { "staged" } else { "direct" };
         let gated = if self.gated { "gated" } else { "plain" };
-        format!("{FAMILY}_{}_{input}_{gated}_v{}{}", self.dtype, self.vector, suffix(self.dependent))
+        let one = if self.one { "_one" } else { "" };
+        format!("{FAMILY}_{}_{input}_{gated}_v{}{one}{}", self.dtype, self.vector, suffix(self.dependent))
     }
 
     /// Loads of each row that a thread has on their way. Both halves of a gated matrix count.
     const fn stages(self) -> u32 {
-        if self.gated { 2 } else { 4 }
+        if self.gated && !self.one { 2 } else { 4 }
+    }
+
+    /// Features that a warp takes at a time where there is one row.
+    const fn one_features(self) -> u32 {
+        if self.gated { 1 } else { 2 }
     }
 
     /// Elements of a row that a warp takes in a round.
@@ -93,6 +105,10 @@ impl MatvecSpec {
 
     /// Dynamic shared memory of a block.
     fn shared(self, shape: MatvecShape, warps: u32) -> u64 {
+        if self.one {
+            let padded = u64::from(shape.width).next_multiple_of(u64::from(self.stages() * 32 * self.vector));
+            return if self.input == Input::Staged { padded * u64::from(self.dtype.size()) } else { 0 };
+        }
         let halves = if self.gated { 2 } else { 1 };
         let sums = u64::from(2 * halves * warps * SUM_BYTES);
         let padded = u64::from(shape.width).next_multiple_of(u64::from(warps * self.warp_round()));
@@ -246,8 +262,12 @@ impl Matvec {
     /// [`Error::UnsupportedTypes`] for an fp8 type, [`Error::UnsupportedVector`] for a vector that is neither 1 nor 16
     /// bytes.
     pub fn new(spec: MatvecSpec) -> Result<Self, Error> {
-        let MatvecSpec { dtype, input, gated, vector, dependent } = spec;
+        let MatvecSpec { dtype, input, gated, vector, one, dependent } = spec;
         check_types(FAMILY, dtype, vector)?;
+        if one && vector == 1 {
+            let widest = 16 / dtype.size();
+            return Err(Error::UnsupportedVector { kernel: FAMILY, vector, source_dtype: dtype, widest });
+        }
         let staged = input == Input::Staged;
         let variables = context! {
             dtype => dtype.name(),
@@ -259,10 +279,16 @@ impl Matvec {
             mma => dtype.size() == 2 && vector == 8,
             weight_how => "ld.global.nc.L1::no_allocate",
             weight_policy => "",
+            early => EARLY_BYTES,
         };
         let source = Source {
             static_shared: if staged { 256 } else { 0 },
-            dynamic_shared: if staged { MAX_SHARED } else { 4 * MAX_WARPS * SUM_BYTES },
+            dynamic_shared: match (staged, one) {
+                (true, _) => MAX_SHARED,
+                (false, false) => 4 * MAX_WARPS * SUM_BYTES,
+                (false, true) => 0,
+            },
+            text: if one { include_str!("../../kernels/model/matvec_one.ptx") } else { SOURCE.text },
             ..SOURCE
         };
         Ok(Self { spec, kernel: source.kernel(spec.entry(), dependent, variables)? })
@@ -275,6 +301,14 @@ impl Matvec {
     /// [`Error::TooLarge`] beyond 2³¹ of anything, and where staged rows do not fit into shared memory,
     /// [`Error::GridTooLarge`] beyond half a million rows.
     pub fn launch(&self, shape: MatvecShape, multiprocessors: u32) -> Result<Launch, Error> {
+        if self.spec.one {
+            // As many warps as can run at once, if each has as much to do as the others.
+            let warps = 8;
+            let tiles = shape.features.div_ceil(self.spec.one_features());
+            let resident = (multiprocessors * 2 * warps).max(1);
+            let turns = tiles.div_ceil(resident).max(1);
+            return self.launch_as(shape, Geometry { warps, blocks: tiles.div_ceil(turns * warps) });
+        }
         let tiles = shape.features.div_ceil(TILE);
         // More warps where tiles are few, so that enough loads are under way.
         let warps = if tiles <= multiprocessors { 16 } else { 8 };
@@ -299,6 +333,9 @@ impl Matvec {
             if value > limit {
                 return Err(Error::TooLarge { kernel: FAMILY, field, value, limit });
             }
+        }
+        if self.spec.one && rows > 1 {
+            return Err(Error::TooLarge { kernel: FAMILY, field: "rows", value: rows, limit: 1 });
         }
         let vector = self.spec.vector;
         if !width.is_multiple_of(vector) {

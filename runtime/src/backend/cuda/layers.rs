@@ -216,6 +216,7 @@ impl CudaBackend {
             k_cache,
             v_cache,
             scales: None,
+            order: self.gpu().order(),
         };
         let (context, stream) = (&self.gpu().context, self.gpu().raw_stream());
         let table = self.rotary();
