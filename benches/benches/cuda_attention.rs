@@ -64,6 +64,7 @@ fn main() {
             "driver_release": driver_release(),
             "read_ceiling_gb_s": yardsticks.ceiling,
             "floor": yardsticks.floor.iter().map(|(bytes, us)| serde_json::json!({ "bytes": bytes, "us": us })).collect::<Vec<_>>(),
+            "blocks": yardsticks.pieces.iter().map(|pieces| serde_json::json!({ "block": pieces.piece, "bytes": pieces.bytes, "gb_s": pieces.rate })).collect::<Vec<_>>(),
             "write_kv": write,
             "host": host,
             "copy_blocks": copies,

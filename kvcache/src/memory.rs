@@ -6,7 +6,7 @@ use crate::geometry::Geometry;
 use crate::pool::{BlockPool, NO_NODE, NodeId};
 use crate::prefix_tree::PrefixTree;
 use crate::sequence::Entry;
-use crate::{BlockCopy, BlockId, BlockOps, CacheStats, NO_BLOCK};
+use crate::{BlockCopy, BlockId, BlockOps, CacheError, CacheStats, NO_BLOCK};
 
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Memory {
@@ -31,23 +31,48 @@ impl Hit {
 }
 
 impl Memory {
-    /// Takes a device block that the caller has counted before; evicts if need be.
-    pub(crate) fn take_device(&mut self) -> BlockId {
-        let taken = self.device.take();
-        #[expect(clippy::expect_used, reason = "every call counts the free blocks before it takes the first")]
-        let taken = taken.expect("free device blocks were counted before");
-        if taken.evicted != NO_NODE {
-            self.tree.clear_block(taken.evicted, taken.block);
-            self.stats.evicted_blocks += 1;
+    /// Adds a reference to each device block of `kept`, as often as it is named, and takes `wanted` others, which may
+    /// evict; or changes nothing, where the free blocks do not suffice for both.
+    pub(crate) fn keep_and_take_device(
+        &mut self,
+        kept: &[BlockId],
+        wanted: usize,
+    ) -> Result<Vec<BlockId>, CacheError> {
+        let mut revived: Vec<BlockId> =
+            kept.iter().copied().filter(|&block| self.device.is_free(block)).collect();
+        revived.sort_unstable();
+        revived.dedup();
+        let free = self.device.free() - revived.len();
+        if wanted > free {
+            return Err(CacheError::OutOfBlocks { wanted, free });
         }
-        taken.block
+        for &block in kept {
+            self.device.acquire(block);
+        }
+        let mut blocks = Vec::with_capacity(wanted);
+        while blocks.len() < wanted
+            && let Some(taken) = self.device.take()
+        {
+            if taken.evicted != NO_NODE {
+                self.tree.clear_block(taken.evicted, taken.block);
+                self.stats.evicted_blocks += 1;
+            }
+            blocks.push(taken.block);
+        }
+        debug_assert_eq!(blocks.len(), wanted, "the device pool gives out as many blocks as it counts");
+        Ok(blocks)
     }
 
-    /// Takes a host block that the caller has counted before.
-    pub(crate) fn take_host(&mut self) -> BlockId {
-        let taken = self.host.take();
-        #[expect(clippy::expect_used, reason = "every call counts the free blocks before it takes the first")]
-        taken.expect("free host blocks were counted before").block
+    /// Takes host blocks, all that are wanted or none.
+    pub(crate) fn take_host(&mut self, wanted: usize) -> Result<Vec<BlockId>, CacheError> {
+        let free = self.host.free();
+        if wanted > free {
+            return Err(CacheError::OutOfHostBlocks { wanted, free });
+        }
+        let taken = std::iter::from_fn(|| self.host.take());
+        let blocks: Vec<BlockId> = taken.take(wanted).map(|taken| taken.block).collect();
+        debug_assert_eq!(blocks.len(), wanted, "the host pool gives out as many blocks as it counts");
+        Ok(blocks)
     }
 
     /// Adds a reference to what a table entry names.

@@ -143,7 +143,7 @@ impl BlockPool {
         self.blocks[block as usize].node
     }
 
-    fn is_free(&self, block: BlockId) -> bool {
+    pub(crate) fn is_free(&self, block: BlockId) -> bool {
         let block = &self.blocks[block as usize];
         block.refs == 0 && block.copies == 0
     }

@@ -1,10 +1,15 @@
-//! The seam between planning and computing: an executor turns a [`StepPlan`] into logits, or the tokens chosen from
-//! them.
+//! The seam between planning and computing: an executor turns a [`StepPlan`] into logits, or what is chosen from them.
+
+mod rows;
+
+pub use rows::{
+    CandidatesOutput, CandidatesWanted, LogitChanges, Row, RowOutput, RowWanted, Sampling, StepOutput,
+    TokenChange, TokenOutput, TokenWanted,
+};
 
 use crate::backend::{AttentionSpec, Backend, BackendError, BatchLimits, StepBatch};
 use crate::models::Model;
 use crate::plan::{BlockCopy, BlockOps, StepPlan};
-use crate::sampling::Draw;
 use std::collections::VecDeque;
 use std::time::Instant;
 
@@ -37,10 +42,10 @@ pub trait Executor: Send {
         self.finish()
     }
 
-    /// Whether the device can choose tokens in this way. Otherwise it must be asked for logits.
-    fn samples(&self, sampling: &Sampling) -> bool {
-        let _ = sampling;
-        false
+    /// Whether the device can answer this itself, for a row of the vocabulary's size. What it cannot must be asked for
+    /// as logits.
+    fn answers(&self, wanted: &RowWanted) -> bool {
+        matches!(wanted, RowWanted::Logits)
     }
 
     /// Whether a step may be begun while the one before it is under way. Its plan may then hold placeholders for the
@@ -56,37 +61,6 @@ pub trait Executor: Send {
     }
 }
 
-/// What is wanted of a logit row.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum RowWanted {
-    /// All of it.
-    Logits,
-    /// The token that is chosen from it.
-    Token(Sampling),
-}
-
-/// How a device chooses a token: by the sampler's rules, for logits that neither bias nor penalties change.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Sampling {
-    /// As in [`SamplingParams`](crate::request::SamplingParams::temperature).
-    pub temperature: f32,
-    /// As in [`SamplingParams`](crate::request::SamplingParams::top_k).
-    pub top_k: usize,
-    /// As in [`SamplingParams`](crate::request::SamplingParams::top_p).
-    pub top_p: f32,
-    /// As in [`SamplingParams`](crate::request::SamplingParams::min_p).
-    pub min_p: f32,
-    /// Its random number.
-    pub draw: Draw,
-}
-
-impl Sampling {
-    /// Whether the likeliest token is chosen, whatever the random number.
-    pub fn is_greedy(&self) -> bool {
-        self.temperature == 0.0 || self.top_k == 1
-    }
-}
-
 /// The way between device and host.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Link {
@@ -98,54 +72,6 @@ pub struct Link {
 
 /// Blocks that are moved to measure the link: enough to fill its caches, few enough to take no time.
 const LINK_BLOCKS: usize = 64;
-
-/// What a step gave: one entry a logit row, the rows of the first chunk, then those of the second, and so on.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct StepOutput {
-    /// What each row gave.
-    pub rows: Vec<RowOutput>,
-    /// `[rows, vocab_size]`: those that are [`RowOutput::Logits`].
-    pub logits: Vec<f32>,
-    /// Length of a row.
-    pub vocab_size: usize,
-}
-
-/// What a logit row gave.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RowOutput {
-    /// Itself: this row of the output's logits.
-    Logits(usize),
-    /// The chosen token; `None` where there is no usable logit.
-    Token(Option<u32>),
-}
-
-/// A row of an output.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Row<'a> {
-    /// `[vocab_size]`
-    Logits(&'a [f32]),
-    /// As in [`RowOutput`].
-    Token(Option<u32>),
-}
-
-impl StepOutput {
-    /// An output of logits alone, `[rows, vocab_size]`.
-    pub fn of_logits(logits: Vec<f32>, vocab_size: usize) -> Self {
-        let rows = logits.len().checked_div(vocab_size).unwrap_or(0);
-        Self { rows: (0..rows).map(RowOutput::Logits).collect(), logits, vocab_size }
-    }
-
-    /// One row.
-    pub fn row(&self, index: usize) -> Option<Row<'_>> {
-        match *self.rows.get(index)? {
-            RowOutput::Logits(row) => {
-                let start = row.checked_mul(self.vocab_size)?;
-                Some(Row::Logits(self.logits.get(start..start.checked_add(self.vocab_size)?)?))
-            }
-            RowOutput::Token(token) => Some(Row::Token(token)),
-        }
-    }
-}
 
 /// Why a step failed.
 #[derive(Debug, thiserror::Error)]
@@ -237,8 +163,8 @@ impl<B: Backend> Executor for ModelExecutor<B> {
         Ok(StepOutput { vocab_size: self.vocab_size, ..output })
     }
 
-    fn samples(&self, sampling: &Sampling) -> bool {
-        self.backend.samples(sampling)
+    fn answers(&self, wanted: &RowWanted) -> bool {
+        self.backend.answers(wanted)
     }
 
     fn runs_ahead(&self) -> bool {

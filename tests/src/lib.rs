@@ -1,4 +1,13 @@
-//! What the cross-crate tests share: where the reference models lie.
+//! What the cross-crate tests share: where the reference models lie, their goldens of beam searches, and models driven step
+//! by step.
+
+#![allow(clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "a test fails by panicking")]
+
+mod beams;
+mod steps;
+
+pub use beams::{GoldenBeam, all_beams, older_beams};
+pub use steps::{Sequence, argmax, executor};
 
 use std::path::{Path, PathBuf};
 

@@ -29,37 +29,31 @@ mod merge;
 mod random;
 #[path = "gpu/rotary.rs"]
 mod rotary;
+#[path = "gpu/slice_cache.rs"]
+mod slice_cache;
+#[path = "gpu/swap.rs"]
+mod swap;
 #[path = "gpu/write_kv.rs"]
 mod write_kv;
 
-use std::sync::Arc;
-
-use blocks::{BlocksCase, BlocksTensors, compare_bytes, wanted_blocks_case};
+use blocks::{BlocksCase, compare_bytes, wanted_blocks_case};
 use cuda::Receipts;
 use cuda_machine::Gpu;
 use cuda_subject::{pair_bytes, pinned};
+use cudarc::driver::CudaSlice;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use machine::check_blocks;
 use pagewise_attention::conformance::{AttentionData, Case, Operation, Outcome, Subject, quick, run_case};
 use pagewise_attention::conformance::{Cuda, Pinned};
 use pagewise_attention::cuda::ptx::all_kernels;
 use pagewise_attention::cuda::{
-    BlocksWorkspace, CacheBlocks, Context, CopyBlocksCall, CopyBlocksSlices, CudaError, HostCache,
-    LayerAddresses, LayerSlices, SwapBlocksCall, SwapBlocksSlices, SwapDirection, SwapMethod, cudarc,
+    BlocksWorkspace, CacheBlocks, CopyBlocksCall, CopyBlocksSlices, CudaError, HostCache, LayerAddresses,
+    LayerSlices, SwapBlocksCall, SwapBlocksSlices, SwapDirection, SwapMethod, cudarc,
 };
-use pagewise_attention::{AttentionConfig, CacheLayout, DType, ProblemError};
+use pagewise_attention::{CacheLayout, DType, ProblemError};
 use random::{Random, run_cases, run_seed};
-
-const METHODS: [SwapMethod; 3] = [
-    SwapMethod::CopyEngines,
-    SwapMethod::Kernel { thread_blocks: None },
-    SwapMethod::Kernel { thread_blocks: Some(3) },
-];
-
-fn address<T>(slice: &CudaSlice<T>, stream: &CudaStream) -> u64 {
-    slice.device_ptr(stream).0
-}
+use slice_cache::{SliceCache, bits};
+use swap::{METHODS, address, check_swap};
 
 #[test]
 fn random_cases_move_every_byte_and_no_other() {
@@ -106,69 +100,6 @@ fn the_conformance_cases_agree() {
         }
     }
     eprintln!("{}: {} cases agree", context.device(), cases.len());
-}
-
-/// The buffers of one side of a swap, in device memory or pinned host memory.
-enum Placed {
-    Device(Vec<CudaSlice<u8>>),
-    Host(Vec<Pinned>),
-}
-
-impl Placed {
-    fn new(context: &Context, stream: &Arc<CudaStream>, buffers: &[Vec<u8>], on_host: bool) -> Self {
-        match on_host {
-            true => Self::Host(buffers.iter().map(|bytes| pinned(context, bytes)).collect()),
-            false => Self::Device(buffers.iter().map(|bytes| stream.clone_htod(bytes).unwrap()).collect()),
-        }
-    }
-
-    fn addresses(&self, stream: &CudaStream) -> Vec<u64> {
-        match self {
-            Self::Device(slices) => slices.iter().map(|slice| address(slice, stream)).collect(),
-            Self::Host(buffers) => buffers.iter().map(|buffer| buffer.address).collect(),
-        }
-    }
-
-    fn bytes(&self, stream: &Arc<CudaStream>) -> Vec<Vec<u8>> {
-        stream.synchronize().unwrap();
-        match self {
-            Self::Device(slices) => slices.iter().map(|slice| stream.clone_dtoh(slice).unwrap()).collect(),
-            Self::Host(buffers) => buffers.iter().map(|buffer| buffer.bytes().unwrap().to_vec()).collect(),
-        }
-    }
-}
-
-fn check_swap(
-    context: &Context,
-    stream: &Arc<CudaStream>,
-    tensors: &BlocksTensors,
-    method: SwapMethod,
-    out: bool,
-) -> Result<(), String> {
-    let pairs = tensors.named(&tensors.pairs);
-    let sides: Vec<Placed> = tensors
-        .sides
-        .iter()
-        .zip([!out, out])
-        .map(|(side, on_host)| Placed::new(context, stream, &side.buffers, on_host))
-        .collect();
-    let layers: Vec<LayerAddresses> = tensors
-        .sides
-        .iter()
-        .zip(&sides)
-        .map(|(side, placed)| side.layers(&placed.addresses(stream)))
-        .collect();
-    let tables: Vec<_> = layers.iter().map(|layers| stream.clone_htod(layers.words()).unwrap()).collect();
-    let device_pairs = stream.clone_htod(&[pair_bytes(&pairs), vec![0xff; 8]].concat()).unwrap();
-    let mut call = tensors.swap(&layers, &pairs, method);
-    call.from.table = address(&tables[0], stream);
-    call.to.table = address(&tables[1], stream);
-    call.device_pairs = address(&device_pairs, stream);
-    // SAFETY: all addresses are those of live memory that holds what shapes and strides reach.
-    unsafe { context.swap_blocks_raw(&call, stream.cu_stream().into()) }
-        .map_err(|error| error.to_string())?;
-    compare_bytes(&tensors.sides[0].buffers, &sides[0].bytes(stream))?;
-    compare_bytes(&tensors.expected_of(&pairs), &sides[1].bytes(stream))
 }
 
 #[test]
@@ -241,48 +172,13 @@ fn refusals_are_typed() {
     assert!(matches!(error, CudaError::NotPinned { .. }), "{error}");
 }
 
-/// A cache of several layers in slices, K and V apart, and what it holds.
-struct SliceCache {
-    config: AttentionConfig,
-    layout: CacheLayout,
-    host: Vec<(Vec<half::bf16>, Vec<half::bf16>)>,
-}
-
-impl SliceCache {
-    fn new(random: &mut Random, blocks: usize, layers: usize) -> Self {
-        let config = AttentionConfig::new(8, 2, 64, DType::Bf16);
-        let layout = CacheLayout::nhd(blocks, 16, &config);
-        let mut numbers = |len: u64| -> Vec<half::bf16> {
-            (0..len).map(|_| half::bf16::from_bits(random.next() as u16)).collect()
-        };
-        let host = (0..layers)
-            .map(|_| (numbers(layout.k_extent(&config)), numbers(layout.v_extent(&config))))
-            .collect();
-        Self { config, layout, host }
-    }
-
-    /// The elements of a block: blocks are whole here.
-    fn block(&self, number: u32) -> std::ops::Range<usize> {
-        let len = self.layout.k.block as usize;
-        number as usize * len..(number as usize + 1) * len
-    }
-}
-
-fn bits(numbers: &[half::bf16]) -> Vec<u16> {
-    numbers.iter().map(|number| number.to_bits()).collect()
-}
-
 #[test]
 fn slices_are_copied_and_swapped() {
     let Some(context) = cuda::context() else { return };
     let stream = context.cudarc().unwrap().new_stream().unwrap();
     let mut random = Random::new(run_seed());
     let mut cache = SliceCache::new(&mut random, 12, 3);
-    let mut device: Vec<_> = cache
-        .host
-        .iter()
-        .map(|(k, v)| (stream.clone_htod(k).unwrap(), stream.clone_htod(v).unwrap()))
-        .collect();
+    let mut device = cache.upload(&stream);
     let mut workspace = BlocksWorkspace::new(&stream, 3, 4).unwrap();
     let (config, layout) = (cache.config.clone(), cache.layout);
     let len = layout.k_extent(&config) as usize;
@@ -304,13 +200,7 @@ fn slices_are_copied_and_swapped() {
     let mut slices = layers(&mut device);
     let copy = CopyBlocksSlices { config: &config, layout: &layout, layers: &mut slices, pairs: &copies };
     context.copy_blocks(&stream, &mut workspace, copy).unwrap();
-    for (from, to) in copies {
-        let (from, to) = (cache.block(from), cache.block(to).start);
-        for (k, v) in &mut cache.host {
-            k.copy_within(from.clone(), to);
-            v.copy_within(from.clone(), to);
-        }
-    }
+    cache.copy(&copies);
     // Out and in again, to other blocks, by each method.
     for method in METHODS {
         for (direction, pairs) in
@@ -328,13 +218,7 @@ fn slices_are_copied_and_swapped() {
             context.swap_blocks(&stream, &mut workspace, direction, swap).unwrap();
         }
     }
-    for (from, to) in [(3, 1), (9, 2)] {
-        let (from, to) = (cache.block(from), cache.block(to).start);
-        for (k, v) in &mut cache.host {
-            k.copy_within(from.clone(), to);
-            v.copy_within(from.clone(), to);
-        }
-    }
+    cache.copy(&[(3, 1), (9, 2)]);
     drop(slices);
     for ((k, v), (expected_k, expected_v)) in device.iter().zip(&cache.host) {
         assert!(bits(&stream.clone_dtoh(k).unwrap()) == bits(expected_k), "K");
@@ -427,11 +311,7 @@ fn copies_overlap_with_decode_on_another_stream() {
     let mut random = Random::new(run_seed());
     let cache = SliceCache::new(&mut random, 400, 4);
     let pairs: Vec<(u32, u32)> = (0..200).map(|block| (block, 399 - block)).collect();
-    let device: Vec<_> = cache
-        .host
-        .iter()
-        .map(|(k, v)| (stream.clone_htod(k).unwrap(), stream.clone_htod(v).unwrap()))
-        .collect();
+    let device = cache.upload(&stream);
     let bytes = 2 * cache.host[0].0.len();
     let pinned: Vec<Pinned> = (0..8).map(|_| pinned(&context, &vec![0; bytes])).collect();
     let on_device =
@@ -481,15 +361,9 @@ fn copies_overlap_with_decode_on_another_stream() {
         assert!(decode(&mut subject) == alone, "{case}: decode beside copies gives other bits");
     }
     stream.synchronize().unwrap();
-    let mut expected = cache.host.clone();
-    for &(from, to) in &pairs {
-        let (from, to) = (cache.block(from), cache.block(to).start);
-        for (k, v) in &mut expected {
-            k.copy_within(from.clone(), to);
-            v.copy_within(from.clone(), to);
-        }
-    }
-    for (layer, (k, v)) in expected.iter().enumerate() {
+    let mut expected = cache.clone();
+    expected.copy(&pairs);
+    for (layer, (k, v)) in expected.host.iter().enumerate() {
         let (device_k, device_v) = &device[layer];
         assert!(bits(&stream.clone_dtoh(device_k).unwrap()) == bits(k), "K of layer {layer}");
         assert!(bits(&stream.clone_dtoh(device_v).unwrap()) == bits(v), "V of layer {layer}");

@@ -18,93 +18,49 @@ mod model;
 mod random;
 
 use std::collections::{BTreeMap, HashMap};
-use std::ffi::c_void;
 use std::sync::Arc;
 
 use cuda::Receipts;
-use cudarc::driver::sys::{
-    CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig, CUresult,
-    cuLaunchKernelEx,
-};
-use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, DevicePtr};
-use cudarc::nvrtc::Ptx;
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use model::{Device, Run};
 use pagewise_attention::cuda::ptx::model::matvec::{
     Input, Matvec, MatvecArgs, MatvecShape, MatvecSpec, Store,
 };
 use pagewise_attention::cuda::ptx::model::{Activation, Rows};
 use pagewise_attention::cuda::ptx::{Arg, DType, Kernel, Launch, all_kernels};
-use pagewise_attention::cuda::{Context, cudarc};
+use pagewise_attention::cuda::{Context, Order, OwnKernel, cudarc};
 use random::{Random, run_cases, run_seed};
 
-struct Gpu<'a> {
-    context: &'a Context,
+struct Gpu {
+    context: Arc<Context>,
     stream: Arc<CudaStream>,
     slices: Vec<(u64, CudaSlice<u8>)>,
-    functions: HashMap<String, CudaFunction>,
+    kernels: HashMap<String, OwnKernel>,
 }
 
-impl<'a> Gpu<'a> {
-    fn new(context: &'a Context) -> Self {
+impl Gpu {
+    fn new(context: &Arc<Context>) -> Self {
         // A stream of its own: dependent launches are not for the default stream.
         let stream = context.cudarc().unwrap().new_stream().unwrap();
-        Self { context, stream, slices: Vec::new(), functions: HashMap::new() }
+        Self { context: Arc::clone(context), stream, slices: Vec::new(), kernels: HashMap::new() }
     }
 
     fn launch(&mut self, kernel: &Kernel, launch: Launch, args: &[Arg]) -> Result<(), String> {
-        if !self.functions.contains_key(kernel.entry()) {
-            let context = self.context.cudarc().unwrap();
-            let module =
-                context.load_module(Ptx::from_src(kernel.text())).map_err(|error| error.to_string())?;
-            let function = module.load_function(kernel.entry()).map_err(|error| error.to_string())?;
-            if kernel.dynamic_shared() > 0 {
-                use cudarc::driver::sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-                function
-                    .set_attribute(
-                        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                        kernel.dynamic_shared() as i32,
-                    )
-                    .unwrap();
-            }
-            self.functions.insert(kernel.entry().to_owned(), function);
+        if !self.kernels.contains_key(kernel.entry()) {
+            let loaded = OwnKernel::new(&self.context, kernel).map_err(|error| error.to_string())?;
+            self.kernels.insert(kernel.entry().to_owned(), loaded);
         }
-        let function = &self.functions[kernel.entry()];
         assert_eq!(args.len(), kernel.params().len());
-        let mut pointers: Vec<*mut c_void> = args.iter().map(|arg| arg.as_ptr().cast_mut().cast()).collect();
-        // SAFETY: all zeros is a value of this union of plain numbers.
-        let mut value: CUlaunchAttributeValue = unsafe { std::mem::zeroed() };
-        value.programmaticStreamSerializationAllowed = 1;
-        // SAFETY: a structure of plain numbers, whose padding may be zero.
-        let mut attribute: CUlaunchAttribute = unsafe { std::mem::zeroed() };
-        attribute.id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-        attribute.value = value;
-        let ([x, y, z], [block_x, block_y, block_z]) = (launch.grid, launch.block);
-        let config = CUlaunchConfig {
-            gridDimX: x,
-            gridDimY: y,
-            gridDimZ: z,
-            blockDimX: block_x,
-            blockDimY: block_y,
-            blockDimZ: block_z,
-            sharedMemBytes: launch.dynamic_shared,
-            hStream: self.stream.cu_stream(),
-            attrs: &raw mut attribute,
-            numAttrs: u32::from(kernel.entry().ends_with("_pdl")),
-        };
-        // SAFETY: the arguments are those of the kernel, and all addresses those of live slices.
-        let result = unsafe {
-            cuLaunchKernelEx(
-                &raw const config,
-                function.cu_function(),
-                pointers.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
-        };
-        if result == CUresult::CUDA_SUCCESS { Ok(()) } else { Err(format!("cuLaunchKernelEx: {result:?}")) }
+        let order = if kernel.entry().ends_with("_pdl") { Order::Dependent } else { Order::Stream };
+        let loaded = &self.kernels[kernel.entry()];
+        // SAFETY: the arguments are those of the kernel, all addresses those of live slices, and variants that say that
+        // they wait for the kernel before them do so.
+        unsafe { loaded.launch(launch, args, self.stream.cu_stream().into(), order) }
+            .map_err(|error| error.to_string())
     }
 }
 
-impl Device for Gpu<'_> {
+impl Device for Gpu {
     fn upload(&mut self, bytes: &[u8]) -> u64 {
         let bytes = if bytes.is_empty() { &[0xff; 16] } else { bytes };
         let slice = self.stream.clone_htod(bytes).unwrap();
@@ -135,7 +91,7 @@ impl Device for Gpu<'_> {
 
 #[test]
 fn random_cases_agree_with_the_definition() {
-    let Some(context) = cuda::context() else { return };
+    let Some(context) = cuda::context().map(Arc::new) else { return };
     let mut gpu = Gpu::new(&context);
     let small = std::env::var_os("PAGEWISE_SMALL").is_some();
     let mut receipts: BTreeMap<&'static str, Receipts> = BTreeMap::new();
@@ -169,7 +125,7 @@ fn random_cases_agree_with_the_definition() {
 /// dependent launches it gives the bits that it gives without.
 #[test]
 fn dependent_launches_wait_for_what_they_read() {
-    let Some(context) = cuda::context() else { return };
+    let Some(context) = cuda::context().map(Arc::new) else { return };
     let mut gpu = Gpu::new(&context);
     let shape = MatvecShape { rows: 3, features: 1536, width: 1536 };
     let (rows, width) = (shape.rows as usize, shape.width as usize);

@@ -19,7 +19,7 @@ mod cuda_machine;
 mod cuda_subject;
 #[path = "gpu/encode.rs"]
 mod encode;
-#[path = "gpu/faults.rs"]
+#[path = "gpu/faults/mod.rs"]
 mod faults;
 #[path = "gpu/machine.rs"]
 mod machine;

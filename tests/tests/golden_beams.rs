@@ -8,73 +8,9 @@ use pagewise_attention::DType;
 use pagewise_runtime::engine::Engine;
 use pagewise_runtime::load::{CacheSize, LoadOptions, load};
 use pagewise_runtime::model_dir::ModelDir;
-use pagewise_runtime::request::{EarlyStopping, FinishReason, Request, RequestOutput, SamplingParams};
+use pagewise_runtime::request::{FinishReason, Request, RequestOutput, SamplingParams};
 use pagewise_runtime::scheduler::Preemption;
-use pagewise_tests::{FIXTURES, fixture};
-use serde::Deserialize;
-use serde_json::Value;
-
-#[derive(Deserialize)]
-struct Golden {
-    eos_token_id: u32,
-    prompts: Vec<GoldenPrompt>,
-}
-
-#[derive(Deserialize)]
-struct GoldenPrompt {
-    prompt: Vec<u32>,
-    beam: Vec<GoldenBeam>,
-}
-
-/// A case; `prompt` names one of the prompts, and is 0 in the older file, where it hangs on its prompt.
-#[derive(Clone, Deserialize)]
-struct GoldenBeam {
-    #[serde(default)]
-    prompt: usize,
-    num_beams: usize,
-    early_stopping: Value,
-    length_penalty: f32,
-    max_new_tokens: usize,
-    eos_token_id: Value,
-    sequences: Vec<Vec<u32>>,
-    scores: Vec<f64>,
-}
-
-/// Every case of a fixture with its request.
-fn cases(name: &str) -> Vec<(GoldenBeam, Request)> {
-    let read = |file: &str| std::fs::read(fixture(name).join(file)).unwrap();
-    let golden: Golden = serde_json::from_slice(&read("golden.json")).unwrap();
-    let more: Vec<GoldenBeam> = serde_json::from_slice(&read("beam_golden.json")).unwrap();
-    let old = golden.prompts.iter().enumerate().flat_map(|(prompt, golden)| {
-        golden.beam.iter().map(move |beam| GoldenBeam { prompt, ..beam.clone() })
-    });
-    let request = |beam: GoldenBeam| {
-        let ends: Vec<u32> = match &beam.eos_token_id {
-            Value::Array(ids) => ids.iter().map(|id| id.as_u64().unwrap() as u32).collect(),
-            id => id.as_u64().map(|id| id as u32).into_iter().collect(),
-        };
-        let params = SamplingParams {
-            max_tokens: beam.max_new_tokens,
-            n: beam.num_beams,
-            beam_width: Some(beam.num_beams),
-            length_penalty: beam.length_penalty,
-            early_stopping: match beam.early_stopping.as_bool() {
-                Some(true) => EarlyStopping::True,
-                Some(false) => EarlyStopping::False,
-                None => EarlyStopping::Never,
-            },
-            ignore_eos: ends.is_empty(),
-            stop_token_ids: ends.into_iter().filter(|&id| id != golden.eos_token_id).collect(),
-            // What only shapes sampling is of no effect.
-            temperature: 0.3,
-            top_k: 2,
-            ..SamplingParams::default()
-        };
-        let prompt = golden.prompts[beam.prompt].prompt.clone();
-        (beam, Request::new(prompt, params))
-    };
-    old.chain(more).map(request).collect()
-}
+use pagewise_tests::{FIXTURES, GoldenBeam, all_beams, fixture};
 
 fn engine(name: &str, change: impl FnOnce(&mut LoadOptions)) -> Engine {
     let mut options = LoadOptions::new(fixture(name).to_str().unwrap());
@@ -98,7 +34,7 @@ fn check(label: &str, golden: &GoldenBeam, output: &RequestOutput) {
 }
 
 fn run(name: &str, engine: &mut Engine) {
-    let (golden, requests): (Vec<_>, Vec<_>) = cases(name).into_iter().unzip();
+    let (golden, requests): (Vec<_>, Vec<_>) = all_beams(name).into_iter().unzip();
     let results = engine.generate(requests).unwrap();
     for (index, (golden, result)) in golden.iter().zip(results).enumerate() {
         check(&format!("{name}, case {index}"), golden, &result.unwrap());
@@ -145,7 +81,7 @@ fn preempted_searches_end_the_same() {
 #[test]
 fn fewer_hypotheses_with_log_probabilities_and_no_full_block_copied() {
     let mut engine = engine("llama_gqa", |options| options.block_size = 1);
-    for (golden, request) in cases("llama_gqa").into_iter().filter(|(golden, _)| golden.num_beams == 4) {
+    for (golden, request) in all_beams("llama_gqa").into_iter().filter(|(golden, _)| golden.num_beams == 4) {
         let params = SamplingParams { n: 2, logprobs: Some(1), ..request.params };
         let output = engine.generate(vec![Request::new(request.prompt, params)]).unwrap().remove(0).unwrap();
         let found: Vec<&[u32]> = output.outputs.iter().map(|o| o.token_ids.as_slice()).collect();

@@ -7,10 +7,9 @@ use pagewise_attention::DType;
 use pagewise_runtime::backend::AttentionSpec;
 use pagewise_runtime::backend::cpu::CpuBackend;
 use pagewise_runtime::executor::{Executor, ModelExecutor};
-use pagewise_runtime::model_dir::{ModelConfig, ModelDir, Weights};
-use pagewise_runtime::models::{WeightSource, load_model};
-use pagewise_runtime::plan::{BlockId, Chunk, LogitRows, SequenceId, StepPlan, TokenInput};
-use pagewise_tests::{FIXTURES, fixture};
+use pagewise_runtime::model_dir::{ModelConfig, ModelDir};
+use pagewise_runtime::plan::{BlockId, LogitRows, StepPlan};
+use pagewise_tests::{FIXTURES, Sequence, argmax, executor, fixture};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -48,23 +47,12 @@ struct Bench {
     steps: u64,
 }
 
-/// A sequence in the making: tokens, how many of them are computed, and its block tables.
-struct Sequence {
-    id: SequenceId,
-    tokens: Vec<u32>,
-    computed: usize,
-    tables: Vec<Vec<BlockId>>,
-}
-
 impl Bench {
     fn new(dir: &Path, block_size: usize, seed: u64) -> Self {
         let ModelDir { config, .. } = ModelDir::open(dir).unwrap();
-        let weights = WeightSource::Files { weights: Weights::open(dir).unwrap(), dtype: None };
-        let backend = CpuBackend::new(Some(2)).unwrap();
-        let model = load_model(&config, &weights, &backend).unwrap();
         let num_blocks = 1024usize.div_ceil(block_size) + 8;
         let spec = AttentionSpec::new(&config, DType::F32, block_size, num_blocks);
-        let executor = ModelExecutor::new(backend, model, spec, config.vocab_size).unwrap();
+        let executor = executor(CpuBackend::new(Some(2)).unwrap(), dir, None, spec);
         let mut bench = Self { executor, config, block_size, free: Vec::new(), random: seed, steps: 0 };
         let mut free: Vec<BlockId> = (0..num_blocks as BlockId).collect();
         for i in (1..free.len()).rev() {
@@ -81,13 +69,7 @@ impl Bench {
     }
 
     fn sequence(&self, id: u64, prompt: &[u32]) -> Sequence {
-        let groups = self.config.kv_groups().0.len();
-        Sequence {
-            id: SequenceId(id),
-            tokens: prompt.to_vec(),
-            computed: 0,
-            tables: vec![Vec::new(); groups],
-        }
+        Sequence::new(id, prompt, self.config.kv_groups().0.len())
     }
 
     /// Computes the next tokens of each sequence in one step; returns the logits of all their positions.
@@ -95,32 +77,12 @@ impl Bench {
         let mut plan = StepPlan { id: self.steps, ..StepPlan::default() };
         self.steps += 1;
         for (sequence, count) in work.iter_mut() {
-            let end = sequence.computed + *count;
-            for table in &mut sequence.tables {
-                while table.len() * self.block_size < end {
-                    table.push(self.free.pop().unwrap());
-                }
-            }
-            let tokens =
-                sequence.tokens[sequence.computed..end].iter().map(|&t| TokenInput::Known(t)).collect();
-            plan.chunks.push(Chunk {
-                sequence: sequence.id,
-                tokens,
-                start: sequence.computed,
-                block_tables: sequence.tables.clone(),
-                logits: LogitRows::All,
-            });
-            sequence.computed = end;
+            plan.chunks.push(sequence.next_chunk(*count, self.block_size, &mut self.free, LogitRows::All));
         }
         let output = self.executor.execute(&plan).unwrap();
         let mut rows = output.logits.chunks(output.vocab_size).map(<[f32]>::to_vec);
         work.iter().map(|&(_, count)| rows.by_ref().take(count).collect()).collect()
     }
-}
-
-fn argmax(row: &[f32]) -> u32 {
-    let best = row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0)));
-    best.unwrap().0 as u32
 }
 
 fn check_row(label: &str, row: &[f32], golden: &[f64]) {

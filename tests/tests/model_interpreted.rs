@@ -15,7 +15,7 @@
 mod blocks;
 #[path = "gpu/encode.rs"]
 mod encode;
-#[path = "gpu/interpreter.rs"]
+#[path = "gpu/interpreter/mod.rs"]
 mod interpreter;
 #[path = "gpu/machine.rs"]
 mod machine;

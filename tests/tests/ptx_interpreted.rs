@@ -1,5 +1,6 @@
-//! The kernels without shared memory, run on the CPU by an interpreter: right on random cases, and with each planted
-//! fault wrong on some. No GPU is needed; what a GPU's own rounding and scheduling add is the `cuda_*` tests' to see.
+//! The kernels that move and merge what the cache holds, run on the CPU by an interpreter: right on random cases, and with
+//! each planted fault wrong on some. No GPU is needed; what a GPU's own rounding and scheduling add is the `cuda_*` tests'
+//! to see.
 //!
 //! One case again: `PAGEWISE_CASE="bf16 fp8_e4m3 8 1234" cargo test -p pagewise-tests --test ptx_interpreted`.
 #![allow(
@@ -15,9 +16,9 @@
 mod blocks;
 #[path = "gpu/encode.rs"]
 mod encode;
-#[path = "gpu/faults.rs"]
+#[path = "gpu/faults/mod.rs"]
 mod faults;
-#[path = "gpu/interpreter.rs"]
+#[path = "gpu/interpreter/mod.rs"]
 mod interpreter;
 #[path = "gpu/machine.rs"]
 mod machine;
@@ -38,8 +39,8 @@ use interpreter::Interpreter;
 use machine::{Machine, check_blocks, check_merge, check_rotary, check_write};
 use merge::MergeCase;
 use pagewise_attention::DType;
-use pagewise_attention::cuda::ptx::all_kernels;
 use pagewise_attention::cuda::ptx::counter::{Counter, CounterArgs, number};
+use pagewise_attention::cuda::ptx::{Arg, Launch, all_kernels};
 use random::{Random, run_seed};
 use write_kv::{Case, wanted_case};
 
@@ -155,6 +156,78 @@ fn the_counter_writes_the_numbers_that_the_host_knows() {
     assert!(values.contains(&-2.0) && values.contains(&1.984_375));
 }
 
+/// Each thread copies 16 bytes and then 8 with as many zeros; its neighbour stores both.
+const COPIES: &str = r"
+.visible .entry copies(
+.param .u64 from,
+.param .u64 to,
+)
+{
+.shared .align 16 .b8 tile[1024];
+ld.param.u64 %rd_from, [from];
+ld.param.u64 %rd_to, [to];
+mov.u32 %r_tid, %tid.x;
+mad.wide.u32 %rd_from, %r_tid, 16, %rd_from;
+mad.wide.u32 %rd_to, %r_tid, 16, %rd_to;
+mov.u32 %r_tile, tile;
+mad.lo.u32 %r_mine, %r_tid, 16, %r_tile;
+xor.b32 %r_other, %r_mine, 16;
+mov.u32 %r_half, 8;
+cp.async.cg.shared.global [%r_mine], [%rd_from], 16;
+cp.async.commit_group;
+cp.async.cg.shared.global.L2::128B [%r_mine + 512], [%rd_from + 512], 16, %r_half;
+cp.async.commit_group;
+cp.async.wait_group 1;
+bar.sync 0;
+ld.shared.v4.u32 {%r_a, %r_b, %r_c, %r_d}, [%r_other];
+st.global.v4.u32 [%rd_to], {%r_a, %r_b, %r_c, %r_d};
+cp.async.wait_group 0;
+bar.sync 0;
+ld.shared.v4.u32 {%r_a, %r_b, %r_c, %r_d}, [%r_other + 512];
+st.global.v4.u32 [%rd_to + 512], {%r_a, %r_b, %r_c, %r_d};
+ret;
+}
+";
+
+/// What comes out of `COPIES` with one line changed.
+fn copied(line: &'static str, instead: &'static str) -> Result<Vec<u8>, String> {
+    assert!(COPIES.contains(line));
+    let mut machine = Interpreter::new(move |_, _| COPIES.replace(line, instead));
+    let from: Vec<u8> = (0..1024u32).map(|i| (i * 7 % 251) as u8).collect();
+    let (from, to) = (machine.upload(&from), machine.upload(&[0xee; 1024]));
+    let counter = Counter::new(Counter::TYPES[0]).unwrap();
+    let launch = Launch { grid: [1, 1, 1], block: [32, 1, 1], dynamic_shared: 0 };
+    machine.run(counter.kernel(), launch, &[Arg::pointer(from), Arg::pointer(to)])?;
+    Ok(machine.download(to))
+}
+
+#[test]
+fn asynchronous_copies_arrive_when_they_are_waited_for() {
+    let expected: Vec<u8> = (0..1024u32)
+        .map(|i| match (i ^ 16, i) {
+            (_, 512..) if i % 16 >= 8 => 0,
+            (from, _) => (from * 7 % 251) as u8,
+        })
+        .collect();
+    assert_eq!(copied("ret;", "ret;").unwrap(), expected);
+    let early = copied("cp.async.wait_group 1;", "cp.async.wait_group 2;").unwrap();
+    assert!(
+        early[..16].iter().all(|&byte| byte == 0xff),
+        "the first thread reads before its neighbour has waited"
+    );
+    assert_eq!(early[512..], expected[512..]);
+    for (line, instead, says) in [
+        ("[%r_mine], [%rd_from], 16;", "[%r_mine + 8], [%rd_from], 16;", "misaligned"),
+        ("[%r_mine], [%rd_from], 16;", "[%r_mine], [%rd_from + 4], 16;", "misaligned"),
+        ("[%rd_from + 512], 16,", "[%rd_from + 528], 16,", "outside of allocation"),
+        ("[%r_mine + 512]", "[%r_mine + 528]", "outside of 1024"),
+        ("%r_half, 8;", "%r_half, 17;", "17 bytes are read into 16"),
+    ] {
+        let error = copied(line, instead).unwrap_err();
+        assert!(error.contains(says), "{instead}: {error}");
+    }
+}
+
 /// The same faults are planted on a GPU by `cuda_mutations`.
 #[test]
 fn planted_faults_are_found() {
@@ -206,8 +279,14 @@ fn planted_faults_are_found() {
 #[test]
 fn every_fault_is_listed_in_the_documentation() {
     let listed = include_str!("../../docs/kernel-testing.md");
-    for fault in [faults::WRITE_KV, faults::MERGE_STATES, faults::COPY_BLOCKS, faults::DECODE].concat() {
-        let row = format!("| `{}` | {} | {} |", fault.family, fault.name, fault.breaks);
+    for fault in faults::all() {
+        let kernel = match fault.family {
+            "prefill_bf16_d128" => "`prefill`".to_owned(),
+            "prefill_bf16_d128_bits" => "`prefill`, bits".to_owned(),
+            "prefill_bf16_d128_hopper" => "`prefill`, Hopper".to_owned(),
+            family => format!("`{family}`"),
+        };
+        let row = format!("| {kernel} | {} | {} |", fault.name, fault.breaks);
         assert!(listed.contains(&row), "docs/kernel-testing.md lacks the row\n{row}");
     }
 }

@@ -10,18 +10,20 @@ mod engine_pair;
 #[path = "gpu/random.rs"]
 mod random;
 
-use engine_pair::{Pair, Sequence, adapters, argmax, beams, engine};
+use engine_pair::{Pair, adapters, engine};
 use pagewise_attention::DType;
 use pagewise_runtime::backend::wgpu::WgpuBackend;
 use pagewise_runtime::backend::{AttentionSpec, Backend, BackendError};
-use pagewise_runtime::executor::{Executor, ExecutorError, ModelExecutor, Row, RowWanted, Sampling};
+use pagewise_runtime::executor::{
+    Executor, ExecutorError, LogitChanges, ModelExecutor, Row, RowWanted, Sampling, TokenWanted,
+};
 use pagewise_runtime::model_dir::{ModelDir, Weights};
 use pagewise_runtime::models::{WeightSource, load_model};
 use pagewise_runtime::plan::{BlockCopy, BlockOps, Chunk, LogitRows, SequenceId, StepPlan, TokenInput};
 use pagewise_runtime::request::{Request, RequestOutput, SamplingParams};
 use pagewise_runtime::sampling::Draw;
 use pagewise_runtime::scheduler::SchedulerStats;
-use pagewise_tests::{FIXTURES, fixture, smollm2_f32};
+use pagewise_tests::{FIXTURES, Sequence, argmax, fixture, older_beams, smollm2_f32};
 use random::Random;
 use serde::Deserialize;
 use std::time::Instant;
@@ -197,14 +199,14 @@ fn swapped_and_recomputed_requests_agree_with_the_cpu() {
 fn beam_searches_are_those_of_transformers() {
     for backend in adapters() {
         for name in ["llama_gqa", "gemma2"] {
-            let cases = beams(name);
+            let cases = older_beams(name);
             let mut engine = engine(Some(&backend), &fixture(name), None, 4, [4096, 0]);
-            let requests = cases.iter().map(|case| case.request.clone()).collect();
-            for (case, output) in cases.iter().zip(engine.generate(requests).unwrap()) {
+            let requests = cases.iter().map(|(_, request)| request.clone()).collect();
+            for ((golden, request), output) in cases.iter().zip(engine.generate(requests).unwrap()) {
                 let output = output.unwrap();
                 let tokens: Vec<_> = output.outputs.iter().map(|output| output.token_ids.clone()).collect();
-                assert_eq!(tokens, case.sequences, "{name}: {:?}", case.request.params);
-                for (output, want) in output.outputs.iter().zip(&case.scores) {
+                assert_eq!(tokens, golden.sequences, "{name}: {:?}", request.params);
+                for (output, want) in output.outputs.iter().zip(&golden.scores) {
                     let got = f64::from(output.score.unwrap());
                     assert!((got - want).abs() < 1e-3, "{name}: score {got}, golden {want}");
                 }
@@ -380,22 +382,23 @@ fn argmax_on_the_device() {
                 .collect();
             let kept = logits.clone();
             let table = backend.upload(WeightTensor::from_f32(logits, &[rows, width])).unwrap();
-            let greedy = Sampling {
+            let sampling = Sampling {
                 temperature: 0.0,
                 top_k: 0,
                 top_p: 1.0,
                 min_p: 0.0,
                 draw: Draw { seed: 0, sample: 0, position: 0 },
             };
+            let greedy = TokenWanted { sampling, changes: LogitChanges::default(), logprobs: None };
             // Of some rows the logits.
             let asked: Vec<RowWanted> = (0..rows)
-                .map(|_| if random.one_in(3) { RowWanted::Logits } else { RowWanted::Token(greedy) })
+                .map(|_| if random.one_in(3) { RowWanted::Logits } else { RowWanted::Token(greedy.clone()) })
                 .collect();
             let output = engine_pair::on_device(&backend, &table, [rows, width], &asked);
             for (row, asked) in asked.iter().enumerate() {
                 match (asked, output.row(row).unwrap()) {
                     (RowWanted::Token(_), Row::Token(token)) => {
-                        assert_eq!(token, want[row], "{rows} rows of {width}");
+                        assert_eq!(token.map(|token| token.token_id), want[row], "{rows} rows of {width}");
                     }
                     (RowWanted::Logits, Row::Logits(got)) => {
                         let same = got

@@ -3,7 +3,7 @@
 use pagewise_ptx::copy_blocks::{BlockRows, BlockStrides};
 
 use super::CudaError;
-use super::write_kv::small;
+use super::checks::small;
 use crate::problem::check_block_sizes;
 use crate::{AttentionConfig, CacheLayout, KvStrides};
 

@@ -156,6 +156,21 @@ impl Context {
         LoadedKernel::load(kernel, kernel.text(), &self.device)
     }
 
+    /// The loaded variant for a key, described and loaded when it is first asked for. The context is current.
+    pub(super) fn loaded<K: Copy + Eq + Hash, D>(
+        &self,
+        variants: &Cache<K, D>,
+        key: K,
+        describe: impl FnOnce() -> Result<D, pagewise_ptx::Error>,
+        kernel: impl FnOnce(&D) -> &Kernel,
+    ) -> Result<Arc<Entry<D>>, CudaError> {
+        variants.get(key, || {
+            let descriptor = describe()?;
+            let kernel = self.load(kernel(&descriptor))?;
+            Ok(Entry { descriptor, kernel })
+        })
+    }
+
     fn unload(&mut self) {
         // Kernels can only be unloaded in their context. Where it cannot be entered it is gone, and they with
         // it: then their handles are forgotten by a failing unload, which is harmless.
@@ -241,7 +256,7 @@ impl<K, D> Default for Cache<K, D> {
 
 impl<K: Copy + Eq + Hash, D> Cache<K, D> {
     /// The variant for a key; made by `load` the first time.
-    pub(super) fn get(
+    fn get(
         &self,
         key: K,
         load: impl FnOnce() -> Result<Entry<D>, CudaError>,

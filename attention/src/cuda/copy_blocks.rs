@@ -11,8 +11,8 @@ use pagewise_ptx::copy_blocks::{
 };
 
 use super::block_rows::{BlockShapes, CacheBlocks};
+use super::checks::{check_addresses, small};
 use super::context::Entry;
-use super::write_kv::small;
 use super::{Context, CudaError, RawStream};
 use crate::AttentionConfig;
 
@@ -91,16 +91,12 @@ impl CopyBlocksCall<'_> {
     /// [`CudaError`] names the field, its value and what it must be.
     pub fn variant(&self) -> Result<CopyBlocksVariant, CudaError> {
         let shapes = BlockShapes::new(self.config, &self.from, &self.to)?;
-        for (tensor, address, size) in [
+        check_addresses([
             ("the layers' addresses to read", self.from.table, 8),
             ("the layers' addresses to write", self.to.table, 8),
             ("the pairs of blocks", self.pairs.address, u64::from(self.pairs.number_type.size())),
             ("the number of pairs", self.pairs.count_at, 4),
-        ] {
-            if !address.is_multiple_of(size) {
-                return Err(CudaError::Misaligned { tensor, address, size });
-            }
-        }
+        ])?;
         let spec = CopyBlocksSpec::for_alignment(shapes.alignment(self.from.layers, self.to.layers));
         Ok(CopyBlocksVariant(CopyBlocksSpec { tuning: self.tuning.unwrap_or(spec.tuning), ..spec }))
     }
@@ -192,10 +188,6 @@ impl Context {
     }
 
     fn copy_blocks_kernel(&self, variant: CopyBlocksVariant) -> Result<Arc<Entry<CopyBlocks>>, CudaError> {
-        self.copy_blocks.get(variant.0, || {
-            let descriptor = CopyBlocks::new(variant.0)?;
-            let kernel = self.load(descriptor.kernel())?;
-            Ok(Entry { descriptor, kernel })
-        })
+        self.loaded(&self.copy_blocks, variant.0, || CopyBlocks::new(variant.0), CopyBlocks::kernel)
     }
 }

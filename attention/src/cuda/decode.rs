@@ -55,11 +55,7 @@ impl Context {
     }
 
     fn decode_kernel(&self, plan: &DecodePlan) -> Result<Arc<Entry<Decode>>, CudaError> {
-        self.decode.get(plan.spec, || {
-            let descriptor = Decode::new(plan.spec)?;
-            let kernel = self.load(descriptor.kernel())?;
-            Ok(Entry { descriptor, kernel })
-        })
+        self.loaded(&self.decode, plan.spec, || Decode::new(plan.spec), Decode::kernel)
     }
 }
 

@@ -9,9 +9,9 @@ use pagewise_ptx::merge_states::{
     MergeStates, MergeStatesArgs, MergeStatesShape, MergeStatesSpec, StateRows,
 };
 
+use super::checks::{aligned, check_addresses, small};
 use super::context::Entry;
 use super::decode::ptx_type;
-use super::write_kv::{aligned, small};
 use super::{Context, CudaError, RawStream};
 use crate::{DType, MAX_HEAD_DIM, ProblemError, RowStrides};
 
@@ -101,16 +101,12 @@ impl MergeStatesCall {
             self.lse_strides.validate("lse", heads, 1)?;
         }
         let (part_size, out_size) = (part_dtype.size() as u64, out_dtype.size() as u64);
-        for (tensor, address, size) in [
+        check_addresses([
             ("the parts' out", self.part_out, part_size),
             ("the parts' lse", self.part_lse, 4),
             ("out", self.out, out_size),
             ("lse", self.lse, 4),
-        ] {
-            if !address.is_multiple_of(size) {
-                return Err(CudaError::Misaligned { tensor, address, size });
-            }
-        }
+        ])?;
         let (part_type, out_type) = (ptx_type(part_dtype), ptx_type(out_dtype));
         let wide = MergeStatesSpec::vectorised(part_type, out_type);
         // The stride of a single part is never used.
@@ -194,10 +190,6 @@ impl Context {
     }
 
     fn merge_states_kernel(&self, variant: MergeStatesVariant) -> Result<Arc<Entry<MergeStates>>, CudaError> {
-        self.merge_states.get(variant.0, || {
-            let descriptor = MergeStates::new(variant.0)?;
-            let kernel = self.load(descriptor.kernel())?;
-            Ok(Entry { descriptor, kernel })
-        })
+        self.loaded(&self.merge_states, variant.0, || MergeStates::new(variant.0), MergeStates::kernel)
     }
 }

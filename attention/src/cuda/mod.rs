@@ -16,6 +16,7 @@ mod balance;
 mod block_rows;
 mod block_slices;
 mod call;
+mod checks;
 mod context;
 mod copy_blocks;
 mod copy_engine;

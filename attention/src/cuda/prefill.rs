@@ -111,19 +111,12 @@ impl Context {
     }
 
     fn prefill_kernel(&self, spec: PrefillSpec) -> Result<Arc<Entry<Prefill>>, CudaError> {
-        self.prefill.get(spec, || {
-            let descriptor = Prefill::new(spec)?;
-            let kernel = self.load(descriptor.kernel())?;
-            Ok(Entry { descriptor, kernel })
-        })
+        self.loaded(&self.prefill, spec, || Prefill::new(spec), Prefill::kernel)
     }
 
     fn prefill_merge_kernel(&self, spec: PrefillSpec) -> Result<Arc<Entry<PrefillMerge>>, CudaError> {
         // One for all forms, with bits and without.
-        self.prefill_merge.get(PrefillSpec { form: Form::Large, bits: false, ..spec }, || {
-            let descriptor = PrefillMerge::new(spec)?;
-            let kernel = self.load(descriptor.kernel())?;
-            Ok(Entry { descriptor, kernel })
-        })
+        let key = PrefillSpec { form: Form::Large, bits: false, ..spec };
+        self.loaded(&self.prefill_merge, key, || PrefillMerge::new(spec), PrefillMerge::kernel)
     }
 }

@@ -5,8 +5,9 @@
 
 use pagewise_ptx::write_kv::{RotaryArgs, RotaryStyle, WriteKvArgs, WriteKvSpec};
 
+use super::checks::{aligned, check_addresses, small};
 use super::decode::ptx_type;
-use super::write_kv::{WriteKvCall, WriteKvVariant, aligned, small, source_rows};
+use super::write_kv::{WriteKvCall, WriteKvVariant, source_rows};
 use super::{Context, CudaError, RawStream};
 use crate::{ProblemError, RowStrides};
 
@@ -113,11 +114,7 @@ impl Rotary {
                 return Err(wrong("queries that turn in place need the same strides for both".to_owned()));
             }
         }
-        for (tensor, address, size) in addresses {
-            if !address.is_multiple_of(size) {
-                return Err(CudaError::Misaligned { tensor, address, size });
-            }
-        }
+        check_addresses(addresses)?;
         let fits = |wide: &WriteKvSpec| {
             (dim / 2).is_multiple_of(wide.vector as usize)
                 && aligned(tables.cos, &[tables.stride], 4, wide.table_alignment())

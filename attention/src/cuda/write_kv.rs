@@ -10,6 +10,7 @@ use pagewise_ptx::write_kv::{
     CacheRows, Scales, SourceRows, WriteKv, WriteKvArgs, WriteKvShape, WriteKvSpec,
 };
 
+use super::checks::{aligned, check_addresses, small};
 use super::context::Entry;
 use super::decode::ptx_type;
 use super::{Context, CudaError, Order, RawStream};
@@ -119,17 +120,13 @@ impl WriteKvCall<'_> {
             return Err(CudaError::UnsupportedDType { what: "new keys and values", dtype: source });
         }
         let (source_size, cache_size) = (source.size() as u64, config.kv_dtype.size() as u64);
-        for (tensor, address, size) in [
+        check_addresses([
             ("new K", self.k, source_size),
             ("new V", self.v, source_size),
             ("slots", self.slots, 8),
             ("the K cache", self.k_cache, cache_size),
             ("the V cache", self.v_cache, cache_size),
-        ] {
-            if !address.is_multiple_of(size) {
-                return Err(CudaError::Misaligned { tensor, address, size });
-            }
-        }
+        ])?;
 
         let wide = WriteKvSpec::vectorised(source_type, cache_type);
         let row = |address, strides: RowStrides| {
@@ -319,11 +316,7 @@ impl Context {
     }
 
     pub(super) fn write_kv_kernel(&self, variant: WriteKvVariant) -> Result<Arc<Entry<WriteKv>>, CudaError> {
-        self.write_kv.get(variant.0, || {
-            let descriptor = WriteKv::new(variant.0)?;
-            let kernel = self.load(descriptor.kernel())?;
-            Ok(Entry { descriptor, kernel })
-        })
+        self.loaded(&self.write_kv, variant.0, || WriteKv::new(variant.0), WriteKv::kernel)
     }
 }
 
@@ -378,18 +371,6 @@ fn wrong_scales(problem: &str) -> CudaError {
     ProblemError::Input { input: "scales", problem: problem.to_owned() }.into()
 }
 
-/// Whether an address and strides of elements of `size` bytes are multiples of so many bytes.
-pub(super) fn aligned(address: u64, strides: &[u64], size: u64, alignment: u32) -> bool {
-    let alignment = u64::from(alignment);
-    address.is_multiple_of(alignment)
-        && strides.iter().all(|stride| stride.wrapping_mul(size).is_multiple_of(alignment))
-}
-
 pub(super) fn source_rows(address: u64, strides: RowStrides) -> SourceRows {
     SourceRows { address, token_stride: strides.token, head_stride: strides.head }
-}
-
-pub(super) fn small(what: &'static str, value: u64) -> Result<u32, CudaError> {
-    let max = u64::from(u32::MAX);
-    u32::try_from(value).map_err(|_| CudaError::TooLarge { what, value, max })
 }

@@ -37,8 +37,10 @@ pub fn all_shapes(gpu: &Gpu<'_>, yardsticks: &Yardsticks, wanted: impl Fn(&str) 
             let bytes = shape.bytes();
             let rate = bytes / us / 1e3;
             let floor = yardsticks.floor_us(bytes);
+            let of_blocks = yardsticks.piece_rate(shape.block_bytes(BLOCK), bytes).map(|most| rate / most);
+            let part = of_blocks.map_or(String::new(), |part| format!(" ({:.1}% of blocks')", 100.0 * part));
             println!(
-                "{:18} {layout:9} {us:8.1} us {rate:5.0} GB/s {:3.0}%  floor x{:.2}  peer x{:.2} ({})  vLLM x{:.2}  error {error:.1e}, {items} items",
+                "{:18} {layout:9} {us:8.1} us {rate:5.0} GB/s {:3.0}%{part}  floor x{:.2}  peer x{:.2} ({})  vLLM x{:.2}  error {error:.1e}, {items} items",
                 shape.name,
                 100.0 * rate / yardsticks.ceiling,
                 us / floor,
@@ -47,7 +49,7 @@ pub fn all_shapes(gpu: &Gpu<'_>, yardsticks: &Yardsticks, wanted: impl Fn(&str) 
                 shape.vllm_us / us,
             );
             results.push(json!({
-                "shape": shape.name, "layout": layout.to_string(), "us": us, "gb_s": rate, "of_ceiling": rate / yardsticks.ceiling,
+                "shape": shape.name, "layout": layout.to_string(), "us": us, "gb_s": rate, "of_ceiling": rate / yardsticks.ceiling, "of_blocks": of_blocks,
                 "over_floor": us / floor, "best_peer": shape.best_peer, "best_peer_us": shape.best_us,
                 "speedup_over_best_peer": shape.best_us / us, "speedup_over_vllm": shape.vllm_us / us,
                 "relative_error": error, "items": items,

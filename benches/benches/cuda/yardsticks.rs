@@ -16,6 +16,19 @@ pub struct Yardsticks {
     pub ceiling: f64,
     /// Bytes and µs of reading pages in random order, merge included.
     pub floor: Vec<(f64, f64)>,
+    /// What it takes to read whole blocks in random order and nothing else.
+    pub pieces: Vec<Pieces>,
+}
+
+/// Memory read in pieces that lie in random order.
+#[derive(Clone, Copy)]
+pub struct Pieces {
+    /// Bytes of a piece: K and V of all heads of a block, side by side.
+    pub piece: usize,
+    /// Bytes in all.
+    pub bytes: f64,
+    /// GB/s of the best grid.
+    pub rate: f64,
 }
 
 impl Yardsticks {
@@ -33,6 +46,15 @@ impl Yardsticks {
                 us * bytes / size
             }
         }
+    }
+
+    /// GB/s of reading so many bytes in pieces of this size in random order; of the nearest size measured, if it is
+    /// at least half as much.
+    pub fn piece_rate(&self, piece: usize, bytes: f64) -> Option<f64> {
+        let near = |size: f64| (size / bytes).ln().abs();
+        let measured =
+            self.pieces.iter().filter(|pieces| pieces.piece == piece && pieces.bytes <= 2.0 * bytes);
+        measured.min_by(|a, b| near(a.bytes).total_cmp(&near(b.bytes))).map(|pieces| pieces.rate)
     }
 }
 
@@ -145,8 +167,32 @@ pub fn measure(gpu: &Gpu<'_>) -> Yardsticks {
         );
         floor.push((size, best.0));
     }
+    let pieces = pieces(&reader);
     // The merge gives the exclusive or of all words, whatever the grid.
     let ticket = gpu.stream.clone_dtoh(&reader.ticket).unwrap();
     assert_eq!(ticket, [0], "the ticket is reset");
-    Yardsticks { ceiling, floor }
+    Yardsticks { ceiling, floor, pieces }
+}
+
+/// What DRAM gives for blocks in random order, without a merge: the most that any kernel can get that reads a paged
+/// cache. Blocks of 16 keys of 8 and of 32 heads of 128 elements in 16 bits.
+fn pieces(reader: &Reader<'_, '_>) -> Vec<Pieces> {
+    let mut measured = Vec::new();
+    for piece in [64 << 10, 256 << 10] {
+        let pages = piece / PAGE_BYTES as usize;
+        for bytes in [BYTES / 4, BYTES / 2, BYTES] {
+            let order = Random(7).permutation(bytes / piece);
+            let page = |first: i32| (0..pages as i32).map(move |page| first * pages as i32 + page);
+            let table: Vec<i32> = order.into_iter().flat_map(page).collect();
+            let table = reader.gpu.stream.clone_htod(&table).unwrap();
+            let grid = |per_block| {
+                let launch = |_| reader.launch(false, &table, 0, bytes / PAGE_BYTES as usize, per_block);
+                bytes as f64 / reader.gpu.time(4, launch) / 1e3
+            };
+            let rate = [4, 8, 16, 32, 64].map(grid).into_iter().fold(0.0, f64::max);
+            println!("blocks of {:3} KiB in random order, {bytes:10} bytes: {rate:5.0} GB/s", piece >> 10);
+            measured.push(Pieces { piece, bytes: bytes as f64, rate });
+        }
+    }
+    measured
 }

@@ -25,6 +25,11 @@ impl Shape {
             * self.lens.iter().map(|len| f64::from(*len)).sum::<f64>()
     }
 
+    /// Bytes of K and V of a block of so many keys.
+    pub fn block_bytes(&self, keys: usize) -> usize {
+        2 * keys * self.kv_heads * self.dim * self.kv_dtype.size()
+    }
+
     /// Bytes of a row in shared memory.
     pub fn row_bytes(&self) -> u32 {
         (self.dim.next_power_of_two() * self.kv_dtype.size()) as u32

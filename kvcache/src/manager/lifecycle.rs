@@ -4,7 +4,7 @@ use super::KvCacheManager;
 use crate::memory::Hit;
 use crate::pool::NO_NODE;
 use crate::sequence::{Place, Sequence, Table};
-use crate::{Allocation, CacheError, NO_BLOCK, Prompt, SequenceId};
+use crate::{Allocation, BlockId, CacheError, NO_BLOCK, Prompt, SequenceId};
 
 impl KvCacheManager {
     /// The cached prefix that a prompt may use: never its last token, whose logits are wanted.
@@ -32,42 +32,33 @@ impl KvCacheManager {
         let groups = self.geometry.groups();
         let blocks = self.geometry.blocks_for(len);
         let wanted = (blocks - hit.blocks()) * groups;
-        let found_free: usize = (0..groups)
-            .map(|group| {
-                let found = self.memory.hit_blocks(&self.geometry, &hit, group);
-                found.filter(|&block| self.memory.device.refs(block) == 0).count()
-            })
-            .sum();
-        let free = self.memory.device.free() - found_free;
-        if wanted > free {
-            return Err(CacheError::OutOfBlocks { wanted, free });
-        }
-
-        // Hold the node and the found blocks of every group before taking the first new one, which may evict.
-        let node = match hit.nodes.last() {
-            _ if !self.config.prefix_cache => NO_NODE,
-            Some(&node) => {
-                self.memory.tree.acquire(node);
-                node
+        let found: Vec<BlockId> =
+            (0..groups).flat_map(|group| self.memory.hit_blocks(&self.geometry, &hit, group)).collect();
+        // The node is held too before a block is taken, which may evict: with a small window no block holds it.
+        let hit_node = hit.nodes.last().copied().unwrap_or(NO_NODE);
+        self.memory.acquire_node(hit_node);
+        let mut new = match self.memory.keep_and_take_device(&found, wanted) {
+            Ok(new) => new.into_iter(),
+            Err(error) => {
+                self.memory.release_node(hit_node);
+                return Err(error);
             }
-            None => self.memory.tree.acquire_root(prompt.salt),
         };
-        let mut tables: Vec<Table> = (0..groups)
+        let node = match hit_node {
+            NO_NODE if self.config.prefix_cache => self.memory.tree.acquire_root(prompt.salt),
+            node => node,
+        };
+        let tables = (0..groups)
             .map(|group| {
                 let mut entries = Vec::with_capacity(blocks);
                 let found = self.memory.hit_blocks(&self.geometry, &hit, group);
                 let released = hit.blocks() - found.len();
                 entries.resize(released, NO_BLOCK);
                 entries.extend(found);
+                entries.extend(new.by_ref().take(blocks - hit.blocks()));
                 Table { entries, released }
             })
             .collect();
-        for &block in tables.iter().flat_map(Table::live) {
-            self.memory.device.acquire(block);
-        }
-        for table in &mut tables {
-            table.entries.resize_with(blocks, || self.memory.take_device());
-        }
         let cached_tokens = self.geometry.tokens_in(hit.blocks());
         if self.config.prefix_cache && prompt.use_prefix_cache {
             self.memory.stats.lookup_tokens += len as u64;
@@ -79,7 +70,8 @@ impl KvCacheManager {
         Ok(Allocation { cached_tokens })
     }
 
-    pub(super) fn check_append(&self, id: SequenceId, tokens: usize) -> Result<(), CacheError> {
+    /// The blocks that an append takes: the new ones, and a copy of each last one that others hold too.
+    pub(super) fn check_append(&self, id: SequenceId, tokens: usize) -> Result<usize, CacheError> {
         let sequence = self.get_on_device(id)?;
         let free = self.memory.device.free();
         let len =
@@ -91,22 +83,23 @@ impl KvCacheManager {
                 |table: &Table| table.entries.last().is_some_and(|&last| self.memory.device.refs(last) > 1);
             wanted = wanted.saturating_add(sequence.tables.iter().filter(|table| shared(table)).count());
         }
-        if wanted > free { Err(CacheError::OutOfBlocks { wanted, free }) } else { Ok(()) }
+        if wanted > free { Err(CacheError::OutOfBlocks { wanted, free }) } else { Ok(wanted) }
     }
 
     pub(super) fn append_slots(&mut self, id: SequenceId, tokens: usize) -> Result<(), CacheError> {
-        self.check_append(id, tokens)?;
+        let wanted = self.check_append(id, tokens)?;
         let Some(sequence) = self.sequences.get_mut(&id) else {
             return Err(CacheError::UnknownSequence(id));
         };
         if tokens == 0 {
             return Ok(());
         }
+        let mut new = self.memory.keep_and_take_device(&[], wanted)?.into_iter();
         if self.geometry.offset(sequence.len) != 0 {
             for (group, table) in sequence.tables.iter_mut().enumerate() {
                 let Some(last) = table.entries.last_mut() else { continue };
                 if self.memory.device.refs(*last) > 1 {
-                    let copy = self.memory.take_device();
+                    let Some(copy) = new.next() else { continue };
                     self.memory.copy_on_write(group, *last, copy);
                     self.memory.device.release(*last);
                     *last = copy;
@@ -119,10 +112,10 @@ impl KvCacheManager {
         sequence.len += tokens;
         let blocks = self.geometry.blocks_for(sequence.len);
         for table in &mut sequence.tables {
-            if table.entries.len() < blocks {
-                table.entries.resize_with(blocks, || self.memory.take_device());
-            }
+            let missing = blocks.saturating_sub(table.entries.len());
+            table.entries.extend(new.by_ref().take(missing));
         }
+        debug_assert!(new.next().is_none(), "an append takes the blocks that were counted");
         Ok(())
     }
 

@@ -57,14 +57,10 @@ impl KvCacheManager {
         if held.iter().any(|held| device.is_pending(held.block)) {
             return Err(CacheError::Pending(self.first_pending(group)));
         }
-        let (wanted, free) = (held.len(), self.memory.host.free());
-        if wanted > free {
-            return Err(CacheError::OutOfHostBlocks { wanted, free });
-        }
+        let copies = self.memory.take_host(held.len())?;
 
         let mut moved: FxHashMap<BlockId, BlockId> = FxHashMap::default();
-        for Held { group, block, holders, .. } in held.iter().rev() {
-            let copy = self.memory.take_host();
+        for (Held { group, block, holders, .. }, copy) in held.iter().rev().zip(copies) {
             for _ in 1..*holders {
                 self.memory.host.acquire(copy);
             }
@@ -83,41 +79,39 @@ impl KvCacheManager {
     }
 
     pub(super) fn swap_group_in(&mut self, group: &[SequenceId]) -> Result<(), CacheError> {
-        let SwapIn { blocks, demand, pending } = self.plan_swap_in(group)?;
+        let SwapIn { blocks, pending, .. } = self.plan_swap_in(group)?;
         if let Some(id) = pending {
             return Err(CacheError::Pending(id));
         }
-        let (wanted, free) = (demand.now, self.memory.device.free());
-        if wanted > free {
-            return Err(CacheError::OutOfBlocks { wanted, free });
-        }
-
-        // Hold what the prefix cache has before taking the first new block, which may evict.
-        let mut moved: FxHashMap<BlockId, BlockId> = FxHashMap::default();
+        let mut kept = Vec::new();
         for (held, source) in &blocks {
             if let Source::Cached(block) = *source {
-                for _ in 0..held.holders {
-                    self.memory.device.acquire(block);
-                    self.memory.host.release(held.block);
-                }
-                moved.insert(held.block | HOST_BIT, block);
+                kept.extend((0..held.holders).map(|_| block));
             }
         }
+        let wanted = blocks.iter().filter(|(_, source)| matches!(source, Source::Copy)).count();
+        let mut new = self.memory.keep_and_take_device(&kept, wanted)?.into_iter();
+
+        let mut moved: FxHashMap<BlockId, BlockId> = FxHashMap::default();
         for (held, source) in &blocks {
-            if matches!(source, Source::Copy) {
-                let block = self.memory.take_device();
-                for _ in 1..held.holders {
-                    self.memory.device.acquire(block);
+            let block = match *source {
+                Source::Cached(block) => block,
+                Source::Copy => {
+                    let Some(block) = new.next() else { continue };
+                    for _ in 1..held.holders {
+                        self.memory.device.acquire(block);
+                    }
+                    self.memory.swap_in(held.group, held.block, block);
+                    if held.node != NO_NODE {
+                        self.memory.adopt(held.node, held.group, block);
+                    }
+                    block
                 }
-                self.memory.swap_in(held.group, held.block, block);
-                for _ in 0..held.holders {
-                    self.memory.host.release(held.block);
-                }
-                if held.node != NO_NODE {
-                    self.memory.adopt(held.node, held.group, block);
-                }
-                moved.insert(held.block | HOST_BIT, block);
+            };
+            for _ in 0..held.holders {
+                self.memory.host.release(held.block);
             }
+            moved.insert(held.block | HOST_BIT, block);
         }
         for id in group {
             if let Some(sequence) = self.sequences.get_mut(id) {

@@ -8,9 +8,10 @@
 //!   biases) are f32; sums are f32, never TF32;
 //! - a tensor is a view `[rows, width]` with a stride between rows ([`Rows`]), so that tensors can lie side by side;
 //! - each kernel has a variant of 16-byte accesses and one that takes any alignment and width; [`widest`] says which;
-//! - each kernel has a variant for *programmatic dependent launch* (sm_90 on): it may be started while the kernel
-//!   before it in the stream still runs, waits for it before it reads or writes anything that is not a weight, and
-//!   lets the next one start early. Launched in the plain way, such a variant works as well.
+//! - each kernel of a step has a variant for *programmatic dependent launch* (sm_90 on): it may be started while the
+//!   kernel before it in the stream still runs, waits for it before it reads or writes anything that is not a weight,
+//!   and lets the next one start early. Launched in the plain way, such a variant works as well. [`fill_weights`], which
+//!   runs before any step, has none.
 //!
 //! Owns the types that these kernels share; each kernel's variants, parameters and geometry are its own module's.
 

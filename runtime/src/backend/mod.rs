@@ -12,7 +12,7 @@ pub mod wgpu;
 pub use batch::{BatchLimits, EarlierToken, GroupBatch, StepBatch};
 pub use rope::Rope;
 
-use crate::executor::{RowWanted, Sampling, StepOutput};
+use crate::executor::{RowWanted, StepOutput};
 use crate::model_dir::{Activation, ModelConfig, WeightTensor};
 use pagewise_attention::{AttentionConfig, DType, Mask, ProblemError};
 use pagewise_kvcache::BlockOps;
@@ -354,10 +354,9 @@ pub trait Backend: Send + Sync + Sized + 'static {
         x: &Self::Tensor,
     ) -> Result<Self::Tensor, BackendError>;
 
-    /// Whether the device can choose tokens in this way.
-    fn samples(&self, sampling: &Sampling) -> bool {
-        let _ = sampling;
-        false
+    /// Whether the device can answer this itself. What it cannot it answers with logits.
+    fn answers(&self, wanted: &RowWanted) -> bool {
+        matches!(wanted, RowWanted::Logits)
     }
 
     /// Whether a step may be begun while the one before it is under way: see
@@ -367,7 +366,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     }
 
     /// Ends a step: makes of its logits, a stream, what is wanted of each row (the row itself where `wanted` has no
-    /// entry, or names a way to choose that the device [does not know](Self::samples)), and starts its way to the host. A step without logits comes here too.
+    /// entry, or asks for what the device [does not know](Self::answers)), and starts its way to the host. A step without
+    /// logits comes here too.
     fn output(
         &self,
         logits: Option<Self::Tensor>,

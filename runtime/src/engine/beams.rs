@@ -2,6 +2,7 @@
 //! pool the request's completions.
 
 use super::detokenize::DetokenizerFactory;
+use crate::executor::{CandidatesOutput, CandidatesWanted};
 use crate::request::{Completion, PositionLogprobs, SamplingParams, TokenLogprob};
 use crate::sampling::beam::{BeamRules, BeamSearch, BeamStep, Candidate, Continuation, Hypothesis};
 use crate::sampling::{LogSoftmax, NoUsableLogit, Sampler, TokenCounts};
@@ -26,6 +27,18 @@ pub(super) struct Offer {
     candidates: Vec<Candidate>,
     /// What the model itself thinks of each, where asked for.
     logprobs: Vec<Arc<PositionLogprobs>>,
+}
+
+impl Offer {
+    /// What a device found in a beam's logits.
+    pub(super) fn found(found: &CandidatesOutput) -> Self {
+        let CandidatesOutput { candidates, own, top } = found;
+        let logprobs = candidates.iter().zip(own).map(|(candidate, &logprob)| {
+            let token = TokenLogprob { token_id: candidate.token_id, logprob };
+            Arc::new(PositionLogprobs { token, top: top.clone() })
+        });
+        Self { candidates: candidates.clone(), logprobs: logprobs.collect() }
+    }
 }
 
 impl BeamState {
@@ -66,6 +79,16 @@ impl BeamState {
             own.collect()
         });
         Ok(Some(Offer { candidates, logprobs }))
+    }
+
+    /// What is wanted of a beam's logits.
+    pub(super) fn wanted(&self, index: usize, params: &SamplingParams) -> Option<CandidatesWanted> {
+        let beam = self.search.beam(index)?;
+        Some(CandidatesWanted {
+            count: self.search.rules().candidates(),
+            changes: beam.counts.changes(params),
+            logprobs: params.logprobs,
+        })
     }
 
     /// Takes what a beam offers; a step of the search once all have offered.

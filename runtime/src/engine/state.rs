@@ -6,7 +6,7 @@ use super::detokenize::{Detokenize, DetokenizerFactory};
 use super::logits::Rows;
 use super::metrics::RequestMetrics;
 use super::stop::StopMatcher;
-use crate::executor::{Row, Sampling};
+use crate::executor::{Row, RowWanted, Sampling, TokenOutput, TokenWanted};
 use crate::plan::{Chunk, LogitRows};
 use crate::request::{
     Completion, FinishReason, PositionLogprobs, Request, RequestOutput, SamplingParams, Usage,
@@ -149,11 +149,12 @@ impl RequestState {
         let new: Vec<_> = (known..end)
             .into_par_iter()
             .map_init(Vec::new, |scratch, position| {
-                let Row::Logits(row) = rows.get((position - 1).checked_sub(chunk.start)?)? else {
-                    return None;
-                };
                 let token = *self.prompt.get(position)?;
-                Some(LogSoftmax::new(row).position(token, top, scratch))
+                match rows.get((position - 1).checked_sub(chunk.start)?)? {
+                    Row::Logits(row) => Some(LogSoftmax::new(row).position(token, top, scratch)),
+                    Row::Logprobs(logprobs) => Some(logprobs.clone()),
+                    Row::Nothing | Row::Token(_) | Row::Candidates(_) => None,
+                }
             })
             .collect();
         entries.extend(new);
@@ -164,23 +165,35 @@ impl RequestState {
         self.samples.get(index).is_some_and(|sample| sample.generated + 1 < self.limit)
     }
 
-    /// How the token at a position of a completion is chosen, where that needs nothing but its logits.
-    pub(super) fn sampling(&self, index: usize, position: usize) -> Option<Sampling> {
+    /// What is wanted of the row that gives a completion its token at a position, or a beam its continuations.
+    pub(super) fn wanted(&self, index: usize, position: usize) -> RowWanted {
         let params = &self.params;
-        let sample = self.samples.get(index)?;
-        let plain = self.beams.is_none()
-            && self.streams()
-            && params.logprobs.is_none()
-            && params.prompt_logprobs.is_none()
-            && sample.counts.is_noop(params)
-            && !(self.first_rows() > 1 && self.is_new());
-        plain.then(|| Sampling {
+        // One row gives the first token of every sample.
+        if self.first_rows() > 1 && self.is_new() {
+            return RowWanted::Logits;
+        }
+        if let Some(beams) = &self.beams {
+            return beams.wanted(index, params).map_or(RowWanted::Nothing, RowWanted::Candidates);
+        }
+        let Some(sample) = self.samples.get(index) else { return RowWanted::Nothing };
+        let sampling = Sampling {
             temperature: params.temperature,
             top_k: params.top_k,
             top_p: params.top_p,
             min_p: params.min_p,
             draw: self.draw(index, position),
-        })
+        };
+        let logprobs = params.logprobs.or_else(|| (!self.streams()).then_some(0));
+        RowWanted::Token(TokenWanted { sampling, changes: sample.counts.changes(params), logprobs })
+    }
+
+    /// What is wanted of the row that predicts the prompt's token at a position.
+    pub(super) fn prompt_row_wanted(&self, position: usize) -> RowWanted {
+        let is_new = self.prompt_logprobs.as_ref().is_some_and(|entries| position >= entries.len());
+        match (self.prompt.get(position), self.params.prompt_logprobs) {
+            (Some(&token_id), Some(top)) if is_new => RowWanted::Logprobs { token_id, top },
+            _ => RowWanted::Nothing,
+        }
     }
 
     fn draw(&self, index: usize, position: usize) -> Draw {
@@ -195,21 +208,24 @@ impl RequestState {
         row: Row<'_>,
         sampler: &mut Sampler,
     ) -> Result<Option<Choice>, NoUsableLogit> {
-        let row = match row {
-            Row::Logits(row) => row,
-            Row::Token(token) => {
-                if self.samples.get(index).is_none_or(|sample| sample.finished.is_some()) {
-                    return Ok(None);
-                }
-                let token_id = token.ok_or(NoUsableLogit)?;
-                return Ok(Some(Choice::Token(ChosenToken { token_id, logprobs: None })));
-            }
-        };
         if let Some(beams) = &self.beams {
-            return Ok(beams.read(index, row, &self.params, sampler)?.map(Choice::Beam));
+            let offer = match row {
+                Row::Logits(row) => beams.read(index, row, &self.params, sampler)?,
+                Row::Candidates(found) => Some(Offer::found(found.ok_or(NoUsableLogit)?)),
+                Row::Nothing | Row::Token(_) | Row::Logprobs(_) => None,
+            };
+            return Ok(offer.map(Choice::Beam));
         }
         let Some(sample) = self.samples.get(index).filter(|sample| sample.finished.is_none()) else {
             return Ok(None);
+        };
+        let row = match row {
+            Row::Logits(row) => row,
+            Row::Token(token) => {
+                let TokenOutput { token_id, logprobs } = token.cloned().ok_or(NoUsableLogit)?;
+                return Ok(Some(Choice::Token(ChosenToken { token_id, logprobs })));
+            }
+            Row::Nothing | Row::Logprobs(_) | Row::Candidates(_) => return Ok(None),
         };
         let draw = self.draw(index, self.len(index));
         let token_id = sampler.sample(row, &self.params, &sample.counts, draw)?;

@@ -82,19 +82,26 @@ impl Engine {
         Ok(Some(Begun { schedule, all_chosen, started, scheduled }))
     }
 
-    /// What is wanted of each logit row; and whether all next tokens are chosen by the device.
+    /// What is wanted of each logit row; and whether the device chooses all next tokens, and those behind them can be
+    /// described before they are known.
     fn wanted(&self, schedule: &Schedule) -> (Vec<RowWanted>, bool) {
         let mut wanted = Vec::with_capacity(schedule.chunks.len());
         let mut all_chosen = true;
         for (chunk, of) in schedule.plan.chunks.iter().zip(&schedule.chunks) {
-            let position = chunk.start + chunk.tokens.len();
-            let state = self.requests.get(&of.request).filter(|_| of.next_token);
-            let sampling = state
-                .and_then(|state| state.sampling(of.index, position))
-                .filter(|sampling| self.executor.samples(sampling));
-            all_chosen &= sampling.is_some() || !of.next_token;
-            let row = sampling.map_or(RowWanted::Logits, RowWanted::Token);
-            wanted.resize(wanted.len() + chunk.logit_rows(), row);
+            let rows = chunk.logit_rows();
+            let Some(state) = self.requests.get(&of.request) else {
+                // Its end has been seen already.
+                wanted.resize(wanted.len() + rows, RowWanted::Nothing);
+                continue;
+            };
+            let known = |row: RowWanted| if self.executor.answers(&row) { row } else { RowWanted::Logits };
+            let before = rows.saturating_sub(usize::from(of.next_token));
+            wanted.extend((0..before).map(|row| known(state.prompt_row_wanted(chunk.start + row + 1))));
+            if of.next_token {
+                let next = known(state.wanted(of.index, chunk.start + chunk.tokens.len()));
+                all_chosen &= next.can_run_ahead();
+                wanted.push(next);
+            }
         }
         (wanted, all_chosen)
     }

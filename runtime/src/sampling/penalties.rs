@@ -1,5 +1,6 @@
 //! Bias and penalties: changes to single logits, in time proportional to the tokens they touch.
 
+use crate::executor::{LogitChanges, TokenChange};
 use crate::request::SamplingParams;
 use rustc_hash::FxHashMap;
 
@@ -37,6 +38,22 @@ impl TokenCounts {
     /// Whether [`process`] would leave the logits as they are.
     pub(crate) fn is_noop(&self, params: &SamplingParams) -> bool {
         params.logit_bias.is_empty() && !self.active
+    }
+
+    /// What [`process`] does, as a list for a device.
+    pub(crate) fn changes(&self, params: &SamplingParams) -> LogitChanges {
+        let &SamplingParams { repetition_penalty, presence_penalty, frequency_penalty, .. } = params;
+        let mut biases: FxHashMap<u32, f32> = FxHashMap::default();
+        for &(id, bias) in &params.logit_bias {
+            *biases.entry(id).or_default() += bias;
+        }
+        let held = self.counts.iter().map(|(&token_id, count)| {
+            let bias = biases.remove(&token_id).unwrap_or(0.0);
+            TokenChange { token_id, bias, held: Some(count.in_completion) }
+        });
+        let mut tokens: Vec<TokenChange> = held.collect();
+        tokens.extend(biases.iter().map(|(&token_id, &bias)| TokenChange { token_id, bias, held: None }));
+        LogitChanges { repetition_penalty, presence_penalty, frequency_penalty, tokens }
     }
 }
 

@@ -49,23 +49,19 @@ fn random_request(numbers: &mut Numbers, shared: &[u32]) -> Request {
         prompt_logprobs: numbers.pick(&[None, None, None, Some(1)]),
         repetition_penalty: numbers.pick(&[1.0, 1.3]),
         presence_penalty: numbers.pick(&[0.0, 0.5]),
+        logit_bias: if numbers.chance(20) {
+            vec![(numbers.below(VOCAB - 1) as u32, 1.5), (VOCAB as u32 - 1, -2.0)]
+        } else {
+            vec![]
+        },
         ..Default::default()
     };
     Request::new(prompt, params)
 }
 
-/// Without what only the host can do.
-fn chosen_by_the_device(params: SamplingParams) -> SamplingParams {
-    SamplingParams {
-        n: params.width(),
-        best_of: None,
-        beam_width: None,
-        logprobs: None,
-        prompt_logprobs: None,
-        repetition_penalty: 1.0,
-        presence_penalty: 0.0,
-        ..params
-    }
+/// Without what must be known before the next token can be described.
+fn can_run_ahead(params: SamplingParams) -> SamplingParams {
+    SamplingParams { beam_width: None, repetition_penalty: 1.0, presence_penalty: 0.0, ..params }
 }
 
 fn alone(request: &Request) -> RequestOutput {
@@ -109,6 +105,7 @@ struct Coverage {
     chunked_prompts: u64,
     stop_strings: u64,
     placeholders: u64,
+    answered: [u64; 5],
 }
 
 fn run(case: u64, coverage: &mut Coverage) {
@@ -140,7 +137,7 @@ fn run(case: u64, coverage: &mut Coverage) {
     let ahead = case >= CASES;
     let make = if ahead { engine_ahead } else { engine };
     let (mut engine, log) = make(config.clone(), cache.clone());
-    // With one request whose tokens the host chooses, nothing runs ahead.
+    // With one request whose penalties follow its tokens, or of beams, nothing runs ahead.
     let plain = ahead && numbers.chance(70);
     // A millisecond a step.
     let clock = Arc::new(AtomicU64::new(0));
@@ -152,7 +149,7 @@ fn run(case: u64, coverage: &mut Coverage) {
             let at = if numbers.chance(50) { 0 } else { numbers.below(60) };
             let mut request = random_request(&mut numbers, &shared);
             if plain {
-                request.params = chosen_by_the_device(request.params);
+                request.params = can_run_ahead(request.params);
             }
             if !ordered {
                 request.urgency = Urgency {
@@ -268,6 +265,9 @@ fn run(case: u64, coverage: &mut Coverage) {
     coverage.copied_blocks += stats.cache.copied_blocks;
     coverage.cached_tokens += stats.cached_tokens;
     coverage.placeholders += log.lock().unwrap().placeholders;
+    for (sum, count) in coverage.answered.iter_mut().zip(log.lock().unwrap().answered) {
+        *sum += count;
+    }
     for (at, plan) in log.lock().unwrap().plans.iter().enumerate() {
         assert!(plan.num_tokens() <= config.max_batch_tokens && plan.chunks.len() <= config.max_num_seqs);
         assert_eq!(plan.id, at as u64);
@@ -290,8 +290,15 @@ fn random_schedules_give_every_request_its_own_tokens() {
     println!("{coverage:?}");
     if only.is_none() {
         let Coverage { finished, refused, cancelled, expired, beams, preemptions, swaps, .. } = coverage;
-        let Coverage { copied_blocks, cached_tokens, chunked_prompts, stop_strings, placeholders, .. } =
-            coverage;
+        let Coverage {
+            copied_blocks,
+            cached_tokens,
+            chunked_prompts,
+            stop_strings,
+            placeholders,
+            answered,
+            ..
+        } = coverage;
         let often = [
             finished,
             refused,
@@ -305,7 +312,8 @@ fn random_schedules_give_every_request_its_own_tokens() {
         ];
         let seldom = [cancelled, expired, stop_strings];
         assert!(
-            often.iter().all(|&count| count > 500) && seldom.iter().all(|&count| count > 100),
+            often.iter().chain(&answered).all(|&count| count > 500)
+                && seldom.iter().all(|&count| count > 100),
             "{coverage:?}"
         );
     }

@@ -6,10 +6,14 @@ use pagewise_kvcache::{
     KvCacheManager, KvGroup, NO_BLOCK, PinId, PinnedPrefix, PoolUsage, Prompt, SequenceId,
 };
 use pagewise_runtime::engine::{Detokenize, DetokenizerFactory, Engine, EngineConfig};
-use pagewise_runtime::executor::{Executor, ExecutorError, RowOutput, RowWanted, Sampling, StepOutput};
+use pagewise_runtime::executor::{
+    CandidatesOutput, Executor, ExecutorError, LogitChanges, RowOutput, RowWanted, StepOutput, TokenOutput,
+    TokenWanted,
+};
 use pagewise_runtime::plan::{LogitRows, StepPlan, TokenInput};
 use pagewise_runtime::request::SamplingParams;
-use pagewise_runtime::sampling::{Draw, Sampler, TokenCounts};
+use pagewise_runtime::sampling::beam::Candidate;
+use pagewise_runtime::sampling::{Draw, LogSoftmax, Sampler, TokenCounts};
 use pagewise_runtime::scheduler::Preemption;
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
@@ -69,6 +73,86 @@ pub(crate) struct Log {
     pub(crate) nan_after: Option<u32>,
     /// Tokens that came as placeholders.
     pub(crate) placeholders: u64,
+    /// Rows that the executor answered itself, by kind: tokens, of these with changed logits, of these with
+    /// log-probabilities; prompt tokens; beams.
+    pub(crate) answered: [u64; 5],
+}
+
+impl Log {
+    fn note(&mut self, wanted: &RowWanted) {
+        let [tokens, changed, logprobs, prompt, beams] = &mut self.answered;
+        match wanted {
+            RowWanted::Logits | RowWanted::Nothing => {}
+            RowWanted::Token(token) => {
+                *tokens += 1;
+                *changed += u64::from(!token.changes.is_empty());
+                *logprobs += u64::from(token.logprobs.is_some());
+            }
+            RowWanted::Logprobs { .. } => *prompt += 1,
+            RowWanted::Candidates(_) => *beams += 1,
+        }
+    }
+}
+
+/// Bias and penalties on a row, written down once more.
+fn changed(row: &[f32], changes: &LogitChanges) -> Vec<f32> {
+    let mut row = row.to_vec();
+    for change in &changes.tokens {
+        let mut x = row[change.token_id as usize] + change.bias;
+        if let Some(times) = change.held {
+            let factor = changes.repetition_penalty;
+            x = if x > 0.0 { x / factor } else { x * factor };
+            if times > 0 {
+                x -= changes.frequency_penalty * times as f32 + changes.presence_penalty;
+            }
+        }
+        row[change.token_id as usize] = x;
+    }
+    row
+}
+
+/// The answer of a device that knows every way.
+fn answer(row: &[f32], wanted: &RowWanted) -> RowOutput {
+    let counts = TokenCounts::default();
+    let mut sampler = Sampler::default();
+    match wanted {
+        RowWanted::Logits => unreachable!(),
+        RowWanted::Nothing => RowOutput::Nothing,
+        RowWanted::Token(TokenWanted { sampling, changes, logprobs }) => {
+            let params = SamplingParams {
+                temperature: sampling.temperature,
+                top_k: sampling.top_k,
+                top_p: sampling.top_p,
+                min_p: sampling.min_p,
+                ..SamplingParams::default()
+            };
+            let token = sampler.sample(&changed(row, changes), &params, &counts, sampling.draw).ok();
+            RowOutput::Token(token.map(|token_id| {
+                let logprobs = logprobs.map(|top| sampler.logprobs(row, token_id, top));
+                TokenOutput { token_id, logprobs }
+            }))
+        }
+        RowWanted::Logprobs { token_id, top } => RowOutput::Logprobs(sampler.logprobs(row, *token_id, *top)),
+        RowWanted::Candidates(wanted) => {
+            let softmax = LogSoftmax::new(row);
+            let logprobs: Vec<f32> = (0..row.len() as u32).map(|id| softmax.logprob(id)).collect();
+            let logprobs = changed(&logprobs, &wanted.changes);
+            // The logarithm of a softmax is its own.
+            let mut ids: Vec<u32> =
+                (0..row.len() as u32).filter(|&id| logprobs[id as usize] > f32::MIN).collect();
+            ids.sort_by(|&a, &b| logprobs[b as usize].total_cmp(&logprobs[a as usize]).then(a.cmp(&b)));
+            ids.truncate(wanted.count);
+            let candidate = |&token_id: &u32| {
+                let logprob = f64::from(logprobs[token_id as usize]);
+                Candidate { token_id, logprob }
+            };
+            let candidates: Vec<_> = ids.iter().map(candidate).collect();
+            let asked = wanted.logprobs;
+            let own = asked.map_or(vec![], |_| ids.iter().map(|&id| softmax.logprob(id)).collect());
+            let top = asked.map_or(vec![], |top| sampler.logprobs(row, 0, top).top);
+            RowOutput::Candidates((!ids.is_empty()).then_some(CandidatesOutput { candidates, own, top }))
+        }
+    }
 }
 
 pub(crate) struct HashExecutor {
@@ -103,29 +187,21 @@ impl HashExecutor {
     }
 
     /// What is wanted of the rows.
-    fn choose(&mut self, step: u64, logits: &[f32], wanted: &[RowWanted]) -> StepOutput {
+    fn choose(&mut self, step: u64, logits: &[f32], wanted: &[RowWanted], log: &mut Log) -> StepOutput {
         let mut output = StepOutput { vocab_size: VOCAB, ..StepOutput::default() };
         self.chosen = (step, Vec::new());
         for (row, logits) in logits.chunks(VOCAB).enumerate() {
-            let mut token = None;
-            if let Some(RowWanted::Token(Sampling { temperature, top_k, top_p, min_p, draw })) =
-                wanted.get(row)
-            {
-                let params = SamplingParams {
-                    temperature: *temperature,
-                    top_k: *top_k,
-                    top_p: *top_p,
-                    min_p: *min_p,
-                    ..SamplingParams::default()
-                };
-                let counts = TokenCounts::default();
-                token = Sampler::default().sample(logits, &params, &counts, *draw).ok();
-                output.rows.push(RowOutput::Token(token));
-            } else {
-                output.rows.push(RowOutput::Logits(output.logits.len() / VOCAB));
+            let wanted = wanted.get(row).unwrap_or(&RowWanted::Logits);
+            let answer = if *wanted == RowWanted::Logits {
                 output.logits.extend(logits);
-            }
+                RowOutput::Logits(output.logits.len() / VOCAB - 1)
+            } else {
+                log.note(wanted);
+                answer(logits, wanted)
+            };
+            let token = if let RowOutput::Token(Some(token)) = &answer { Some(token.token_id) } else { None };
             self.chosen.1.push(token);
+            output.rows.push(answer);
         }
         output
     }
@@ -137,8 +213,8 @@ impl HashExecutor {
 }
 
 impl Executor for HashExecutor {
-    fn samples(&self, _: &Sampling) -> bool {
-        self.runs_ahead
+    fn answers(&self, wanted: &RowWanted) -> bool {
+        self.runs_ahead || *wanted == RowWanted::Logits
     }
 
     fn runs_ahead(&self) -> bool {
@@ -226,7 +302,7 @@ impl Executor for HashExecutor {
                 }
             }
         }
-        let output = self.choose(plan.id, &logits, wanted);
+        let output = self.choose(plan.id, &logits, wanted, &mut log);
         self.begun.push_back(output);
         Ok(())
     }

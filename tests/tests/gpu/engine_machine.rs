@@ -6,10 +6,10 @@ use pagewise_attention::DType;
 use pagewise_runtime::backend::cpu::CpuBackend;
 use pagewise_runtime::backend::cuda::{CudaBackend, CudaOptions};
 use pagewise_runtime::backend::{AttentionSpec, Backend};
-use pagewise_runtime::executor::{Executor, ModelExecutor};
-use pagewise_runtime::model_dir::{ModelConfig, ModelDir, Weights};
-use pagewise_runtime::models::{WeightSource, load_model};
-use pagewise_runtime::plan::{BlockId, Chunk, LogitRows, SequenceId, StepPlan, TokenInput};
+use pagewise_runtime::executor::Executor;
+use pagewise_runtime::model_dir::{ModelConfig, ModelDir};
+use pagewise_runtime::plan::{BlockId, LogitRows, StepPlan};
+use pagewise_tests::{Sequence, executor};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors, serialize_to_file};
 use std::path::Path;
@@ -47,14 +47,11 @@ const BLOCK_SIZE: usize = 16;
 impl Machine {
     fn new<B: Backend>(dir: &Path, backend: B, types: Types) -> Self {
         let config = config(dir);
-        let weights =
-            WeightSource::Files { weights: Weights::open(dir).unwrap(), dtype: Some(types.weights) };
-        let model = load_model(&config, &weights, &backend).unwrap();
         let num_blocks = 509;
         let mut spec = AttentionSpec::new(&config, types.cache, BLOCK_SIZE, num_blocks)
             .with_compute_dtype(types.activations);
         spec.limits.max_seq_len = spec.limits.max_seq_len.min(2048);
-        let executor = Box::new(ModelExecutor::new(backend, model, spec, config.vocab_size).unwrap());
+        let executor = Box::new(executor(backend, dir, Some(types.weights), spec));
         // A prime, so that the order is a permutation.
         let free = (0..num_blocks).map(|i| (i * 7919 % num_blocks) as BlockId).collect();
         Self { executor, groups: config.kv_groups().0.len(), free, steps: 0 }
@@ -81,36 +78,15 @@ impl Machine {
         let mut plan = StepPlan { id: self.steps, ..StepPlan::default() };
         self.steps += 1;
         for (sequence, count) in work.iter_mut() {
-            let end = sequence.computed + *count;
-            for table in &mut sequence.tables {
-                while table.len() * BLOCK_SIZE < end {
-                    table.push(self.free.pop().unwrap());
-                }
-            }
-            let tokens = &sequence.tokens[sequence.computed..end];
-            plan.chunks.push(Chunk {
-                sequence: SequenceId(sequence.id),
-                tokens: tokens.iter().map(|&token| TokenInput::Known(token)).collect(),
-                start: sequence.computed,
-                block_tables: sequence.tables.clone(),
-                logits,
-            });
-            sequence.computed = end;
+            plan.chunks.push(sequence.next_chunk(*count, BLOCK_SIZE, &mut self.free, logits));
         }
         let output = self.executor.execute(&plan).unwrap();
         output.logits.chunks(output.vocab_size).map(<[f32]>::to_vec).collect()
     }
 
     fn sequence(&self, id: u64, tokens: &[u32]) -> Sequence {
-        Sequence { id, tokens: tokens.to_vec(), computed: 0, tables: vec![Vec::new(); self.groups] }
+        Sequence::new(id, tokens, self.groups)
     }
-}
-
-pub struct Sequence {
-    id: u64,
-    tokens: Vec<u32>,
-    computed: usize,
-    tables: Vec<Vec<BlockId>>,
 }
 
 /// Token sequences of different lengths.

@@ -7,15 +7,11 @@ use pagewise_runtime::backend::cpu::CpuBackend;
 use pagewise_runtime::backend::wgpu::{AdapterChoice, WgpuBackend, WgpuWeight};
 use pagewise_runtime::backend::{AttentionSpec, Backend, StepBatch};
 use pagewise_runtime::engine::{Engine, EngineConfig};
-use pagewise_runtime::executor::{Executor, ModelExecutor, RowWanted, StepOutput};
-use pagewise_runtime::model_dir::{ModelConfig, ModelDir, Weights};
-use pagewise_runtime::models::{WeightSource, load_model};
-use pagewise_runtime::plan::{BlockId, BlockOps, Chunk, LogitRows, SequenceId, StepPlan, TokenInput};
-use pagewise_runtime::request::{EarlyStopping, Request, SamplingParams};
+use pagewise_runtime::executor::{Executor, RowWanted, StepOutput};
+use pagewise_runtime::model_dir::{ModelConfig, ModelDir};
+use pagewise_runtime::plan::{BlockId, BlockOps, LogitRows, StepPlan};
 use pagewise_runtime::scheduler::Preemption;
-use pagewise_tests::fixture;
-use serde::Deserialize;
-use serde_json::Value;
+use pagewise_tests::{Sequence, argmax, executor, fixture};
 use std::io::Write as _;
 use std::path::Path;
 
@@ -60,14 +56,6 @@ pub struct Pair {
     pub decided: usize,
 }
 
-/// A sequence in the making: tokens, how many of them are computed, and its block tables.
-pub struct Sequence {
-    id: SequenceId,
-    pub tokens: Vec<u32>,
-    pub computed: usize,
-    pub tables: Vec<Vec<BlockId>>,
-}
-
 impl Pair {
     pub fn new(
         backend: &WgpuBackend,
@@ -80,8 +68,8 @@ impl Pair {
         let num_blocks = 1024usize.div_ceil(block_size) + 8;
         let mut spec = AttentionSpec::new(&config, kv_dtype, block_size, num_blocks);
         spec.host_blocks = HOST_BLOCKS;
-        let cpu = executor(CpuBackend::new(Some(2)).unwrap(), &config, dir, dtype, &spec);
-        let wgpu = executor(sibling(backend), &config, dir, dtype, &spec);
+        let cpu = Box::new(executor(CpuBackend::new(Some(2)).unwrap(), dir, dtype, spec.clone()));
+        let wgpu = Box::new(executor(sibling(backend), dir, dtype, spec));
         // Odd numbers first: neighbours in a table are not neighbours in memory.
         let (even, odd) = (0..num_blocks as BlockId).partition::<Vec<_>, _>(|block| block % 2 == 0);
         let free = even.into_iter().chain(odd).collect();
@@ -100,13 +88,7 @@ impl Pair {
     }
 
     pub fn sequence(&self, id: u64, prompt: &[u32]) -> Sequence {
-        let groups = self.config.kv_groups().0.len();
-        Sequence {
-            id: SequenceId(id),
-            tokens: prompt.to_vec(),
-            computed: 0,
-            tables: vec![Vec::new(); groups],
-        }
+        Sequence::new(id, prompt, self.config.kv_groups().0.len())
     }
 
     /// A block that nobody has.
@@ -128,22 +110,7 @@ impl Pair {
         let mut plan = StepPlan { id: self.steps, ..StepPlan::default() };
         self.steps += 1;
         for (sequence, count) in work.iter_mut() {
-            let end = sequence.computed + *count;
-            for table in &mut sequence.tables {
-                while table.len() * self.block_size < end {
-                    table.push(self.free.pop().unwrap());
-                }
-            }
-            let tokens =
-                sequence.tokens[sequence.computed..end].iter().map(|&t| TokenInput::Known(t)).collect();
-            plan.chunks.push(Chunk {
-                sequence: sequence.id,
-                tokens,
-                start: sequence.computed,
-                block_tables: sequence.tables.clone(),
-                logits: LogitRows::All,
-            });
-            sequence.computed = end;
+            plan.chunks.push(sequence.next_chunk(*count, self.block_size, &mut self.free, LogitRows::All));
         }
         let cpu = self.cpu.execute(&plan).unwrap();
         let wgpu = self.wgpu.execute(&plan).unwrap();
@@ -174,29 +141,9 @@ impl Pair {
     }
 }
 
-pub fn argmax(row: &[f32]) -> u32 {
-    let best = row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0)));
-    best.unwrap().0 as u32
-}
-
 /// A backend on the same device, which keeps how weights are laid out.
 fn sibling(backend: &WgpuBackend) -> WgpuBackend {
     backend.sibling().unwrap()
-}
-
-fn executor<B: Backend>(
-    backend: B,
-    config: &ModelConfig,
-    dir: &Path,
-    dtype: Option<DType>,
-    spec: &AttentionSpec,
-) -> Box<dyn Executor>
-where
-    ModelExecutor<B>: Executor + 'static,
-{
-    let weights = WeightSource::Files { weights: Weights::open(dir).unwrap(), dtype };
-    let model = load_model(config, &weights, &backend).unwrap();
-    Box::new(ModelExecutor::new(backend, model, spec.clone(), config.vocab_size).unwrap())
 }
 
 /// An engine on a GPU, or on the CPU, with so many blocks there and on the host; it swaps where there are any.
@@ -220,9 +167,9 @@ pub fn engine(
         prefix_cache: true,
     })
     .unwrap();
-    let executor = match backend {
-        Some(backend) => executor(sibling(backend), &config, dir, dtype, &spec),
-        None => executor(CpuBackend::new(Some(2)).unwrap(), &config, dir, dtype, &spec),
+    let executor: Box<dyn Executor> = match backend {
+        Some(backend) => Box::new(executor(sibling(backend), dir, dtype, spec)),
+        None => Box::new(executor(CpuBackend::new(Some(2)).unwrap(), dir, dtype, spec)),
     };
     let engine_config = EngineConfig {
         max_num_seqs: 64,
@@ -233,62 +180,6 @@ pub fn engine(
         preemption: if host_blocks > 0 { Preemption::Swap } else { Preemption::Recompute },
     };
     Engine::new(engine_config, Box::new(manager), executor, None)
-}
-
-/// A golden beam search and its request.
-pub struct BeamCase {
-    pub request: Request,
-    pub sequences: Vec<Vec<u32>>,
-    pub scores: Vec<f64>,
-}
-
-/// The searches of a fixture's older file.
-pub fn beams(name: &str) -> Vec<BeamCase> {
-    #[derive(Deserialize)]
-    struct Golden {
-        prompts: Vec<Prompt>,
-    }
-    #[derive(Deserialize)]
-    struct Prompt {
-        prompt: Vec<u32>,
-        beam: Vec<Beam>,
-    }
-    #[derive(Deserialize)]
-    struct Beam {
-        num_beams: usize,
-        early_stopping: Value,
-        length_penalty: f32,
-        max_new_tokens: usize,
-        eos_token_id: Value,
-        sequences: Vec<Vec<u32>>,
-        scores: Vec<f64>,
-    }
-    let golden: Golden =
-        serde_json::from_slice(&std::fs::read(fixture(name).join("golden.json")).unwrap()).unwrap();
-    let case = |prompt: &[u32], beam: Beam| BeamCase {
-        request: Request::new(
-            prompt.to_vec(),
-            SamplingParams {
-                max_tokens: beam.max_new_tokens,
-                n: beam.num_beams,
-                beam_width: Some(beam.num_beams),
-                length_penalty: beam.length_penalty,
-                early_stopping: match beam.early_stopping.as_bool() {
-                    Some(true) => EarlyStopping::True,
-                    Some(false) => EarlyStopping::False,
-                    None => EarlyStopping::Never,
-                },
-                ignore_eos: beam.eos_token_id.is_null(),
-                ..SamplingParams::default()
-            },
-        ),
-        sequences: beam.sequences,
-        scores: beam.scores,
-    };
-    let cases = golden.prompts.into_iter().flat_map(|Prompt { prompt, beam }| {
-        beam.into_iter().map(move |beam| case(&prompt, beam)).collect::<Vec<_>>()
-    });
-    cases.collect()
 }
 
 /// Brings rows of a matrix into a tensor, as the embedding does, and ends a step whose logits they are.

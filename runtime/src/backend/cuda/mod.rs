@@ -38,7 +38,7 @@ pub use step::CudaStep;
 pub use tensor::{CudaTensor, CudaWeight};
 
 use super::{Activated, AttentionSpec, Backend, BackendError, Heads, Input, Linear, Norm, StepBatch};
-use crate::executor::{RowOutput, RowWanted, Sampling, StepOutput};
+use crate::executor::{RowOutput, RowWanted, StepOutput, TokenOutput};
 use crate::model_dir::WeightTensor;
 use arena::Arena;
 use blaslt::BlasLt;
@@ -449,8 +449,14 @@ impl Backend for CudaBackend {
         self.gather(step, x)
     }
 
-    fn samples(&self, sampling: &Sampling) -> bool {
-        sampling.is_greedy()
+    fn answers(&self, wanted: &RowWanted) -> bool {
+        match wanted {
+            RowWanted::Logits => true,
+            RowWanted::Token(token) => {
+                token.sampling.is_greedy() && token.changes.is_empty() && token.logprobs.is_none()
+            }
+            _ => false,
+        }
     }
 
     fn runs_ahead(&self) -> bool {
@@ -460,7 +466,7 @@ impl Backend for CudaBackend {
     fn output(&self, logits: Option<CudaTensor>, wanted: &[RowWanted]) -> Result<CudaOutput, BackendError> {
         let Some(logits) = logits.filter(|logits| logits.rows > 0) else { return Ok(CudaOutput::default()) };
         let is_token: Vec<bool> = (0..logits.rows)
-            .map(|row| matches!(wanted.get(row), Some(RowWanted::Token(sampling)) if self.samples(sampling)))
+            .map(|row| matches!(wanted.get(row), Some(token @ RowWanted::Token(_)) if self.answers(token)))
             .collect();
         let chosen = match is_token.contains(&true) {
             true => Some(lock(&self.shared.chooser).likeliest(self.gpu(), self.kernels(), &logits)?),
@@ -487,7 +493,7 @@ impl Backend for CudaBackend {
         };
         for ((row, is_token), token) in output.rows.iter_mut().zip(is_token).zip(tokens) {
             if is_token {
-                *row = RowOutput::Token(token);
+                *row = RowOutput::Token(token.map(TokenOutput::new));
             }
         }
         Ok(output)

@@ -19,7 +19,7 @@ pub use weight::WgpuWeight;
 
 use super::cpu::dense::DenseError;
 use super::{Activated, AttentionSpec, Backend, BackendError, Heads, Input, Linear, Norm, StepBatch};
-use crate::executor::{RowOutput, RowWanted, Sampling, StepOutput};
+use crate::executor::{RowOutput, RowWanted, StepOutput, TokenOutput};
 use crate::model_dir::{Activation, WeightTensor};
 use device::{Gpu, lock};
 use pagewise_attention::wgpu::wgpu::Buffer;
@@ -584,8 +584,14 @@ impl Backend for WgpuBackend {
         Ok(out)
     }
 
-    fn samples(&self, sampling: &Sampling) -> bool {
-        sampling.is_greedy()
+    fn answers(&self, wanted: &RowWanted) -> bool {
+        match wanted {
+            RowWanted::Logits => true,
+            RowWanted::Token(token) => {
+                token.sampling.is_greedy() && token.changes.is_empty() && token.logprobs.is_none()
+            }
+            _ => false,
+        }
     }
 
     fn output(&self, logits: Option<WgpuTensor>, wanted: &[RowWanted]) -> Result<WgpuOutput, BackendError> {
@@ -598,7 +604,8 @@ impl Backend for WgpuBackend {
                 width: [0, 0],
             });
         };
-        let chosen = |row: usize| matches!(wanted.get(row), Some(RowWanted::Token(sampling)) if self.samples(sampling));
+        let chosen =
+            |row: usize| matches!(wanted.get(row), Some(token @ RowWanted::Token(_)) if self.answers(token));
         let ids = memory.ids(&self.gpu, logits.rows())?;
         let mut pieces = Vec::new();
         if (0..logits.rows()).any(chosen) {
@@ -635,7 +642,7 @@ impl Backend for WgpuBackend {
             false => (&[][..], words.as_slice()),
         };
         for (row, &id) in rows.iter_mut().zip(ids).filter(|(row, _)| is_token(row)) {
-            *row = RowOutput::Token((id != argmax::NO_TOKEN).then_some(id));
+            *row = RowOutput::Token((id != argmax::NO_TOKEN).then(|| TokenOutput::new(id)));
         }
         let row =
             |row: &[u32]| row.iter().take(vocab_size).map(|&bits| f32::from_bits(bits)).collect::<Vec<_>>();

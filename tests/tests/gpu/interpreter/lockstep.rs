@@ -3,7 +3,10 @@
 
 use pagewise_attention::cuda::ptx::Arg;
 
-use super::{Instruction, Kind, Memory, Program, Source, execute};
+use super::copies::{Copies, Copy};
+use super::execute::execute;
+use super::memory::Memory;
+use super::program::{Instruction, Kind, Program, Source};
 
 /// Lanes of a warp.
 const LANES: usize = 32;
@@ -13,11 +16,17 @@ pub(super) struct Thread {
     special: [[u32; 3]; 4],
     registers: Vec<u64>,
     at: Option<usize>,
+    copies: Copies,
 }
 
 impl Thread {
     pub(super) fn new(special: [[u32; 3]; 4], registers: usize) -> Self {
-        Self { special, registers: vec![0xdead_beef_dead_beef; registers], at: Some(0) }
+        Self {
+            special,
+            registers: vec![0xdead_beef_dead_beef; registers],
+            at: Some(0),
+            copies: Copies::default(),
+        }
     }
 
     /// Runs up to the next thing that is done together, or to the end.
@@ -37,15 +46,33 @@ impl Thread {
                 Kind::Together => return Ok(()),
                 Kind::Return => self.at = None,
                 Kind::Branch => self.at = Some(instruction.number as usize),
-                _ => {
+                kind => {
                     self.at = next;
                     let thread = self.special[2];
-                    execute(instruction, &mut self.registers, &self.special, args, memory)
-                        .map_err(|error| format!("thread {thread:?}: {}: {error}", instruction.text))?;
+                    match kind {
+                        Kind::CopyAsync => self.copies.begin(self.copy(instruction), memory),
+                        Kind::CommitCopies => {
+                            self.copies.commit();
+                            Ok(())
+                        }
+                        Kind::WaitCopies => self.copies.wait(instruction.number as usize, memory),
+                        _ => execute(instruction, &mut self.registers, &self.special, args, memory),
+                    }
+                    .map_err(|error| format!("thread {thread:?}: {}: {error}", instruction.text))?;
                 }
             }
         }
         Err("does not end".to_owned())
+    }
+
+    fn copy(&self, instruction: &Instruction) -> Copy {
+        let value = |index: usize| self.value(&instruction.sources[index]);
+        Copy {
+            to: value(0).wrapping_add(value(1)),
+            from: value(2).wrapping_add(value(3)),
+            size: value(4) as usize,
+            read: value(5) as u32 as usize,
+        }
     }
 
     fn value(&self, source: &Source) -> u64 {

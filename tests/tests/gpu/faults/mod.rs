@@ -1,0 +1,62 @@
+//! Faults of one line each, planted in kernels to see that the tests find them.
+//!
+//! Owns how a fault gets into a text; the tables are a file for each group of kernels. A fault must end (no endless
+//! loop) and stay within the memory that the kernel may touch, so that it shows as a wrong result and not as a dead GPU.
+
+mod cache;
+mod decode;
+mod prefill;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+pub use cache::{COPY_BLOCKS, MERGE_STATES, WRITE_KV};
+pub use decode::DECODE;
+pub use prefill::{PREFILL, PREFILL_HOPPER};
+
+/// Every fault of every table.
+pub fn all() -> impl Iterator<Item = Fault> {
+    [WRITE_KV, MERGE_STATES, COPY_BLOCKS, DECODE, PREFILL, PREFILL_HOPPER].into_iter().flatten().copied()
+}
+
+/// One line of a kernel family's text that becomes another.
+#[derive(Clone, Copy, Debug)]
+pub struct Fault {
+    pub name: &'static str,
+    /// The kernels that it is planted in: their entry points begin so.
+    pub family: &'static str,
+    /// The line as it is rendered, without indentation and comment. Its first occurrence is meant.
+    pub line: &'static str,
+    /// What stands there instead; may be nothing, or several lines.
+    pub instead: &'static str,
+    /// What is wrong then.
+    pub breaks: &'static str,
+}
+
+impl Fault {
+    /// A function that plants the fault wherever its line is, and a count of the kernels that had it.
+    pub fn planted(self) -> (impl Fn(&str, &str) -> String + Send + Sync + 'static, Arc<AtomicUsize>) {
+        let count = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&count);
+        let alter = move |entry: &str, text: &str| {
+            if !entry.starts_with(self.family) {
+                return text.to_owned();
+            }
+            let mut found = false;
+            let mut altered = String::with_capacity(text.len());
+            for line in text.split_inclusive('\n') {
+                let code = line.split_once("//").map_or(line, |(code, _)| code).trim();
+                if !found && code == self.line {
+                    found = true;
+                    altered.push_str(self.instead);
+                    altered.push('\n');
+                } else {
+                    altered.push_str(line);
+                }
+            }
+            counted.fetch_add(usize::from(found), Ordering::Relaxed);
+            altered
+        };
+        (alter, count)
+    }
+}
