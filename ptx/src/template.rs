@@ -20,7 +20,6 @@ const LIB: &[(&str, &str)] = &[
     ("decode/merge.ptx", include_str!("../kernels/decode/merge.ptx")),
     ("model/elementwise.ptx", include_str!("../kernels/model/elementwise.ptx")),
     ("model/block_sum.ptx", include_str!("../kernels/model/block_sum.ptx")),
-    ("model/staged_rows.ptx", include_str!("../kernels/model/staged_rows.ptx")),
     ("model/activation.ptx", include_str!("../kernels/model/activation.ptx")),
     ("model/vocab.ptx", include_str!("../kernels/model/vocab.ptx")),
     ("prefill/bits.ptx", include_str!("../kernels/prefill/bits.ptx")),

@@ -190,6 +190,7 @@ impl<'a, 'b> Bench<'a, 'b> {
                 activation: if spec.gated { Activation::Silu } else { Activation::None },
                 store,
                 out: Rows { address: out, stride: u64::from(shape.features) },
+                early: 0,
             };
             self.launch(&function, spec.dependent, launch, &args.values());
         });
@@ -202,7 +203,6 @@ impl<'a, 'b> Bench<'a, 'b> {
             input,
             gated,
             vector: 8,
-            one: false,
             dependent,
         };
         for (name, features, width, gated) in SHAPES {
@@ -247,7 +247,6 @@ impl<'a, 'b> Bench<'a, 'b> {
                     input: Input::Direct,
                     gated: false,
                     vector: 16 / dtype.size(),
-                    one: false,
                     dependent: false,
                 };
                 let shape = MatvecShape { rows, features: 4096, width: 4096 };
@@ -370,7 +369,6 @@ impl<'a, 'b> Bench<'a, 'b> {
                     input: Input::Direct,
                     gated,
                     vector: 8,
-                    one: false,
                     dependent: true,
                 };
                 for warps in [4, 8, 12, 16] {

@@ -1,6 +1,8 @@
 //! A whole decode step of one sequence, as the engine puts it into a CUDA graph, and the same with kinds of kernels left
 //! out: what each kind adds to a token. Weights of every layer lie apart, as in a model.
 
+use std::collections::HashMap;
+
 use cudarc::driver::CudaSlice;
 use pagewise_attention::cuda::cudarc;
 use pagewise_attention::cuda::ptx::model::argmax::{Argmax, ArgmaxArgs, ArgmaxSpec};
@@ -27,6 +29,9 @@ const STEPS: usize = 4;
 
 /// Keys that the sequence has.
 const CONTEXT: usize = 192;
+
+/// As in the engine.
+const EARLY: u32 = 4096;
 
 const BLOCK: usize = 16;
 const HEAD_DIM: usize = 128;
@@ -92,8 +97,8 @@ pub struct Way {
     /// When `write_kv` and attention begin.
     order: Order,
     geometry: [Option<Geometry>; 5],
-    /// Whether the products are those of one row, each warp by itself.
-    one: [bool; 5],
+    /// Bytes of a row of weights that a product brings to the L2 before it may begin.
+    early: [u32; 5],
     /// What is changed in the text of the products' kernels: for tuning.
     edit: Edit,
 }
@@ -107,56 +112,40 @@ const WHOLE: Way = Way {
     argmax: true,
     order: Order::Dependent,
     geometry: [None; 5],
-    one: [true; 5],
+    early: [0, EARLY, 0, 0, 0],
     edit: Edit::None,
 };
 
 /// A change of the kernel's text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Edit {
+enum Edit {
     None,
-    /// At most so many bytes of each row of the first tile go to the L2 early; 0 for none.
-    Prefetch(u32),
     /// The next kernel may begin when a block has asked for its first weights, or is at its last tile.
     LaunchLate,
     LaunchLast,
-    /// What the L2 fetches beside a load of weights.
-    Beside(u32),
-    /// The same, and at most so many bytes of each row go to the L2 early.
-    BesidePrefetch(u32, u32),
+    /// What the L2 fetches beside a load of weights: other than 256 bytes, or nothing.
+    Beside(&'static str),
 }
 
 impl Edit {
     fn apply(self, text: &str) -> String {
         const LAUNCH: &str = "    griddepcontrol.launch_dependents;\n";
-        let replaced = |from: &str, to: &str| {
+        let replaced = |text: &str, from: &str, to: &str| {
             assert!(text.contains(from), "{self:?}: {from}");
-            text.replacen(from, to, 1)
+            text.replace(from, to)
         };
-        const LOAD: &str = "ld.global.nc.L1::no_allocate";
         match self {
             Self::None => text.to_owned(),
-            Self::Beside(bytes) => text.replace(LOAD, &format!("{LOAD}.L2::{bytes}B")),
-            Self::BesidePrefetch(beside, bytes) => Self::Prefetch(bytes).apply(&Self::Beside(beside).apply(text)),
-            Self::Prefetch(0) => {
-                replaced("    @%p_x cp.async.bulk.prefetch.L2.global [%rd_t], %r_y;\n", "")
-            }
-            Self::Prefetch(bytes) => {
-                let new = format!("min.u32 %r_y, %r_y, {bytes};");
-                let usual = ["16384", "8192"].map(|usual| format!("min.u32 %r_y, %r_y, {usual};"));
-                usual.iter().fold(text.to_owned(), |text, usual| text.replace(usual, &new))
-            }
             Self::LaunchLate => {
-                let without = replaced(LAUNCH, "");
-                without.replacen("    griddepcontrol.wait;\n", &format!("{LAUNCH}    griddepcontrol.wait;\n"), 1)
+                let wait = "    griddepcontrol.wait;\n";
+                replaced(&replaced(text, LAUNCH, ""), wait, &format!("{LAUNCH}{wait}"))
             }
-            Self::LaunchLast => {
-                let without = replaced(LAUNCH, "");
-                let at = "TILE:\n";
-                assert!(without.contains(at));
-                let code = "TILE:\n    add.u32 %r_x, %r_tile, %r_grid;\n    setp.ge.u32 %p_x, %r_x, %r_tiles;\n    @%p_x griddepcontrol.launch_dependents;\n";
-                without.replacen(at, code, 1)
-            }
+            Self::LaunchLast => replaced(
+                &replaced(text, LAUNCH, ""),
+                "TILE:\n",
+                "TILE:\n    add.u32 %r_x, %r_tile, %r_grid;\n    setp.ge.u32 %p_x, %r_x, %r_tiles;\n    @%p_x griddepcontrol.launch_dependents;\n",
+            ),
+            Self::Beside(what) => replaced(text, ".L2::256B", what),
         }
     }
 }
@@ -216,6 +205,7 @@ pub struct Step<'a, 'b, 'c> {
     config: AttentionConfig,
     layout: CacheLayout,
     plans: [DecodePlan; 2],
+    matvecs: HashMap<MatvecSpec, Matvec>,
 }
 
 impl<'a, 'b, 'c> Step<'a, 'b, 'c> {
@@ -255,7 +245,7 @@ impl<'a, 'b, 'c> Step<'a, 'b, 'c> {
             room,
             work: gpu.stream.clone_htod(&plans[0].work()).unwrap(),
         };
-        Self { bench, model, memory, config, layout, plans }
+        Self { bench, model, memory, config, layout, plans, matvecs: HashMap::new() }
     }
 
     fn at(&self, place: u64) -> u64 {
@@ -276,10 +266,9 @@ impl<'a, 'b, 'c> Step<'a, 'b, 'c> {
             input: if normed { Input::Staged } else { Input::Direct },
             gated,
             vector: 8,
-            one: way.one[index],
             dependent: true,
         };
-        let matvec = Matvec::new(spec).unwrap();
+        let matvec = self.matvecs.entry(spec).or_insert_with(|| Matvec::new(spec).unwrap()).clone();
         let multiprocessors = self.bench.gpu.context.device().multiprocessors;
         let launch = match way.geometry[index] {
             None => matvec.launch(shape, multiprocessors).unwrap(),
@@ -314,6 +303,7 @@ impl<'a, 'b, 'c> Step<'a, 'b, 'c> {
             },
             store,
             out: Rows { address: self.at(out), stride: u64::from(shape.features) },
+            early: way.early[index],
         };
         let function = self.bench.edited_function(matvec.kernel(), &format!("{:?}", way.edit), |text| way.edit.apply(text));
         self.bench.launch(&function, true, launch, &args.values());
@@ -485,6 +475,7 @@ impl<'a, 'b, 'c> Step<'a, 'b, 'c> {
         let whole = self.note("whole", &WHOLE, None);
         let mut without = |what: &str, way: Way| self.note(&format!("without {what}"), &way, Some(whole));
         without("early write_kv and attention", Way { order: Order::Stream, ..WHOLE });
+        without("early weights behind attention", Way { early: [0; 5], ..WHOLE });
         without("argmax", Way { argmax: false, ..WHOLE });
         without("embedding and the last row", Way { ends: false, ..WHOLE });
         without("write_kv", Way { write_kv: false, ..WHOLE });
@@ -505,43 +496,28 @@ impl<'a, 'b, 'c> Step<'a, 'b, 'c> {
     /// Every geometry of every product in the step, and changes of the kernel.
     pub fn sweep(&mut self) {
         let whole = self.note("whole", &WHOLE, None);
-        let edits = [
-            Edit::Prefetch(0),
-            Edit::Prefetch(1024),
-            Edit::Prefetch(2048),
-            Edit::Prefetch(4096),
-            Edit::Prefetch(8192),
-            Edit::LaunchLate,
-            Edit::LaunchLast,
-            Edit::Beside(128),
-            Edit::Beside(256),
-            Edit::BesidePrefetch(128, 4096),
-            Edit::BesidePrefetch(256, 4096),
-            Edit::BesidePrefetch(256, 0),
-        ];
-        for edit in edits {
+        for (index, product) in PRODUCTS.iter().enumerate() {
+            for bytes in [0, 1024, 2048, 4096, 6144] {
+                let mut early = WHOLE.early;
+                if early[index] != bytes {
+                    early[index] = bytes;
+                    self.note(&format!("{product:?}, {bytes} bytes early"), &Way { early, ..WHOLE }, Some(whole));
+                }
+            }
+        }
+        for edit in [Edit::LaunchLate, Edit::LaunchLast, Edit::Beside(".L2::128B"), Edit::Beside("")] {
             self.note(&format!("{edit:?}"), &Way { edit, ..WHOLE }, Some(whole));
         }
-        let tiles = Way { one: [false; 5], ..WHOLE };
-        let by_tiles = self.note("by tiles", &tiles, Some(whole));
-        for edit in edits {
-            self.note(&format!("by tiles, {edit:?}"), &Way { edit, ..tiles }, Some(by_tiles));
-        }
-        self.note("by tiles, in stream order", &Way { order: Order::Stream, ..tiles }, Some(by_tiles));
+        let late = Way { order: Order::Stream, ..WHOLE };
+        self.note("write_kv and attention in stream order", &late, Some(whole));
         let multiprocessors = self.bench.gpu.context.device().multiprocessors;
         for (index, product) in PRODUCTS.iter().enumerate() {
             let (shape, _) = self.model.shape(*product);
-            for (is_one, warps) in [true, false].into_iter().flat_map(|one| [4, 8, 16].map(|warps| (one, warps))) {
-                // What a thread block takes at a time.
-                let each = match is_one {
-                    true if self.model.gated && *product == Product::Up => warps,
-                    true => 2 * warps,
-                    false => 16,
-                };
-                let tiles = shape.features.div_ceil(each);
+            let tiles = shape.features.div_ceil(16);
+            for warps in [4, 8, 12, 16] {
                 let mut tried = Vec::new();
-                for resident in [1, 2, 3, 4, 5, 6] {
-                    if warps * resident > 24 {
+                for resident in [1, 2, 3, 4, 5] {
+                    if warps * resident > 20 {
                         continue;
                     }
                     let turns = tiles.div_ceil(multiprocessors * resident).max(1);
@@ -550,12 +526,10 @@ impl<'a, 'b, 'c> Step<'a, 'b, 'c> {
                             continue;
                         }
                         tried.push(blocks);
-                        let (mut geometry, mut one) = ([None; 5], [true; 5]);
+                        let mut geometry = [None; 5];
                         geometry[index] = Some(Geometry { warps, blocks });
-                        one[index] = is_one;
-                        let kind = if is_one { "rows" } else { "tiles" };
-                        let what = format!("{product:?} by {kind}, {blocks} blocks of {warps} warps");
-                        self.note(&what, &Way { geometry, one, ..WHOLE }, Some(whole));
+                        let what = format!("{product:?} by {blocks} blocks of {warps} warps");
+                        self.note(&what, &Way { geometry, ..WHOLE }, Some(whole));
                     }
                 }
             }

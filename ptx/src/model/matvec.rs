@@ -1,8 +1,7 @@
 //! `matvec`: products of one to eight rows with a matrix, at the speed at which the matrix can be read; with a norm
 //! before, and bias, activation, gate or residual sum behind.
 //!
-//! Owns the variants, the parameter list and the choice of the geometry; the kernels are `kernels/model/matvec.ptx` and,
-//! for one row, `kernels/model/matvec_one.ptx`.
+//! Owns the variants, the parameter list and the choice of the geometry; the kernel is `kernels/model/matvec.ptx`.
 
 use minijinja::context;
 
@@ -30,9 +29,6 @@ const WARP_STEP: u32 = 4;
 /// Bytes of a warp's sums of a tile.
 const SUM_BYTES: u32 = ROWS * 20 * 4;
 
-/// Bytes of a row of weights that a warp with one row asks for before the kernel before it has ended.
-const EARLY_BYTES: u32 = 8192;
-
 /// Dynamic shared memory of a block at most: what every GPU from sm_80 on has.
 const MAX_SHARED: u32 = 96 << 10;
 
@@ -47,9 +43,6 @@ pub struct MatvecSpec {
     pub gated: bool,
     /// Elements of a load: 1, or as many as fit 16 bytes.
     pub vector: u32,
-    /// Whether it is for one row only: without tensor cores, each warp works for itself on whole rows of weights. Takes 16
-    /// bytes at once.
-    pub one: bool,
     /// Whether it may start before the kernel before it has ended (programmatic dependent launch, sm_90 on).
     pub dependent: bool,
 }
@@ -70,12 +63,13 @@ impl MatvecSpec {
         let vectors = |dtype: DType| [16 / dtype.size(), 1].map(|vector| (dtype, vector));
         COMPUTE_TYPES.into_iter().flat_map(vectors).flat_map(|(dtype, vector)| {
             [Input::Direct, Input::Staged].into_iter().flat_map(move |input| {
-                [(false, false), (false, true), (true, false), (true, true)].into_iter().flat_map(
-                    move |(gated, dependent)| {
-                        let few = Self { dtype, input, gated, vector, one: false, dependent };
-                        [Some(few), (vector > 1).then_some(Self { one: true, ..few })].into_iter().flatten()
-                    },
-                )
+                [(false, false), (false, true), (true, false), (true, true)].map(|(gated, dependent)| Self {
+                    dtype,
+                    input,
+                    gated,
+                    vector,
+                    dependent,
+                })
             })
         })
     }
@@ -84,18 +78,12 @@ impl MatvecSpec {
     pub fn entry(self) -> String {
         let input = if self.input == Input::Staged { "staged" } else { "direct" };
         let gated = if self.gated { "gated" } else { "plain" };
-        let one = if self.one { "_one" } else { "" };
-        format!("{FAMILY}_{}_{input}_{gated}_v{}{one}{}", self.dtype, self.vector, suffix(self.dependent))
+        format!("{FAMILY}_{}_{input}_{gated}_v{}{}", self.dtype, self.vector, suffix(self.dependent))
     }
 
     /// Loads of each row that a thread has on their way. Both halves of a gated matrix count.
     const fn stages(self) -> u32 {
-        if self.gated && !self.one { 2 } else { 4 }
-    }
-
-    /// Features that a warp takes at a time where there is one row.
-    const fn one_features(self) -> u32 {
-        if self.gated { 1 } else { 2 }
+        if self.gated { 2 } else { 4 }
     }
 
     /// Elements of a row that a warp takes in a round.
@@ -105,10 +93,6 @@ impl MatvecSpec {
 
     /// Dynamic shared memory of a block.
     fn shared(self, shape: MatvecShape, warps: u32) -> u64 {
-        if self.one {
-            let padded = u64::from(shape.width).next_multiple_of(u64::from(self.stages() * 32 * self.vector));
-            return if self.input == Input::Staged { padded * u64::from(self.dtype.size()) } else { 0 };
-        }
         let halves = if self.gated { 2 } else { 1 };
         let sums = u64::from(2 * halves * warps * SUM_BYTES);
         let padded = u64::from(shape.width).next_multiple_of(u64::from(warps * self.warp_round()));
@@ -176,6 +160,10 @@ pub struct MatvecArgs {
     pub store: Store,
     /// `[rows, features]`, of the type that `store` says.
     pub out: Rows,
+    /// Bytes of every row of a thread block's first tile that a dependent launch brings to the L2 while the kernel before
+    /// it still runs, beside those that it loads at once; a multiple of 16. Worth it behind a kernel that leaves the
+    /// memory idle; elsewhere it takes the memory from that kernel, and what the L2 does not hold is read twice.
+    pub early: u32,
 }
 
 const SOURCE: Source = Source {
@@ -200,6 +188,7 @@ const SOURCE: Source = Source {
             param("activation", U32),
             param("store", U32),
             param("eps", F32),
+            param("early", U32),
         ]
     },
     max_threads: 32 * MAX_WARPS,
@@ -209,7 +198,7 @@ const SOURCE: Source = Source {
 
 impl MatvecArgs {
     /// The values of the parameters, in launch order.
-    pub fn values(&self) -> [Arg; 16] {
+    pub fn values(&self) -> [Arg; 17] {
         let (kind, norm) = match self.norm {
             None => (0, MatvecNorm { kind: NormKind::Rms, eps: 0.0, weight: 0, bias: 0 }),
             Some(norm) if norm.kind == NormKind::Rms => (1, norm),
@@ -237,6 +226,7 @@ impl MatvecArgs {
             Arg::u32(self.activation.code()),
             Arg::u32(store),
             Arg::f32(norm.eps),
+            Arg::u32(self.early & !15),
         ]
     }
 }
@@ -262,12 +252,8 @@ impl Matvec {
     /// [`Error::UnsupportedTypes`] for an fp8 type, [`Error::UnsupportedVector`] for a vector that is neither 1 nor 16
     /// bytes.
     pub fn new(spec: MatvecSpec) -> Result<Self, Error> {
-        let MatvecSpec { dtype, input, gated, vector, one, dependent } = spec;
+        let MatvecSpec { dtype, input, gated, vector, dependent } = spec;
         check_types(FAMILY, dtype, vector)?;
-        if one && vector == 1 {
-            let widest = 16 / dtype.size();
-            return Err(Error::UnsupportedVector { kernel: FAMILY, vector, source_dtype: dtype, widest });
-        }
         let staged = input == Input::Staged;
         let variables = context! {
             dtype => dtype.name(),
@@ -277,18 +263,13 @@ impl Matvec {
             staged,
             gated,
             mma => dtype.size() == 2 && vector == 8,
-            weight_how => "ld.global.nc.L1::no_allocate",
+            // A load takes half a line of each row: the L2 fetches what the next ones take along.
+            weight_how => if vector > 1 { "ld.global.nc.L1::no_allocate.L2::256B" } else { "ld.global.nc.L1::no_allocate" },
             weight_policy => "",
-            early => EARLY_BYTES,
         };
         let source = Source {
             static_shared: if staged { 256 } else { 0 },
-            dynamic_shared: match (staged, one) {
-                (true, _) => MAX_SHARED,
-                (false, false) => 4 * MAX_WARPS * SUM_BYTES,
-                (false, true) => 0,
-            },
-            text: if one { include_str!("../../kernels/model/matvec_one.ptx") } else { SOURCE.text },
+            dynamic_shared: if staged { MAX_SHARED } else { 4 * MAX_WARPS * SUM_BYTES },
             ..SOURCE
         };
         Ok(Self { spec, kernel: source.kernel(spec.entry(), dependent, variables)? })
@@ -301,14 +282,6 @@ impl Matvec {
     /// [`Error::TooLarge`] beyond 2³¹ of anything, and where staged rows do not fit into shared memory,
     /// [`Error::GridTooLarge`] beyond half a million rows.
     pub fn launch(&self, shape: MatvecShape, multiprocessors: u32) -> Result<Launch, Error> {
-        if self.spec.one {
-            // As many warps as can run at once, if each has as much to do as the others.
-            let warps = 8;
-            let tiles = shape.features.div_ceil(self.spec.one_features());
-            let resident = (multiprocessors * 2 * warps).max(1);
-            let turns = tiles.div_ceil(resident).max(1);
-            return self.launch_as(shape, Geometry { warps, blocks: tiles.div_ceil(turns * warps) });
-        }
         let tiles = shape.features.div_ceil(TILE);
         // More warps where tiles are few, so that enough loads are under way.
         let warps = if tiles <= multiprocessors { 16 } else { 8 };
@@ -333,9 +306,6 @@ impl Matvec {
             if value > limit {
                 return Err(Error::TooLarge { kernel: FAMILY, field, value, limit });
             }
-        }
-        if self.spec.one && rows > 1 {
-            return Err(Error::TooLarge { kernel: FAMILY, field: "rows", value: rows, limit: 1 });
         }
         let vector = self.spec.vector;
         if !width.is_multiple_of(vector) {

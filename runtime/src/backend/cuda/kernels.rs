@@ -242,8 +242,7 @@ impl Kernels {
             &[args.x.stride, args.weight.stride],
             &[args.x.address, args.weight.address, norm[0], norm[1]],
         );
-        let one = args.shape.rows == 1 && vector > 1;
-        let spec = MatvecSpec { dtype, input, gated, vector, one, dependent: self.dependent };
+        let spec = MatvecSpec { dtype, input, gated, vector, dependent: self.dependent };
         let entry = self.matvec.get(&self.gpu, spec, Matvec::new, Matvec::kernel)?;
         let launch = entry.descriptor.launch(args.shape, self.gpu.device().multiprocessors);
         if let (Err(ptx::Error::TooLarge { .. }), matvec::Input::Staged) = (&launch, input) {

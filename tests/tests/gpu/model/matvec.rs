@@ -20,7 +20,7 @@ pub fn run(run: &mut Run<'_>) {
         run.variant(matvec.kernel(), |device, random| {
             let (unit, weight_type) = (spec.vector as usize, dtype(spec.dtype));
             let staged = spec.input == Input::Staged;
-            let rows = if spec.one { 1 } else { random.pick(&[1, 1, 2, 3, 7, 8, 11]) };
+            let rows = random.pick(&[1, 1, 2, 3, 7, 8, 11]);
             let features = 1 + random.below(random.clone().pick(&if small { [20, 40] } else { [40, 700] }));
             // Eight staged rows and the sums of many warps must fit 96 KiB of shared memory.
             let most = match (small, staged) {
@@ -63,6 +63,7 @@ pub fn run(run: &mut Run<'_>) {
                 activation,
                 store,
                 out: out.upload(device),
+                early: random.pick(&[0, 16, 1024, 1 << 20]),
             };
             // As it is launched, and with any other geometry.
             let launch = if random.one_in(2) {
