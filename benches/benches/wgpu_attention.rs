@@ -35,7 +35,7 @@ fn main() {
     }
     println!("{report}");
     let (device, queue) = pollster::block_on(backend::open(report.index)).unwrap();
-    let context = Context::new(device, queue).unwrap();
+    let context = Context::new(device, queue).unwrap().with_matrices(&report.matrices);
     let gpu = Gpu::new(&context, report.device_type == DeviceType::Cpu);
     let ceiling = gpu.read_ceiling();
     println!("read ceiling {ceiling:.0} GB/s");

@@ -6,8 +6,8 @@
 
 use minijinja::context;
 
-use crate::kernel::{Arg, Kernel, Launch, Param, ParamType, Target};
-use crate::{Error, template};
+use crate::Error;
+use crate::kernel::{Arg, Launch, Param, ParamType, Source, Target, descriptor};
 
 /// Family and template name.
 const FAMILY: &str = "copy_blocks";
@@ -213,12 +213,10 @@ impl CopyBlocksArgs {
     }
 }
 
-/// One variant, rendered.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CopyBlocks {
-    spec: CopyBlocksSpec,
-    kernel: Kernel,
-}
+descriptor!(
+    /// One variant, rendered.
+    CopyBlocks of CopyBlocksSpec
+);
 
 impl CopyBlocks {
     /// Renders a variant.
@@ -240,45 +238,16 @@ impl CopyBlocks {
                 return Err(Error::UnsupportedTuning { kernel: FAMILY, what, bounds });
             }
         }
-        let target = Target::from(80, (7, 4));
-        let entry = spec.entry();
-        let variables = context! {
-            entry => &entry,
-            sm => target.sm,
-            ptx_version => format!("{}.{}", target.ptx.0, target.ptx.1),
-            threads,
-            bytes,
-            in_flight,
+        let source = Source {
+            family: FAMILY,
+            text: include_str!("../kernels/copy_blocks.ptx"),
+            params: &PARAMS,
+            max_threads: threads,
+            static_shared: 0,
+            dynamic_shared: 0,
         };
-        let text = template::render(FAMILY, include_str!("../kernels/copy_blocks.ptx"), variables)?;
-        Ok(Self {
-            spec,
-            kernel: Kernel {
-                family: FAMILY,
-                entry,
-                text,
-                target,
-                params: PARAMS.to_vec(),
-                max_threads: threads,
-                static_shared: 0,
-                dynamic_shared: 0,
-            },
-        })
-    }
-
-    /// The variant.
-    pub fn spec(&self) -> CopyBlocksSpec {
-        self.spec
-    }
-
-    /// The rendered kernel.
-    pub fn kernel(&self) -> &Kernel {
-        &self.kernel
-    }
-
-    /// The rendered kernel, by value.
-    pub fn into_kernel(self) -> Kernel {
-        self.kernel
+        let variables = context! { threads, bytes, in_flight };
+        Ok(Self { spec, kernel: source.render(spec.entry(), Target::from(80, (7, 4)), variables)? })
     }
 
     /// Grid and block for a shape: a thread block for each work item, but no more than `thread_blocks` if that is given;

@@ -6,8 +6,8 @@
 
 use minijinja::context;
 
-use crate::kernel::{Arg, Kernel, Launch, Param, ParamType, Target};
-use crate::{DType, Error, template};
+use crate::kernel::{Arg, Kernel, Launch, Param, ParamType, Source, Target};
+use crate::{DType, Error};
 
 /// Family and template name.
 const FAMILY: &str = "counter";
@@ -70,32 +70,18 @@ impl Counter {
         if dtype.is_fp8() {
             return Err(Error::UnsupportedTypes { kernel: FAMILY, source_dtype: dtype, cache: dtype });
         }
-        let target = Target::from(80, (7, 4));
-        let entry = format!("{FAMILY}_{dtype}");
-        let vector = 16 / dtype.size();
-        let variables = context! {
-            entry => &entry,
-            sm => target.sm,
-            ptx_version => format!("{}.{}", target.ptx.0, target.ptx.1),
-            dtype => dtype.name(),
-            size => dtype.size(),
-            vector,
-            threads => THREADS,
+        let source = Source {
+            family: FAMILY,
+            text: include_str!("../kernels/counter.ptx"),
+            params: &PARAMS,
+            max_threads: THREADS,
+            static_shared: 0,
+            dynamic_shared: 0,
         };
-        let text = template::render(FAMILY, include_str!("../kernels/counter.ptx"), variables)?;
-        Ok(Self {
-            vector,
-            kernel: Kernel {
-                family: FAMILY,
-                entry,
-                text,
-                target,
-                params: PARAMS.to_vec(),
-                max_threads: THREADS,
-                static_shared: 0,
-                dynamic_shared: 0,
-            },
-        })
+        let vector = 16 / dtype.size();
+        let variables = context! { dtype => dtype.name(), size => dtype.size(), vector, threads => THREADS };
+        let kernel = source.render(format!("{FAMILY}_{dtype}"), Target::from(80, (7, 4)), variables)?;
+        Ok(Self { vector, kernel })
     }
 
     /// The rendered kernel.

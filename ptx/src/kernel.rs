@@ -2,6 +2,10 @@
 
 use std::fmt;
 
+use minijinja::{Value, context};
+
+use crate::{Error, template};
+
 /// The GPU and driver that a kernel needs at least.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Target {
@@ -231,3 +235,71 @@ impl Kernel {
         )
     }
 }
+
+/// What the variants of a family are rendered from.
+pub(crate) struct Source {
+    /// Family and template name.
+    pub(crate) family: &'static str,
+    pub(crate) text: &'static str,
+    pub(crate) params: &'static [Param],
+    pub(crate) max_threads: u32,
+    pub(crate) static_shared: u32,
+    pub(crate) dynamic_shared: u32,
+}
+
+impl Source {
+    /// Renders a variant. Beside `variables` the template is told `entry`, `sm`, `ptx_version` and `max_threads`.
+    pub(crate) fn render(&self, entry: String, target: Target, variables: Value) -> Result<Kernel, Error> {
+        let text = template::render(
+            self.family,
+            self.text,
+            context! {
+                entry => &entry,
+                sm => target.sm,
+                ptx_version => format!("{}.{}", target.ptx.0, target.ptx.1),
+                max_threads => self.max_threads,
+                ..variables
+            },
+        )?;
+        Ok(Kernel {
+            family: self.family,
+            entry,
+            text,
+            target,
+            params: self.params.to_vec(),
+            max_threads: self.max_threads,
+            static_shared: self.static_shared,
+            dynamic_shared: self.dynamic_shared,
+        })
+    }
+}
+
+/// A descriptor: a variant and what was rendered for it.
+macro_rules! descriptor {
+    ($(#[$about:meta])* $name:ident of $spec:ident) => {
+        $(#[$about])*
+        #[derive(Clone, Debug, PartialEq, Eq)]
+        pub struct $name {
+            spec: $spec,
+            kernel: $crate::Kernel,
+        }
+
+        impl $name {
+            /// The variant.
+            pub fn spec(&self) -> $spec {
+                self.spec
+            }
+
+            /// The rendered kernel.
+            pub fn kernel(&self) -> &$crate::Kernel {
+                &self.kernel
+            }
+
+            /// The rendered kernel, by value.
+            pub fn into_kernel(self) -> $crate::Kernel {
+                self.kernel
+            }
+        }
+    };
+}
+pub(crate) use descriptor;

@@ -5,8 +5,8 @@
 
 use minijinja::context;
 
-use crate::kernel::{Arg, Kernel, Launch, Param, ParamType, Target};
-use crate::{DType, Error, template};
+use crate::kernel::{Arg, Launch, Param, ParamType, Source, Target, descriptor};
+use crate::{DType, Error};
 
 /// Family and template name.
 const FAMILY: &str = "merge_states";
@@ -166,12 +166,10 @@ impl MergeStatesArgs {
     }
 }
 
-/// One variant, rendered.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MergeStates {
-    spec: MergeStatesSpec,
-    kernel: Kernel,
-}
+descriptor!(
+    /// One variant, rendered.
+    MergeStates of MergeStatesSpec
+);
 
 impl MergeStates {
     /// Renders a variant.
@@ -188,13 +186,15 @@ impl MergeStates {
         if vector != 1 && vector != widest {
             return Err(Error::UnsupportedVector { kernel: FAMILY, vector, source_dtype: part, widest });
         }
-        let target = Target::from(80, (7, 4));
-        let entry = spec.entry();
+        let source = Source {
+            family: FAMILY,
+            text: include_str!("../kernels/merge_states.ptx"),
+            params: &PARAMS,
+            max_threads: MAX_THREADS,
+            static_shared: 0,
+            dynamic_shared: 0,
+        };
         let variables = context! {
-            entry => &entry,
-            sm => target.sm,
-            ptx_version => format!("{}.{}", target.ptx.0, target.ptx.1),
-            max_threads => MAX_THREADS,
             part_dtype => part.name(),
             part_size => part.size(),
             out_dtype => out.name(),
@@ -202,35 +202,7 @@ impl MergeStates {
             vector,
             in_flight => IN_FLIGHT,
         };
-        let text = template::render(FAMILY, include_str!("../kernels/merge_states.ptx"), variables)?;
-        Ok(Self {
-            spec,
-            kernel: Kernel {
-                family: FAMILY,
-                entry,
-                text,
-                target,
-                params: PARAMS.to_vec(),
-                max_threads: MAX_THREADS,
-                static_shared: 0,
-                dynamic_shared: 0,
-            },
-        })
-    }
-
-    /// The variant.
-    pub fn spec(&self) -> MergeStatesSpec {
-        self.spec
-    }
-
-    /// The rendered kernel.
-    pub fn kernel(&self) -> &Kernel {
-        &self.kernel
-    }
-
-    /// The rendered kernel, by value.
-    pub fn into_kernel(self) -> Kernel {
-        self.kernel
+        Ok(Self { spec, kernel: source.render(spec.entry(), Target::from(80, (7, 4)), variables)? })
     }
 
     /// Grid and block for a shape: threads run along a head's elements, then heads, then rows.

@@ -5,8 +5,8 @@
 
 use minijinja::context;
 
-use crate::kernel::{Arg, Kernel, Launch, Param, ParamType, Target};
-use crate::{Error, template};
+use crate::Error;
+use crate::kernel::{Arg, Kernel, Launch, Param, ParamType, Source, Target};
 
 /// Family and template name.
 const FAMILY: &str = "page_read";
@@ -83,32 +83,17 @@ impl PageRead {
     /// # Errors
     /// [`Error::Template`], which is a defect of this crate.
     pub fn new(merges: bool) -> Result<Self, Error> {
-        let target = Target::from(80, (7, 0));
+        let source = Source {
+            family: FAMILY,
+            text: include_str!("../kernels/page_read.ptx"),
+            params: &PARAMS,
+            max_threads: THREADS,
+            static_shared: if merges { 4 + THREADS / 8 } else { 0 },
+            dynamic_shared: 0,
+        };
         let entry = format!("{FAMILY}{}", if merges { "_merged" } else { "" });
-        let text = template::render(
-            FAMILY,
-            include_str!("../kernels/page_read.ptx"),
-            context! {
-                entry => &entry,
-                sm => target.sm,
-                ptx_version => format!("{}.{}", target.ptx.0, target.ptx.1),
-                threads => THREADS,
-                pages_in_flight => PAGES_IN_FLIGHT,
-                merges,
-            },
-        )?;
-        Ok(Self {
-            kernel: Kernel {
-                family: FAMILY,
-                entry,
-                text,
-                target,
-                params: PARAMS.to_vec(),
-                max_threads: THREADS,
-                static_shared: if merges { 4 + THREADS / 8 } else { 0 },
-                dynamic_shared: 0,
-            },
-        })
+        let variables = context! { threads => THREADS, pages_in_flight => PAGES_IN_FLIGHT, merges };
+        Ok(Self { kernel: source.render(entry, Target::from(80, (7, 0)), variables)? })
     }
 
     /// The rendered kernel.

@@ -1,5 +1,5 @@
 //# Variables: name, q, kv (element types); unit (WGSL type of the cache's elements), unit_words; lanes, chunks,
-//# vectors (vec4<f32> of a unit), queries, rows, groups, workgroup_size; subgroups, bits, kept, ahead (booleans);
+//# vectors (vec4<f32> of a unit), queries, rows, groups, workgroup_size; subgroups, bits, kept, ahead, half (booleans);
 //# gather_queries (queries whose outputs the groups add up at a time), scratch (vec4<f32> of workgroup memory).
 //% import "lib/attention.wgsl" as attention_lib
 //% import "lib/elements.wgsl" as elements_lib
@@ -36,6 +36,18 @@
 // Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention"
 // (SOSP 2023), section 4.1; splits as in Flash-Decoding (Dao et al., 2023); softmax as Milakov and Gimelshein (2018).
 
+//% if half
+enable f16;
+
+//% endif
+//% if half and vectors == 2
+// Eight elements of the cache.
+struct Unit {
+    @align(16) low: vec4<f16>,
+    high: vec4<f16>,
+}
+
+//% endif
 ${ attention_lib.interface(unit) }
 
 // First the queries, [queries, ${ parts }, lanes]; in the end the groups' outputs.
@@ -52,7 +64,9 @@ var<workgroup> weights: array<f32, ${ (rows + 1) * queries * groups }>;
 ${ elements_lib.load_query(q) }
 
 //% if kv != "f32"
+//% if not half
 ${ elements_lib.widen(kv) }
+//% endif
 //% endif
 
 ${ elements_lib.store_out(q) }
@@ -189,6 +203,11 @@ fn decode(
 //% for c in range(chunks)
 //% if kv == "f32"
         let x_${ r }_${ c } = bitcast<vec4<f32>>(k_${ r }_${ c });
+//% elif half and vectors == 1
+        let x_${ r }_${ c } = vec4<f32>(k_${ r }_${ c });
+//% elif half
+        let x_${ r }_${ 2 * c } = vec4<f32>(k_${ r }_${ c }.low);
+        let x_${ r }_${ 2 * c + 1 } = vec4<f32>(k_${ r }_${ c }.high);
 //% elif vectors == 1
         let x_${ r }_${ c } = vec4<f32>(widen(k_${ r }_${ c }.x), widen(k_${ r }_${ c }.y));
 //% else
@@ -276,7 +295,13 @@ fn decode(
         let seen_${ r } = key_${ r } < end && ((word_${ r } >> (key_${ r } & 31u)) & 1u) != 0u;
         // A key that nobody sees may hold anything: 0 * NaN is NaN.
 //% for c in range(chunks)
+//% if half
+        if (!seen_${ r }) {
+            v_${ r }_${ c } = ${ unit }();
+        }
+//% else
         v_${ r }_${ c } = select(${ unit }(0u), v_${ r }_${ c }, seen_${ r });
+//% endif
 //% endfor
 //% else
         let seen_${ r } = key_${ r } < end;
@@ -324,6 +349,11 @@ fn decode(
 //% for c in range(chunks)
 //% if kv == "f32"
         let y_${ r }_${ c } = bitcast<vec4<f32>>(v_${ r }_${ c });
+//% elif half and vectors == 1
+        let y_${ r }_${ c } = vec4<f32>(v_${ r }_${ c });
+//% elif half
+        let y_${ r }_${ 2 * c } = vec4<f32>(v_${ r }_${ c }.low);
+        let y_${ r }_${ 2 * c + 1 } = vec4<f32>(v_${ r }_${ c }.high);
 //% elif vectors == 1
         let y_${ r }_${ c } = vec4<f32>(widen(v_${ r }_${ c }.x), widen(v_${ r }_${ c }.y));
 //% else

@@ -162,6 +162,7 @@ impl CopyBlocks {
             workgroup_size: WORKGROUP_SIZE,
             needs_f16: false,
             needs_subgroups: false,
+            needs_matrices: false,
         };
         Ok(Self { shader })
     }

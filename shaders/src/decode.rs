@@ -276,7 +276,7 @@ impl Decode {
             return Err(Error::NoSuchVariant { kernel: FAMILY, name });
         }
         let DecodeSpec { lanes, chunks, queries, tuning, .. } = spec;
-        let DecodeTuning { rows, workgroup_size, kept, ahead } = tuning;
+        let DecodeTuning { rows, workgroup_size, kept, ahead, half } = tuning;
         let share = lanes / queries;
         let offsets: Vec<u32> = (0..share.trailing_zeros()).rev().map(|bit| 1 << bit).collect();
         let unit_size = spec.unit.bytes();
@@ -284,7 +284,11 @@ impl Decode {
             name,
             q => spec.q.name(),
             kv => spec.kv.name(),
-            unit => spec.unit.wgsl(),
+            unit => match (half, spec.unit) {
+                (false, unit) => unit.wgsl(),
+                (true, Unit::Vec4) => "Unit",
+                (true, Unit::Vec2) => "vec4<f16>",
+            },
             unit_words => unit_size / 4,
             lanes,
             chunks,
@@ -297,6 +301,7 @@ impl Decode {
             bits => spec.bits,
             kept,
             ahead,
+            half,
             offsets,
             gather_queries => spec.gather_queries(),
             scratch => spec.scratch(),
@@ -308,8 +313,9 @@ impl Decode {
             text,
             bindings: bindings(unit_size),
             workgroup_size,
-            needs_f16: false,
+            needs_f16: half,
             needs_subgroups: spec.subgroups,
+            needs_matrices: false,
         };
         Ok(Self { spec, shader })
     }
@@ -370,6 +376,7 @@ impl DecodeMerge {
             workgroup_size: MERGE_WORKGROUP,
             needs_f16: false,
             needs_subgroups: false,
+            needs_matrices: false,
         };
         Ok(Self { shader })
     }

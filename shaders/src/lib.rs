@@ -20,7 +20,7 @@
 //! | [`mod@decode`] | attends over a paged cache, keys split over workgroups, and merges the splits |
 //! | [`model`] | the dense layers of a transformer: products, norms, activations, tables, argmax |
 //! | [`mod@merge_states`] | merges attention over disjoint sets of keys by its log-sum-exp |
-//! | [`mod@prefill`] | attends over a paged cache, many query rows of a sequence in tiles |
+//! | [`mod@prefill`] | attends over a paged cache, many query rows of a sequence in tiles, on matrix units where there are some |
 //! | [`mod@write_kv`] | stores new K and V rows into cache blocks, given by a slot mapping |
 
 pub mod copy_blocks;
@@ -50,8 +50,8 @@ pub fn all_shaders() -> Result<Vec<Shader>, Error> {
     for spec in decode::DecodeSpec::all() {
         shaders.push(decode::Decode::new(spec)?.into_shader());
     }
-    for spec in prefill::PrefillSpec::all() {
-        shaders.push(prefill::Prefill::new(spec)?.into_shader());
+    for kernel in prefill::PrefillKernel::all() {
+        shaders.push(prefill::Prefill::new(kernel)?.into_shader());
     }
     for unit in copy_blocks::CopyUnit::ALL {
         shaders.push(copy_blocks::CopyBlocks::new(unit)?.into_shader());

@@ -199,6 +199,7 @@ impl MergeStates {
             workgroup_size: WORKGROUP_SIZE,
             needs_f16: false,
             needs_subgroups: false,
+            needs_matrices: false,
         };
         Ok(Self { shader })
     }

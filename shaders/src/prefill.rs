@@ -1,9 +1,14 @@
 //! `prefill`: many query rows of a sequence attend to its keys in a paged cache, in tiles through workgroup memory.
 //!
-//! Owns the choice of variant and the form of its items in the plan; the kernel is `kernels/prefill.wgsl`. Parameters
-//! and bindings are those of [`decode`](crate::decode), and `decode_merge` merges the rows that are split.
+//! Owns the choice of variant and the form of its items in the plan; the kernel is `kernels/prefill.wgsl`, and
+//! `kernels/prefill_matrix.wgsl` on matrix units. Parameters and bindings are those of [`decode`](crate::decode), and
+//! `decode_merge` merges the rows that are split.
 
-use minijinja::context;
+mod matrix;
+
+use minijinja::{Value, context};
+
+pub use matrix::{MOST_HEAD_DIM, MatrixNeeds, MatrixShape, MatrixSpec, MatrixTuning};
 
 use crate::decode::{DecodeArgs, PARAM_WORDS, bindings};
 use crate::shader::Shader;
@@ -128,16 +133,6 @@ impl PrefillSpec {
         self.tuning.workgroup_size / LANES * 4 * self.tuning.row_quads
     }
 
-    /// Queries of a tile, where so many query heads share a KV head.
-    pub fn queries(self, group: u32) -> u32 {
-        (self.rows() / group.max(1)).max(1)
-    }
-
-    /// Workgroups of an item for each KV head.
-    pub fn head_tiles(self, group: u32) -> u32 {
-        group.max(1).div_ceil(self.rows())
-    }
-
     /// V rows that are staged at a time.
     fn value_keys(self) -> u32 {
         (LANES / self.columns.next_power_of_two()).max(4)
@@ -210,7 +205,35 @@ impl PrefillSpec {
         found
     }
 
-    /// The contents of the uniform buffer, the same for all tunings.
+    /// What the template is rendered with.
+    fn variables(self) -> Value {
+        let [q_stride, k_stride, p_stride] = self.strides();
+        let unit = match self.kv {
+            DType::F32 => "vec4<u32>",
+            _ if self.half => "vec4<f16>",
+            _ => "vec2<u32>",
+        };
+        context! {
+            name => self.name(),
+            q => self.q.name(),
+            kv => self.kv.name(),
+            unit,
+            half => self.half,
+            rows => self.rows(),
+            row_quads => self.tuning.row_quads,
+            chunk => self.tuning.chunk,
+            q_stride,
+            k_stride,
+            p_stride,
+            columns => self.columns,
+            value_keys => self.value_keys(),
+            tile => self.tile(),
+            bits => self.bits,
+            workgroup_size => self.tuning.workgroup_size,
+        }
+    }
+
+    /// The contents of the uniform buffer, the same for all variants of both kernels.
     ///
     /// # Errors
     /// [`Error::NotDivisible`] when four elements do not divide an offset, stride or head dimension of the caches, or
@@ -220,10 +243,68 @@ impl PrefillSpec {
     }
 }
 
+/// One of the two kernels, in a variant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PrefillKernel {
+    /// In registers and workgroup memory: any types, any device.
+    Tiled(PrefillSpec),
+    /// On matrix units.
+    Matrix(MatrixSpec),
+}
+
+impl PrefillKernel {
+    /// Every variant of both.
+    pub fn all() -> Vec<Self> {
+        let tiled = PrefillSpec::all().into_iter().map(Self::Tiled);
+        tiled.chain(MatrixSpec::all().into_iter().map(Self::Matrix)).collect()
+    }
+
+    /// Rows of a tile, each one query head of one query.
+    pub fn rows(self) -> u32 {
+        match self {
+            Self::Tiled(spec) => spec.rows(),
+            Self::Matrix(spec) => spec.rows(),
+        }
+    }
+
+    /// Queries of a tile, where so many query heads share a KV head.
+    pub fn queries(self, group: u32) -> u32 {
+        (self.rows() / group.max(1)).max(1)
+    }
+
+    /// Workgroups of an item for each KV head.
+    pub fn head_tiles(self, group: u32) -> u32 {
+        group.max(1).div_ceil(self.rows())
+    }
+
+    /// Bytes of workgroup memory.
+    pub fn workgroup_memory(self) -> u32 {
+        match self {
+            Self::Tiled(spec) => spec.workgroup_memory(),
+            Self::Matrix(spec) => spec.workgroup_memory(),
+        }
+    }
+
+    /// The variant's name.
+    pub fn name(self) -> String {
+        match self {
+            Self::Tiled(spec) => spec.name(),
+            Self::Matrix(spec) => spec.name(),
+        }
+    }
+
+    fn exists(self) -> bool {
+        match self {
+            Self::Tiled(spec) => spec.exists(),
+            Self::Matrix(spec) => spec.exists(),
+        }
+    }
+}
+
 /// One variant, rendered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Prefill {
-    spec: PrefillSpec,
+    kernel: PrefillKernel,
     shader: Shader,
 }
 
@@ -232,51 +313,40 @@ impl Prefill {
     ///
     /// # Errors
     /// [`Error::Template`]: a defect of this crate. [`Error::NoSuchVariant`] for a specification out of its bounds.
-    pub fn new(spec: PrefillSpec) -> Result<Self, Error> {
-        let name = spec.name();
-        if !spec.exists() {
-            return Err(Error::NoSuchVariant { kernel: FAMILY, name });
+    pub fn new(kernel: PrefillKernel) -> Result<Self, Error> {
+        let name = kernel.name();
+        let (family, source) = match kernel {
+            PrefillKernel::Tiled(_) => (FAMILY, include_str!("../kernels/prefill.wgsl")),
+            PrefillKernel::Matrix(_) => (matrix::FAMILY, include_str!("../kernels/prefill_matrix.wgsl")),
+        };
+        if !kernel.exists() {
+            return Err(Error::NoSuchVariant { kernel: family, name });
         }
-        let [q_stride, k_stride, p_stride] = spec.strides();
-        let (unit, unit_size) = match spec.kv {
-            DType::F32 => ("vec4<u32>", 16),
-            _ if spec.half => ("vec4<f16>", 8),
-            _ => ("vec2<u32>", 8),
+        let (variables, unit_size, workgroup_size, half) = match kernel {
+            PrefillKernel::Tiled(spec) => {
+                let unit_size = if spec.kv == DType::F32 { 16 } else { 8 };
+                (spec.variables(), unit_size, spec.tuning.workgroup_size, spec.half)
+            }
+            PrefillKernel::Matrix(spec) => (spec.variables(), 8, spec.workgroup_size(), true),
         };
-        let variables = context! {
-            name => name.clone(),
-            q => spec.q.name(),
-            kv => spec.kv.name(),
-            unit,
-            half => spec.half,
-            rows => spec.rows(),
-            row_quads => spec.tuning.row_quads,
-            chunk => spec.tuning.chunk,
-            q_stride,
-            k_stride,
-            p_stride,
-            columns => spec.columns,
-            value_keys => spec.value_keys(),
-            tile => spec.tile(),
-            bits => spec.bits,
-            workgroup_size => spec.tuning.workgroup_size,
-        };
-        let text = template::render(FAMILY, include_str!("../kernels/prefill.wgsl"), variables)?;
+        let text = template::render(family, source, variables)?;
+        let matrices = matches!(kernel, PrefillKernel::Matrix(_));
         let shader = Shader {
-            family: FAMILY,
+            family,
             name,
             text,
             bindings: bindings(unit_size),
-            workgroup_size: spec.tuning.workgroup_size,
-            needs_f16: spec.half,
-            needs_subgroups: false,
+            workgroup_size,
+            needs_f16: half,
+            needs_subgroups: matrices,
+            needs_matrices: matrices,
         };
-        Ok(Self { spec, shader })
+        Ok(Self { kernel, shader })
     }
 
     /// The variant.
-    pub fn spec(&self) -> PrefillSpec {
-        self.spec
+    pub fn kernel(&self) -> PrefillKernel {
+        self.kernel
     }
 
     /// The rendered kernel.

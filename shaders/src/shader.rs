@@ -37,6 +37,7 @@ pub struct Shader {
     pub(crate) workgroup_size: u32,
     pub(crate) needs_f16: bool,
     pub(crate) needs_subgroups: bool,
+    pub(crate) needs_matrices: bool,
 }
 
 impl Shader {
@@ -53,6 +54,12 @@ impl Shader {
     /// The WGSL text, a whole module with one entry point.
     pub fn text(&self) -> &str {
         &self.text
+    }
+
+    /// The same kernel with another text, which must have the same entry point and bindings: for planted faults.
+    #[must_use]
+    pub fn with_text(self, text: String) -> Self {
+        Self { text, ..self }
     }
 
     /// The entry point.
@@ -78,5 +85,11 @@ impl Shader {
     /// Whether the device must have subgroup operations.
     pub fn needs_subgroups(&self) -> bool {
         self.needs_subgroups
+    }
+
+    /// Whether the device must have cooperative matrices, of the variant's shape. naga translates such a kernel to SPIR-V
+    /// and MSL only.
+    pub fn needs_matrices(&self) -> bool {
+        self.needs_matrices
     }
 }

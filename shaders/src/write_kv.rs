@@ -268,6 +268,7 @@ impl WriteKv {
                 workgroup_size: WORKGROUP_SIZE,
                 needs_f16: access == Access::Half,
                 needs_subgroups: false,
+                needs_matrices: false,
             },
         })
     }

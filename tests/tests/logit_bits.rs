@@ -8,10 +8,9 @@ use pagewise_attention::DType;
 use pagewise_runtime::backend::AttentionSpec;
 use pagewise_runtime::backend::cpu::CpuBackend;
 use pagewise_runtime::executor::{Executor, ModelExecutor};
-use pagewise_runtime::model_dir::{ModelDir, Weights};
-use pagewise_runtime::models::{WeightSource, load_model};
-use pagewise_runtime::plan::{BlockId, Chunk, LogitRows, SequenceId, StepPlan, TokenInput};
-use pagewise_tests::{FIXTURES, fixture, smollm2_f32};
+use pagewise_runtime::model_dir::ModelDir;
+use pagewise_runtime::plan::{BlockId, LogitRows, SequenceId, StepPlan};
+use pagewise_tests::{FIXTURES, Sequence, executor, fixture, smollm2_f32};
 use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
@@ -80,14 +79,6 @@ struct Subject<'a> {
 /// Rows of logits as bits, by prompt and position.
 type Rows = HashMap<(usize, usize), Vec<u32>>;
 
-/// A prompt in the making.
-struct Sequence<'a> {
-    prompt: &'a [u32],
-    computed: usize,
-    /// One a KV group.
-    tables: Vec<Vec<BlockId>>,
-}
-
 /// A model with a cache whose blocks are handed out in a scrambled order.
 struct Machine {
     executor: ModelExecutor<CpuBackend>,
@@ -100,16 +91,13 @@ struct Machine {
 impl Machine {
     fn new(subject: &Subject<'_>, way: Way) -> Self {
         let ModelDir { config, .. } = ModelDir::open(subject.dir).unwrap();
-        let weights =
-            WeightSource::Files { weights: Weights::open(subject.dir).unwrap(), dtype: subject.dtype };
         let backend = CpuBackend::new(Some(way.threads)).unwrap();
-        let model = load_model(&config, &weights, &backend).unwrap();
         let groups = config.kv_groups().0.len();
         let block_size = way.block_size;
         let blocks = |prompt: &Vec<u32>| prompt.len().div_ceil(block_size);
         let num_blocks = 2 * groups * subject.prompts.iter().map(blocks).sum::<usize>();
         let spec = AttentionSpec::new(&config, subject.kv_dtype, block_size, num_blocks);
-        let executor = ModelExecutor::new(backend, model, spec, config.vocab_size).unwrap();
+        let executor = executor(backend, subject.dir, subject.dtype, spec);
         // 7919 is a prime that divides no such number of blocks, so that the order is a permutation.
         assert!(!num_blocks.is_multiple_of(7919));
         let free = (0..num_blocks).map(|i| (i * 7919 % num_blocks) as BlockId).collect();
@@ -117,31 +105,19 @@ impl Machine {
     }
 
     /// A step for some sequences, each with a number of tokens.
-    fn step(&mut self, work: &mut [(usize, &mut Sequence<'_>, usize)], logits: LogitRows, rows: &mut Rows) {
+    fn step(&mut self, work: &mut [(usize, &mut Sequence, usize)], logits: LogitRows, rows: &mut Rows) {
         let mut plan = StepPlan { id: self.steps, ..StepPlan::default() };
         self.steps += 1;
         let mut wanted = Vec::new();
         for (index, sequence, count) in work.iter_mut() {
             let (start, end) = (sequence.computed, sequence.computed + *count);
-            for table in &mut sequence.tables {
-                while table.len() * self.block_size < end {
-                    table.push(self.free.pop().unwrap());
-                }
-            }
-            plan.chunks.push(Chunk {
-                sequence: SequenceId(*index as u64),
-                tokens: sequence.prompt[start..end].iter().map(|&token| TokenInput::Known(token)).collect(),
-                start,
-                block_tables: sequence.tables.clone(),
-                logits,
-            });
+            plan.chunks.push(sequence.next_chunk(*count, self.block_size, &mut self.free, logits));
             let first = match logits {
                 LogitRows::All => start,
                 LogitRows::Last => end - 1,
                 LogitRows::None => end,
             };
             wanted.extend((first..end).map(|position| (*index, position)));
-            sequence.computed = end;
         }
         let output = self.executor.execute(&plan).unwrap();
         let found = output.logits.chunks_exact(output.vocab_size);
@@ -160,13 +136,15 @@ impl Machine {
         logits: LogitRows,
     ) -> (Rows, Vec<Vec<Vec<BlockId>>>) {
         let mut rows = Rows::new();
-        let begin = prompts.iter().zip(cached);
-        let mut sequences: Vec<Sequence<'_>> =
-            begin.map(|(&(_, prompt), (computed, tables))| Sequence { prompt, computed, tables }).collect();
+        let begin = |(&(index, prompt), (computed, tables)): (&(usize, &[u32]), _)| {
+            let id = SequenceId(index as u64);
+            Sequence { id, tokens: prompt.to_vec(), computed, tables }
+        };
+        let mut sequences: Vec<Sequence> = prompts.iter().zip(cached).map(begin).collect();
         for step in 0.. {
             let mut work = Vec::new();
             for (i, (&(index, _), sequence)) in prompts.iter().zip(&mut sequences).enumerate() {
-                let count = (sequence.prompt.len() - sequence.computed).min(way.chunk);
+                let count = (sequence.tokens.len() - sequence.computed).min(way.chunk);
                 if count > 0 && step >= i % 3 {
                     work.push((index, sequence, count));
                 }

@@ -16,6 +16,7 @@ use pagewise_attention::conformance::{
     quick, run_case,
 };
 use pagewise_attention::wgpu::shaders::decode::DecodeTuning;
+use pagewise_attention::wgpu::wgpu::Features;
 use pagewise_attention::wgpu::{
     AttentionCall, BufferRange, Context, HeadTerms, PlanOptions, PreparedAttention, StepLimits, WgpuError,
     wgpu,
@@ -114,9 +115,9 @@ fn random_options(random: &mut Random) -> PlanOptions {
 }
 
 /// Another tuning than the default, one that every configuration has.
-fn random_tuning(random: &mut Random) -> DecodeTuning {
+fn random_tuning(random: &mut Random, half: bool) -> DecodeTuning {
     let (kept, ahead) = (random.one_in(2), random.one_in(2));
-    DecodeTuning { rows: random.pick(&[1, 2]), workgroup_size: 64, kept, ahead }
+    DecodeTuning { rows: random.pick(&[1, 2]), workgroup_size: 64, kept, ahead, half }
 }
 
 #[test]
@@ -172,7 +173,10 @@ fn check_cases(contexts: Vec<(String, Context)>, whole_table: bool) {
                 _ => other_case(&kind, next),
             };
             if turn % 3 == 0 {
-                subject.tuning = random.one_in(3).then(|| random_tuning(&mut random));
+                // Of f16 caches all are read as such that can be, one time in two.
+                let halves = case.kv_dtype == DType::F16 && context.features().contains(Features::SHADER_F16);
+                let half = halves && random.one_in(2);
+                subject.tuning = (half || random.one_in(3)).then(|| random_tuning(&mut random, half));
             }
             kind = case.clone();
             subject.options = random_options(&mut random);

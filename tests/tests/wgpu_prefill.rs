@@ -10,13 +10,14 @@ mod random;
 mod wgpu_contexts;
 
 use std::collections::BTreeSet;
+use std::io::Write as _;
 
 use pagewise_attention::DType;
 use pagewise_attention::conformance::{
     AttentionData, Case, CaseMask, Layout, Outcome, Rows, ScaleKind, SequenceShape, Tables, Wgpu, run_case,
 };
-use pagewise_attention::wgpu::shaders::prefill::PrefillTuning;
-use pagewise_attention::wgpu::{Context, PlanOptions, StepLimits, WgpuError};
+use pagewise_attention::wgpu::shaders::prefill::{MatrixTuning, PrefillTuning};
+use pagewise_attention::wgpu::{Context, PlanOptions, PrefillChoice, StepLimits, WgpuError};
 use random::{Random, run_cases, run_seed};
 use wgpu_contexts::{contexts, plain_contexts};
 
@@ -103,12 +104,12 @@ fn other_case(kind: &Case, other: Case) -> Case {
 }
 
 /// How a case is planned: split or not, in tiles from two rows on or as by default.
-fn random_options(random: &mut Random, tuning: Option<PrefillTuning>) -> PlanOptions {
+fn random_options(random: &mut Random, prefill: PrefillChoice) -> PlanOptions {
     PlanOptions {
         workgroups: random.pick(&[1, 64, 1024]),
         tiles_from: random.pick(&[None, Some(2), Some(2)]),
         prefill_keys: random.pick(&[None, Some(64), Some(128), Some(320)]),
-        prefill_tuning: tuning,
+        prefill,
         ..PlanOptions::default()
     }
 }
@@ -128,6 +129,37 @@ fn random_cases_agree_with_the_oracle() {
     check_cases(contexts());
 }
 
+/// A kind of case that matrix units take, and what the kernel makes of it.
+fn matrix_case(random: &mut Random, context: &Context) -> (Case, MatrixTuning) {
+    let shape = context.matrices().unwrap();
+    let room = random.pick(&[16, 64, 64, 80, 128, 128]);
+    let rows = if room <= 64 { random.pick(&[32, 64]) } else { 32 };
+    let case = prefill_case(random, 0);
+    let head_dim_v = if random.one_in(4) { 4 * (1 + random.below(room / 4)) } else { room };
+    let case = Case { q_dtype: DType::F16, kv_dtype: DType::F16, head_dim_qk: room, head_dim_v, ..case };
+    let keys = if room <= 64 { random.pick(&[32, 64]) } else { 32 };
+    (case, MatrixTuning { strips: rows / shape.size, keys, ahead: random.one_in(2) })
+}
+
+#[test]
+fn random_cases_agree_on_matrix_units() {
+    let contexts: Vec<_> =
+        contexts().into_iter().filter(|(_, context)| context.matrices().is_some()).collect();
+    if contexts.is_empty() {
+        let _ = writeln!(std::io::stderr(), "SKIPPED: no adapter has cooperative matrices of f16");
+    }
+    check_with(contexts, |random, turn, context, kind| {
+        let (case, tuning) = matrix_case(random, context);
+        match kind {
+            Some((kind, choice)) if turn % 4 != 0 => (other_case(kind, case), *choice),
+            _ => {
+                let tuning = random.one_in(2).then_some(tuning);
+                (case, PrefillChoice::Matrix(tuning))
+            }
+        }
+    });
+}
+
 #[test]
 fn random_cases_agree_without_features_and_with_the_default_limits() {
     check_cases(plain_contexts());
@@ -136,6 +168,25 @@ fn random_cases_agree_without_features_and_with_the_default_limits() {
 /// Random cases on each context. A software driver takes a second or two to compile a variant, so cases come in fours
 /// that share one.
 fn check_cases(contexts: Vec<(String, Context)>) {
+    check_with(contexts, |random, turn, context, kind| {
+        let case = prefill_case(random, turn / 4);
+        match kind {
+            Some((kind, choice)) if turn % 4 != 0 => (other_case(kind, case), *choice),
+            _ => {
+                let memory = context.limits().max_compute_workgroup_storage_size;
+                let tuned =
+                    random.one_in(4).then(|| PrefillChoice::Tiled(Some(random_tuning(random, memory))));
+                (case, tuned.unwrap_or_default())
+            }
+        }
+    });
+}
+
+/// What `next` gives after a case and its choice, on each context.
+fn check_with(
+    contexts: Vec<(String, Context)>,
+    next: impl Fn(&mut Random, usize, &Context, Option<&(Case, PrefillChoice)>) -> (Case, PrefillChoice),
+) {
     for (adapter, context) in contexts {
         let mut subject = Wgpu::new(adapter.clone(), &context);
         let mut variants = BTreeSet::new();
@@ -166,19 +217,11 @@ fn check_cases(contexts: Vec<(String, Context)>) {
             continue;
         }
         let mut random = Random::new(run_seed());
-        let (mut tiled, mut kind, mut tuning) = (0, prefill_case(&mut random, 0), None);
+        let (mut tiled, mut kind) = (0, None);
         for turn in 0..run_cases(CASES) {
-            let next = prefill_case(&mut random, turn / 4);
-            let case = match turn % 4 {
-                0 => {
-                    let memory = context.limits().max_compute_workgroup_storage_size;
-                    tuning = random.one_in(4).then(|| random_tuning(&mut random, memory));
-                    next
-                }
-                _ => other_case(&kind, next),
-            };
-            kind = case.clone();
-            subject.options = random_options(&mut random, tuning);
+            let (case, choice) = next(&mut random, turn, &context, kind.as_ref());
+            kind = Some((case.clone(), choice));
+            subject.options = random_options(&mut random, choice);
             tiled += usize::from(check(&mut subject, &case));
         }
         eprintln!(
@@ -204,7 +247,7 @@ fn no_plan_exceeds_its_bound() {
                 &kind,
                 Case { sequences: sequences(&mut random), ..prefill_case(&mut random, turn) },
             );
-            let options = random_options(&mut random, None);
+            let options = random_options(&mut random, PrefillChoice::Fastest);
             let data = AttentionData::generate(&case);
             let problem = data.problem().unwrap();
             let plan = context.plan_attention(&problem, options).unwrap();
@@ -244,7 +287,7 @@ fn a_tiling_that_does_not_fit_names_the_limit() {
         let data = AttentionData::generate(&line.parse().unwrap());
         let problem = data.problem().unwrap();
         let tuning = PrefillTuning { row_quads: 2, workgroup_size: 256, chunk: 8, gap: true };
-        let options = PlanOptions { prefill_tuning: Some(tuning), ..PlanOptions::default() };
+        let options = PlanOptions { prefill: PrefillChoice::Tiled(Some(tuning)), ..PlanOptions::default() };
         let error = context.plan_attention(&problem, options).unwrap_err();
         let limit = "max_compute_workgroup_storage_size";
         assert!(matches!(error, WgpuError::Limit { limit: name, .. } if name == limit), "{error}");

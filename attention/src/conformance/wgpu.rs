@@ -3,13 +3,16 @@
 use ::wgpu::util::{BufferInitDescriptor, DeviceExt};
 use ::wgpu::{Buffer, BufferDescriptor, BufferUsages, MapMode, PollType};
 
-use super::subject::{AttentionTask, CopyTask, MergeTask, Refusal, Scale, Subject, SwapTask, WriteTask};
+use super::subject::{
+    AttentionTask, CopyTask, MergeTask, ProbabilityRounding, Refusal, Scale, Subject, SwapTask, WriteTask,
+};
 use crate::wgpu::shaders::decode::DecodeTuning;
+use crate::wgpu::shaders::prefill::PrefillKernel;
 use crate::wgpu::{
     AttentionCall, BufferRange, Context, CopyBlocksCall, HeadTerms, KvScale, MergeStatesCall, PlanOptions,
     SwapBlocksCall, SwapSide, WgpuError, WriteKvCall,
 };
-use crate::{HostTensor, HostTensorMut, RowStrides};
+use crate::{AttentionConfig, DType, HostTensor, HostTensorMut, RowStrides};
 
 /// The wgpu backend on one device.
 #[derive(Debug)]
@@ -139,6 +142,16 @@ impl<'a> From<Scale<'a>> for KvScale<'a> {
 impl Subject for Wgpu<'_> {
     fn name(&self) -> String {
         format!("wgpu ({})", self.name)
+    }
+
+    fn probability_rounding(&self, config: &AttentionConfig) -> ProbabilityRounding {
+        match self.context.prefill_kernel(config, self.options.prefill) {
+            // f16, relative to a maximum of at least 2^4: half its smallest number is 2^-25.
+            Ok(PrefillKernel::Matrix(_)) => {
+                ProbabilityRounding { relative: DType::F16.unit_roundoff(), absolute: 2f64.powi(-29) }
+            }
+            _ => ProbabilityRounding::default(),
+        }
     }
 
     fn attention(

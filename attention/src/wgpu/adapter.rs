@@ -3,9 +3,11 @@
 use std::fmt;
 
 use ::wgpu::{
-    Adapter, Backend, Backends, Device, DeviceDescriptor, DeviceType, Features, Instance, InstanceDescriptor,
-    Limits, Queue,
+    Adapter, AdapterInfo, Backend, Backends, CooperativeMatrixProperties, CooperativeScalarType, Device,
+    DeviceDescriptor, DeviceType, ExperimentalFeatures, Features, Instance, InstanceDescriptor, Limits,
+    Queue,
 };
+use pagewise_shaders::prefill::MatrixShape;
 
 use super::WgpuError;
 
@@ -51,13 +53,49 @@ pub fn wanted_features() -> Features {
     Features::SHADER_F16 | Features::SUBGROUP | Features::TIMESTAMP_QUERY | Features::PIPELINE_CACHE
 }
 
+/// What prefill on matrix units takes.
+pub(super) fn matrix_features() -> Features {
+    Features::EXPERIMENTAL_COOPERATIVE_MATRIX | Features::SHADER_F16 | Features::SUBGROUP
+}
+
+/// The matrices of an adapter that prefill can make use of: f16 times f16 added up in f32, square, in subgroups of one
+/// size. Through Vulkan only: the kernel's loads of vectors are not what naga writes for Metal.
+pub fn matrix_shape(info: &AdapterInfo, properties: &[CooperativeMatrixProperties]) -> Option<MatrixShape> {
+    let subgroup = Some(info.subgroup_min_size).filter(|size| *size == info.subgroup_max_size)?;
+    if info.backend != Backend::Vulkan {
+        return None;
+    }
+    let fitting = properties.iter().filter(|found| {
+        let types = (found.ab_type, found.cr_type);
+        types == (CooperativeScalarType::F16, CooperativeScalarType::F32)
+            && (found.m_size, found.m_size) == (found.n_size, found.k_size)
+            && [8, 16].contains(&found.m_size)
+            && subgroup % found.m_size == 0
+    });
+    let size = fitting.map(|found| found.m_size).max()?;
+    Some(MatrixShape { size, subgroup })
+}
+
 /// How to make a device of an adapter for this backend: its wanted features, and its own limits, since the
 /// defaults allow cache bindings of only 128 MiB.
 pub fn device_descriptor(adapter: &Adapter) -> DeviceDescriptor<'static> {
+    let matrices = matrix_shape(&adapter.get_info(), &adapter.cooperative_matrix_properties());
+    let wanted = match matrices {
+        Some(_) => wanted_features() | matrix_features(),
+        None => wanted_features(),
+    };
+    let features = adapter.features() & wanted;
+    let experimental_features = match features.intersects(Features::all_experimental_mask()) {
+        // SAFETY: the only such feature is cooperative matrices, and the only kernel that makes use of them is our own, which
+        // keeps to what wgpu asks for: matrices of a shape that the adapter reports, whole subgroups, uniform control flow.
+        true => unsafe { ExperimentalFeatures::enabled() },
+        false => ExperimentalFeatures::disabled(),
+    };
     DeviceDescriptor {
         label: Some("pagewise"),
-        required_features: adapter.features() & wanted_features(),
+        required_features: features,
         required_limits: adapter.limits(),
+        experimental_features,
         ..DeviceDescriptor::default()
     }
 }
@@ -79,6 +117,8 @@ pub struct AdapterReport {
     pub features: Features,
     /// Its limits.
     pub limits: Limits,
+    /// Its matrix units, for [`Context::with_matrices`](super::Context::with_matrices).
+    pub matrices: Vec<CooperativeMatrixProperties>,
     adapter: Adapter,
 }
 
@@ -95,6 +135,7 @@ impl AdapterReport {
             driver: format!("{} {}", info.driver, info.driver_info).trim().to_owned(),
             features: adapter.features() & wanted_features(),
             limits: adapter.limits(),
+            matrices: adapter.cooperative_matrix_properties(),
             adapter,
         }
     }

@@ -10,13 +10,13 @@ use pagewise_shaders::decode::{
     CacheRows, Decode, DecodeArgs, DecodeMerge, DecodeNeeds, DecodeSpec, DecodeTuning, LOWEST, Rows, Unit,
 };
 
-use pagewise_shaders::prefill::{PrefillNeeds, PrefillSpec, PrefillTuning};
+use pagewise_shaders::prefill::{MatrixNeeds, MatrixSpec, PrefillKernel, PrefillNeeds, PrefillSpec};
 
 use super::buffer::{Bound, Need, bind};
 use super::context::Pipeline;
 use super::dtype::shader_type;
-use super::{AttentionPlan, BufferRange, Context, WgpuError};
-use crate::{AttentionConfig, CacheLayout, KvStrides, Mask, ProblemError, RowStrides};
+use super::{AttentionPlan, BufferRange, Context, PrefillChoice, WgpuError};
+use crate::{AttentionConfig, CacheLayout, DType, KvStrides, Mask, ProblemError, RowStrides};
 
 /// What stored keys or values are multiplied with.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -305,28 +305,65 @@ impl Context {
         DecodeSpec::for_needs(needs).ok_or(WgpuError::NoVariant { kernel: "decode" })
     }
 
-    /// The prefill variant for a configuration. All of them read caches by four elements.
-    pub(super) fn prefill_spec(
+    /// The prefill kernel for a configuration. All of them read caches by four elements.
+    ///
+    /// # Errors
+    /// [`WgpuError::UnsupportedDType`]; [`WgpuError::NoVariant`] where matrix units are asked for that are not there or do
+    /// not take the types or heads; [`WgpuError::Limit`] where a tuning takes too much workgroup memory.
+    pub fn prefill_kernel(
         &self,
         config: &AttentionConfig,
-        tuning: Option<PrefillTuning>,
-    ) -> Result<PrefillSpec, WgpuError> {
-        let spec = PrefillSpec::for_needs(PrefillNeeds {
+        choice: PrefillChoice,
+    ) -> Result<PrefillKernel, WgpuError> {
+        let matrix = || self.matrix_spec(config).map(|spec| spec.map(PrefillKernel::Matrix));
+        let kernel = match choice {
+            PrefillChoice::Fastest => match matrix()? {
+                Some(kernel) => kernel,
+                None => PrefillKernel::Tiled(self.tiled_spec(config)?),
+            },
+            PrefillChoice::Tiled(tuning) => {
+                let spec = self.tiled_spec(config)?;
+                PrefillKernel::Tiled(PrefillSpec { tuning: tuning.unwrap_or(spec.tuning), ..spec })
+            }
+            PrefillChoice::Matrix(tuning) => {
+                let spec = self.matrix_spec(config)?;
+                let spec = spec.ok_or(WgpuError::NoVariant { kernel: "prefill_matrix" })?;
+                PrefillKernel::Matrix(MatrixSpec { tuning: tuning.unwrap_or(spec.tuning), ..spec })
+            }
+        };
+        let needed = kernel.workgroup_memory();
+        let found = self.limits().max_compute_workgroup_storage_size;
+        if needed > found {
+            let (limit, what) = ("max_compute_workgroup_storage_size", kernel.name());
+            return Err(WgpuError::Limit { limit, what, found: found.into(), needed: needed.into() });
+        }
+        Ok(kernel)
+    }
+
+    fn tiled_spec(&self, config: &AttentionConfig) -> Result<PrefillSpec, WgpuError> {
+        Ok(PrefillSpec::for_needs(PrefillNeeds {
             q: shader_type("queries", config.q_dtype)?,
             kv: shader_type("the cache", config.kv_dtype)?,
             head_dim_v: small("head_dim_v", config.head_dim_v)?,
             bits: config.mask == Mask::Bits,
             half: self.features().contains(Features::SHADER_F16),
             workgroup_memory: self.limits().max_compute_workgroup_storage_size,
-        });
-        let spec = PrefillSpec { tuning: tuning.unwrap_or(spec.tuning), ..spec };
-        let needed = spec.workgroup_memory();
-        let found = self.limits().max_compute_workgroup_storage_size;
-        if needed > found {
-            let (limit, what) = ("max_compute_workgroup_storage_size", spec.name());
-            return Err(WgpuError::Limit { limit, what, found: found.into(), needed: needed.into() });
+        }))
+    }
+
+    /// Matrix units take f16 alone: others would be rounded to it, or leave its range.
+    fn matrix_spec(&self, config: &AttentionConfig) -> Result<Option<MatrixSpec>, WgpuError> {
+        let Some(shape) = self.matrices() else { return Ok(None) };
+        if (config.q_dtype, config.kv_dtype) != (DType::F16, DType::F16) {
+            return Ok(None);
         }
-        Ok(spec)
+        Ok(MatrixSpec::for_needs(MatrixNeeds {
+            shape,
+            head_dim_k: small("head_dim_qk", config.head_dim_qk)?,
+            head_dim_v: small("head_dim_v", config.head_dim_v)?,
+            bits: config.mask == Mask::Bits,
+            workgroup_memory: self.limits().max_compute_workgroup_storage_size,
+        }))
     }
 
     /// The variant with the largest units that divide every offset, stride and head dimension.
@@ -342,6 +379,9 @@ impl Context {
             let Some(spec) = DecodeSpec::for_needs(self.needs(config, unit)?) else { continue };
             // The plan counts on the usual number of queries.
             let spec = DecodeSpec { queries: usual.queries, tuning: tuning.unwrap_or(spec.tuning), ..spec };
+            if spec.tuning.half && !self.features().contains(Features::SHADER_F16) {
+                continue;
+            }
             match args.uniform(spec) {
                 Ok(_) if spec.exists() => return Ok(spec),
                 Ok(_) => {}

@@ -7,17 +7,19 @@ use std::sync::{Arc, Mutex, PoisonError};
 use ::wgpu::{
     BindGroup, BindGroupDescriptor, BindGroupEntry, BindGroupLayout, BindGroupLayoutDescriptor,
     BindGroupLayoutEntry, BindingResource, BindingType, Buffer, BufferBindingType, BufferDescriptor,
-    BufferUsages, ComputePipeline, ComputePipelineDescriptor, Device, ErrorFilter, Features, Limits,
-    PipelineCache, PipelineCacheDescriptor, PipelineCompilationOptions, PipelineLayoutDescriptor, Queue,
-    ShaderModuleDescriptor, ShaderRuntimeChecks, ShaderSource, ShaderStages,
+    BufferUsages, ComputePipeline, ComputePipelineDescriptor, CooperativeMatrixProperties, Device,
+    ErrorFilter, Features, Limits, PipelineCache, PipelineCacheDescriptor, PipelineCompilationOptions,
+    PipelineLayoutDescriptor, Queue, ShaderModuleDescriptor, ShaderRuntimeChecks, ShaderSource, ShaderStages,
 };
 use pagewise_shaders::copy_blocks::{CopyBlocks, CopyUnit};
 use pagewise_shaders::decode::{Decode, DecodeMerge, DecodeSpec};
 use pagewise_shaders::merge_states::{MergeStates, MergeStatesSpec};
-use pagewise_shaders::prefill::{Prefill, PrefillSpec};
+use pagewise_shaders::prefill::{MatrixShape, Prefill, PrefillKernel};
 use pagewise_shaders::write_kv::{WriteKv, WriteKvSpec};
 use pagewise_shaders::{BindingKind, Shader};
 
+use super::adapter::{matrix_features, matrix_shape};
+use super::pipeline_cache::{seal, unseal};
 use super::{WgpuError, check_limits};
 
 /// Kernels for one device, which stays the caller's. Each pipeline is built when it is first asked for, and kept.
@@ -27,12 +29,13 @@ pub struct Context {
     queue: Queue,
     limits: Limits,
     features: Features,
+    matrices: Option<MatrixShape>,
     cache: Option<PipelineCache>,
     pub(super) write_kv: Pipelines<WriteKvSpec, WriteKv>,
     pub(super) copy_blocks: Pipelines<CopyUnit, CopyBlocks>,
     pub(super) decode: Pipelines<DecodeSpec, Decode>,
     pub(super) decode_merge: Pipelines<pagewise_shaders::DType, DecodeMerge>,
-    pub(super) prefill: Pipelines<PrefillSpec, Prefill>,
+    pub(super) prefill: Pipelines<PrefillKernel, Prefill>,
     pub(super) merge_states: Pipelines<MergeStatesSpec, MergeStates>,
 }
 
@@ -49,10 +52,10 @@ impl Context {
 
     /// The same, with what [`Context::pipeline_cache_data`] gave in an earlier run: where the device has the feature
     /// `PIPELINE_CACHE`, pipelines are then not compiled again. Data of another device or driver is of no use and does
-    /// no harm.
+    /// no harm; nor do data that were cut or damaged on their way, which a checksum shows.
     ///
     /// # Safety
-    /// The data is what [`Context::pipeline_cache_data`] gave, unchanged.
+    /// The data come from [`Context::pipeline_cache_data`]: nobody made them up to look like it.
     ///
     /// # Errors
     /// As [`Context::new`].
@@ -63,9 +66,14 @@ impl Context {
     ) -> Result<Self, WgpuError> {
         let (limits, features) = (device.limits(), device.features());
         check_limits(&limits)?;
+        let whole = data.and_then(unseal);
+        if data.is_some() && whole.is_none() {
+            tracing::warn!("the stored pipeline cache is damaged and left out: pipelines are compiled again");
+        }
+        let data = whole;
         let descriptor = PipelineCacheDescriptor { label: Some("pagewise"), data, fallback: true };
         let cache = features.contains(Features::PIPELINE_CACHE).then(|| {
-            // SAFETY: the caller says that the data comes from a pipeline cache.
+            // SAFETY: the caller says that the data come from a pipeline cache, and they are as they were.
             unsafe { device.create_pipeline_cache(&descriptor) }
         });
         Ok(Self {
@@ -74,6 +82,7 @@ impl Context {
             queue,
             limits,
             features,
+            matrices: None,
             write_kv: Pipelines::default(),
             copy_blocks: Pipelines::default(),
             decode: Pipelines::default(),
@@ -83,10 +92,26 @@ impl Context {
         })
     }
 
+    /// Tells of the matrix units that the device's adapter has
+    /// ([`Adapter::cooperative_matrix_properties`](::wgpu::Adapter::cooperative_matrix_properties)), which a device cannot
+    /// be asked for. Prefill makes use of them where they fit ([`matrix_shape`](super::matrix_shape)) and the device was
+    /// made with the features that they take, as [`device_descriptor`](super::device_descriptor) says.
+    #[must_use]
+    pub fn with_matrices(self, properties: &[CooperativeMatrixProperties]) -> Self {
+        let there = self.features.contains(matrix_features());
+        let matrices = matrix_shape(&self.device.adapter_info(), properties).filter(|_| there);
+        Self { matrices, ..self }
+    }
+
+    /// The matrices that prefill makes use of.
+    pub fn matrices(&self) -> Option<MatrixShape> {
+        self.matrices
+    }
+
     /// What the device keeps of the pipelines that were built so far, to be stored and given to
     /// [`Context::with_pipeline_cache`]; `None` on devices without the feature `PIPELINE_CACHE`.
     pub fn pipeline_cache_data(&self) -> Option<Vec<u8>> {
-        self.cache.as_ref()?.get_data()
+        self.cache.as_ref()?.get_data().map(seal)
     }
 
     /// Builds the pipeline of any kernel of [`pagewise_shaders`], with the layout of its bind group 0. Nothing is kept:

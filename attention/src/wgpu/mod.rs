@@ -15,6 +15,7 @@ mod copy_blocks;
 mod dtype;
 mod error;
 mod merge_states;
+mod pipeline_cache;
 mod plan;
 mod prefill_plan;
 mod swap_blocks;
@@ -22,7 +23,8 @@ mod write_kv;
 
 pub use ::wgpu;
 pub use adapter::{
-    AdapterReport, REQUIRED_LIMITS, adapters, check_limits, device_descriptor, open, wanted_features,
+    AdapterReport, REQUIRED_LIMITS, adapters, check_limits, device_descriptor, matrix_shape, open,
+    wanted_features,
 };
 pub use attention::{AttentionCall, HeadTerms, KvScale, PreparedAttention};
 pub use buffer::BufferRange;
@@ -31,6 +33,6 @@ pub use copy_blocks::CopyBlocksCall;
 pub use error::WgpuError;
 pub use merge_states::{MergeStatesCall, PreparedMergeStates};
 pub use pagewise_shaders as shaders;
-pub use plan::{AttentionPlan, PlanBound, PlanOptions, StepLimits};
+pub use plan::{AttentionPlan, PlanBound, PlanOptions, PrefillChoice, StepLimits};
 pub use swap_blocks::{SwapBlocksCall, SwapSide};
 pub use write_kv::{PreparedWriteKv, WriteKvCall, WriteKvVariant};

@@ -8,7 +8,7 @@
 use std::sync::Arc;
 
 use pagewise_shaders::decode::{DecodeSpec, HEADER_WORDS, MAX_SPLITS, MERGE_WORDS, WorkItem, workgroups};
-use pagewise_shaders::prefill::{Prefill, PrefillItem, PrefillTuning};
+use pagewise_shaders::prefill::{MatrixTuning, Prefill, PrefillItem, PrefillTuning};
 
 use super::context::Pipeline;
 use super::prefill_plan::{Pieces, PrefillPart, most_pieces};
@@ -35,8 +35,20 @@ pub struct PlanOptions {
     /// Keys of a tile's work item, if fixed. Then the split of a tile, and so the bits of its rows, depend on its
     /// sequence alone and not on the rest of the batch.
     pub prefill_keys: Option<u32>,
-    /// How the prefill kernel is tuned, if otherwise than by default.
-    pub prefill_tuning: Option<PrefillTuning>,
+    /// Which prefill kernel there is, and how it is tuned.
+    pub prefill: PrefillChoice,
+}
+
+/// Which kernel works on tiles, and how it is tuned if otherwise than by default.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PrefillChoice {
+    /// On matrix units where the [`Context`] knows of some and they take the types and heads, else in registers.
+    #[default]
+    Fastest,
+    /// In registers and workgroup memory, in f32.
+    Tiled(Option<PrefillTuning>),
+    /// On matrix units: probabilities are rounded to f16.
+    Matrix(Option<MatrixTuning>),
 }
 
 /// Query rows of a sequence, times the query heads that share a KV head, from which on its rows are worked on in
@@ -52,7 +64,7 @@ impl Default for PlanOptions {
             largest: 2048,
             tiles_from: None,
             prefill_keys: None,
-            prefill_tuning: None,
+            prefill: PrefillChoice::Fastest,
         }
     }
 }
@@ -104,7 +116,7 @@ pub(super) struct PrefillLaunch {
 
 impl PartialEq for PrefillLaunch {
     fn eq(&self, other: &Self) -> bool {
-        let key = |launch: &Self| (launch.pipeline.descriptor.spec(), launch.dispatch);
+        let key = |launch: &Self| (launch.pipeline.descriptor.kernel(), launch.dispatch);
         key(self) == key(other)
     }
 }
@@ -132,7 +144,7 @@ impl AttentionPlan {
 
     /// The variant of the prefill kernel, if some rows are worked on in tiles.
     pub fn prefill_variant(&self) -> Option<String> {
-        self.prefill.as_ref().map(|prefill| prefill.pipeline.descriptor.spec().name())
+        self.prefill.as_ref().map(|prefill| prefill.pipeline.descriptor.kernel().name())
     }
 
     /// Number of query rows whose keys are split.
@@ -168,8 +180,8 @@ impl Context {
         let longest = rows.iter().map(|keys| keys.span()).max().unwrap_or(0);
         let item_keys = options.checked_item_keys(keys, tiles, longest)?;
         let (pieces, partials) = split(&rows, tiles, Cut::Equal(item_keys))?;
-        let prefill_spec = self.prefill_spec(config, options.prefill_tuning)?;
-        let tiled = PrefillPart::new(problem, &tiled, prefill_spec, options.pieces(), partials)?;
+        let prefill_kernel = self.prefill_kernel(config, options.prefill)?;
+        let tiled = PrefillPart::new(problem, &tiled, prefill_kernel, options.pieces(), partials)?;
         let merges = pieces.iter().filter(|piece| piece.splits > 1 && piece.split == 0);
         let merges = merges.map(|piece| [piece.row, piece.first_partial, piece.splits, 0]);
         let merges: Vec<[u32; MERGE_WORDS]> = merges.chain(tiled.merges.iter().copied()).collect();
@@ -216,14 +228,14 @@ impl Context {
             0 => Ok(None),
             _ => workgroups(kernel, count, per_dimension).map(Some),
         };
-        let head_tiles = u64::from(prefill_spec.head_tiles(word("the group", config.group())?));
+        let head_tiles = u64::from(prefill_kernel.head_tiles(word("the group", config.group())?));
         let tiled_workgroups = tiled.items.len() as u64 * config.kv_heads as u64 * head_tiles;
         let prefill = match dispatch("prefill", tiled_workgroups)? {
             Some(dispatch) => {
                 let pipeline = self.prefill.get(
-                    prefill_spec,
+                    prefill_kernel,
                     self.builder(),
-                    || Ok(Prefill::new(prefill_spec)?),
+                    || Ok(Prefill::new(prefill_kernel)?),
                     Prefill::shader,
                 )?;
                 Some(PrefillLaunch { pipeline, dispatch })
@@ -265,7 +277,7 @@ impl Context {
             None => (span / options.smallest()).min(MORE * u64::from(options.workgroups).div_ceil(tiles)),
         };
         // A row is worked on by itself or in a tile, whose items and ranges take more words.
-        let spec = self.prefill_spec(config, options.prefill_tuning)?;
+        let spec = self.prefill_kernel(config, options.prefill)?;
         let tiled = most_pieces(config, spec, rows, limits.keys as u64, options.pieces());
         let of_row = WorkItem::WORDS.max(PrefillItem::WORDS + PrefillItem::RANGE_WORDS) + MERGE_WORDS;
         let words = HEADER_WORDS as u64

@@ -6,7 +6,7 @@
 use std::cmp::Reverse;
 
 use pagewise_shaders::decode::{MAX_SPLITS, MERGE_WORDS};
-use pagewise_shaders::prefill::{PrefillItem, PrefillSpec, TILE_KEYS};
+use pagewise_shaders::prefill::{PrefillItem, PrefillKernel, TILE_KEYS};
 
 use super::WgpuError;
 use crate::plan::{TooLarge, count, first_entry};
@@ -45,7 +45,7 @@ impl PrefillPart {
     pub(super) fn new(
         problem: &Problem<'_>,
         sequences: &[usize],
-        spec: PrefillSpec,
+        kernel: PrefillKernel,
         pieces: Pieces,
         first_partial: u32,
     ) -> Result<Self, WgpuError> {
@@ -53,11 +53,11 @@ impl PrefillPart {
         let mut part = Self { partials: first_partial, ..Self::default() };
         let mut tiles = Vec::new();
         for &index in sequences {
-            part.tile_sequence(problem, index, spec, &mut tiles)?;
+            part.tile_sequence(problem, index, kernel, &mut tiles)?;
         }
         let keys: u64 = tiles.iter().filter(|tile| tile.even).map(|tile| u64::from(span(&tile.item))).sum();
         let longest = tiles.iter().map(|tile| span(&tile.item)).max().unwrap_or(0);
-        let piece = piece_keys(keys, longest, workgroups_of_item(config, spec), pieces);
+        let piece = piece_keys(keys, longest, workgroups_of_item(config, kernel), pieces);
         for tile in tiles {
             part.add(tile, piece)?;
         }
@@ -71,13 +71,13 @@ impl PrefillPart {
         &mut self,
         problem: &Problem<'_>,
         index: usize,
-        spec: PrefillSpec,
+        kernel: PrefillKernel,
         tiles: &mut Vec<Tile>,
     ) -> Result<(), WgpuError> {
         let (batch, config, sequence) = (problem.batch(), problem.config(), problem.sequence(index));
         let table = count("the block tables' length", first_entry(problem, index))?;
         let group = count("the group", config.group())?;
-        let most = spec.queries(group) as usize;
+        let most = kernel.queries(group) as usize;
         for first in (0..sequence.query_len).step_by(most) {
             let queries = most.min(sequence.query_len - first);
             let ranges = self.ranges.len() * PrefillItem::RANGE_WORDS;
@@ -160,8 +160,8 @@ fn span(item: &PrefillItem) -> u32 {
 }
 
 /// Workgroups that share an item for its different heads.
-fn workgroups_of_item(config: &AttentionConfig, spec: PrefillSpec) -> u64 {
-    config.kv_heads as u64 * u64::from(spec.head_tiles(config.group() as u32))
+fn workgroups_of_item(config: &AttentionConfig, kernel: PrefillKernel) -> u64 {
+    config.kv_heads as u64 * u64::from(kernel.head_tiles(config.group() as u32))
 }
 
 /// Keys of an item, for tiles that have `keys` keys in all.
@@ -181,7 +181,7 @@ fn piece_keys(keys: u64, longest: u32, heads: u64, pieces: Pieces) -> u32 {
 /// Items and partial results beyond one a row that no prefill part exceeds, for rows that see `keys` keys in all.
 pub(super) fn most_pieces(
     config: &AttentionConfig,
-    spec: PrefillSpec,
+    kernel: PrefillKernel,
     rows: u64,
     keys: u64,
     pieces: Pieces,
@@ -191,9 +191,9 @@ pub(super) fn most_pieces(
     match pieces.keys {
         Some(piece) => of_rows / u64::from(piece.next_multiple_of(TILE_KEYS).max(TILE_KEYS)),
         None => {
-            let heads = workgroups_of_item(config, spec).max(1);
+            let heads = workgroups_of_item(config, kernel).max(1);
             let workgroups = u64::from(pieces.workgroups.div_ceil(FEWER_WORKGROUPS).max(1));
-            let queries = u64::from(spec.queries(config.group() as u32));
+            let queries = u64::from(kernel.queries(config.group() as u32));
             (of_rows / u64::from(SMALLEST_PIECE)).min(workgroups.div_ceil(heads) * queries)
         }
     }

@@ -124,6 +124,7 @@ pub fn sweep(gpu: &Gpu<'_>, ceiling: f64, wanted: impl Fn(&str) -> bool) -> Vec<
         "64/8 64x1024",
         "64/8 128x1024",
         "64/8 64x4096",
+        "64/8 32x2048",
         "8/1 256x2048",
     ];
     let mut results = Vec::new();
@@ -154,13 +155,11 @@ pub fn sweep(gpu: &Gpu<'_>, ceiling: f64, wanted: impl Fn(&str) -> bool) -> Vec<
                 try_one(PlanOptions { workgroups, smallest, largest, ..PlanOptions::default() }, None);
             }
         }
-        for rows in [2, 4, 8] {
-            for workgroup_size in [64, 128] {
-                for (kept, ahead) in [(false, false), (false, true), (true, false), (true, true)] {
-                    let tuning = DecodeTuning { rows, workgroup_size, kept, ahead };
-                    for workgroups in [1024, 2048] {
-                        try_one(PlanOptions { workgroups, ..PlanOptions::default() }, Some(tuning));
-                    }
+        for (rows, workgroup_size) in [2, 4, 8].into_iter().flat_map(|rows| [(rows, 64), (rows, 128)]) {
+            for (kept, ahead) in [(false, false), (false, true), (true, false), (true, true)] {
+                for half in [false, true] {
+                    let tuning = DecodeTuning { rows, workgroup_size, kept, ahead, half };
+                    try_one(PlanOptions::default(), Some(tuning));
                 }
             }
         }

@@ -1,9 +1,9 @@
 //! Prefill at the shapes that others were measured at, chunks with few queries, and a mixture with decode; in f16.
 
 use half::f16;
-use pagewise_attention::wgpu::shaders::prefill::PrefillTuning;
+use pagewise_attention::wgpu::shaders::prefill::{MatrixTuning, PrefillTuning};
 use pagewise_attention::wgpu::wgpu::Buffer;
-use pagewise_attention::wgpu::{AttentionCall, BufferRange, HeadTerms, PlanOptions};
+use pagewise_attention::wgpu::{AttentionCall, BufferRange, HeadTerms, PlanOptions, PrefillChoice};
 use pagewise_attention::{AttentionConfig, CacheLayout, DType, PagedBatch, Problem, RowStrides};
 use serde_json::{Value, json};
 
@@ -44,14 +44,20 @@ pub fn all_shapes(gpu: &Gpu<'_>, wanted: impl Fn(&str) -> bool) -> Vec<Value> {
         if !wanted(name) {
             continue;
         }
-        let measured = Prepared::new(gpu, &sequences).measure(PlanOptions::default()).unwrap();
+        let prepared = Prepared::new(gpu, &sequences);
+        let tiled = PlanOptions { prefill: PrefillChoice::Tiled(None), ..PlanOptions::default() };
+        let tiled = prepared.measure(tiled).unwrap();
+        let measured = prepared.measure(PlanOptions::default()).unwrap();
         let Measured { us, rate, error, variant } = measured;
         let over = peers.map_or(String::new(), |[fa3, fa2]| {
             format!("  x{:.2} FA3 paged, x{:.2} FI fa2", rate / fa3, rate / fa2)
         });
-        println!("prefill {name:12} {us:9.1} us {rate:6.1} TFLOP/s{over}  error {error:.1e}  {variant}");
+        println!(
+            "prefill {name:12} {us:9.1} us {rate:6.1} TFLOP/s{over}  error {error:.1e}  {variant}, tiled {:.1} TFLOP/s",
+            tiled.rate
+        );
         results.push(json!({
-            "shape": name, "us": us, "tflop_s": rate, "relative_error": error, "variant": variant,
+            "shape": name, "us": us, "tflop_s": rate, "relative_error": error, "variant": variant, "tiled_tflop_s": tiled.rate,
             "fa3_paged_tflop_s": peers.map(|p| p[0]), "fi_fa2_tflop_s": peers.map(|p| p[1]),
         }));
     }
@@ -98,9 +104,16 @@ pub fn sweep(gpu: &Gpu<'_>, wanted: impl Fn(&str) -> bool) -> Vec<Value> {
                     let tuning = PrefillTuning { row_quads, workgroup_size, chunk, gap };
                     try_one(
                         "split as by default".to_owned(),
-                        PlanOptions { prefill_tuning: Some(tuning), ..PlanOptions::default() },
+                        PlanOptions { prefill: PrefillChoice::Tiled(Some(tuning)), ..PlanOptions::default() },
                     );
                 }
+            }
+        }
+        for strips in [2, 4, 8] {
+            for (keys, ahead) in [(32, false), (32, true), (64, false), (64, true)] {
+                let prefill = PrefillChoice::Matrix(Some(MatrixTuning { strips, keys, ahead }));
+                let options = PlanOptions { prefill, ..PlanOptions::default() };
+                try_one("split as by default".to_owned(), options);
             }
         }
         for workgroups in [512, 2048, 4096] {

@@ -32,8 +32,8 @@ use minijinja::{Value, context};
 
 pub use norm::NormKind;
 
-use crate::kernel::{Kernel, Launch, Param, ParamType, Target};
-use crate::{DType, Error, template};
+use crate::kernel::{Kernel, Launch, Param, ParamType, Source, Target, descriptor};
+use crate::{DType, Error};
 
 /// The element types of weights and activations.
 pub const COMPUTE_TYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
@@ -97,43 +97,11 @@ const fn param(name: &'static str, ty: ParamType) -> Param {
     Param { name, ty }
 }
 
-/// What the kernels here are made of.
-struct Source {
-    /// Family and template name.
-    family: &'static str,
-    text: &'static str,
-    params: &'static [Param],
-    max_threads: u32,
-    static_shared: u32,
-    dynamic_shared: u32,
-}
-
 impl Source {
     fn kernel(&self, entry: String, dependent: bool, variables: Value) -> Result<Kernel, Error> {
         // PTX 7.4 brought cache hints; dependent launches came with Hopper, PTX 8.0 its prefetches.
         let target = if dependent { Target::from(90, (8, 0)) } else { Target::from(80, (7, 4)) };
-        let text = template::render(
-            self.family,
-            self.text,
-            context! {
-                entry => &entry,
-                sm => target.sm,
-                ptx_version => format!("{}.{}", target.ptx.0, target.ptx.1),
-                max_threads => self.max_threads,
-                dependent,
-                ..variables
-            },
-        )?;
-        Ok(Kernel {
-            family: self.family,
-            entry,
-            text,
-            target,
-            params: self.params.to_vec(),
-            max_threads: self.max_threads,
-            static_shared: self.static_shared,
-            dynamic_shared: self.dynamic_shared,
-        })
+        self.render(entry, target, context! { dependent, ..variables })
     }
 }
 
@@ -191,36 +159,6 @@ fn elementwise(kernel: &'static str, rows: u32, width: u32, vector: u32) -> Resu
     }
     Ok(Launch { grid, block: [x, y, 1], dynamic_shared: 0 })
 }
-
-/// A descriptor: a variant and what was rendered for it.
-macro_rules! descriptor {
-    ($(#[$about:meta])* $name:ident of $spec:ident) => {
-        $(#[$about])*
-        #[derive(Clone, Debug, PartialEq, Eq)]
-        pub struct $name {
-            spec: $spec,
-            kernel: $crate::Kernel,
-        }
-
-        impl $name {
-            /// The variant.
-            pub fn spec(&self) -> $spec {
-                self.spec
-            }
-
-            /// The rendered kernel.
-            pub fn kernel(&self) -> &$crate::Kernel {
-                &self.kernel
-            }
-
-            /// The rendered kernel, by value.
-            pub fn into_kernel(self) -> $crate::Kernel {
-                self.kernel
-            }
-        }
-    };
-}
-use descriptor;
 
 /// Every variant of every kernel of this module.
 pub(crate) fn all_kernels() -> impl Iterator<Item = Result<Kernel, Error>> {

@@ -3,9 +3,9 @@
 use minijinja::context;
 
 use super::{Form, PrefillSpec, param};
+use crate::Error;
 use crate::decode::Rows;
-use crate::kernel::{Arg, Kernel, Launch, Param, ParamType, Target};
-use crate::{Error, template};
+use crate::kernel::{Arg, Kernel, Launch, Param, ParamType, Source, Target};
 
 /// Family and template name.
 const FAMILY: &str = "prefill_merge";
@@ -128,32 +128,17 @@ impl PrefillMerge {
         if !spec.exists() {
             return Err(Error::UnsupportedPrefill { dtype, head_dim });
         }
-        let target = Target::from(80, (7, 0));
-        let tile_rows = spec.tile_rows();
-        let entry = Self::entry(spec);
-        let text = template::render(
-            FAMILY,
-            include_str!("../../kernels/prefill_merge.ptx"),
-            context! {
-                entry => &entry,
-                sm => target.sm,
-                ptx_version => format!("{}.{}", target.ptx.0, target.ptx.1),
-                dtype => dtype.name(),
-                head_dim,
-                tile_rows,
-                warps => WARPS,
-            },
-        )?;
-        let kernel = Kernel {
+        let source = Source {
             family: FAMILY,
-            entry,
-            text,
-            target,
-            params: PARAMS.to_vec(),
+            text: include_str!("../../kernels/prefill_merge.ptx"),
+            params: &PARAMS,
             max_threads: WARPS * 32,
             static_shared: 0,
             dynamic_shared: 0,
         };
+        let tile_rows = spec.tile_rows();
+        let variables = context! { dtype => dtype.name(), head_dim, tile_rows, warps => WARPS };
+        let kernel = source.render(Self::entry(spec), Target::from(80, (7, 0)), variables)?;
         Ok(Self { tile_rows, kernel })
     }
 

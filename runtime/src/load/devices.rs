@@ -130,7 +130,9 @@ impl Choice {
         match self.device {
             #[cfg(feature = "cuda")]
             Chosen::Cuda(_) => true,
-            _ => false,
+            #[cfg(feature = "wgpu")]
+            Chosen::Wgpu(_) => true,
+            Chosen::Cpu => false,
         }
     }
 

@@ -10,9 +10,33 @@ use crate::request::{PositionLogprobs, TokenLogprob};
 #[derive(Clone, Copy, Debug)]
 pub struct LogSoftmax<'a> {
     row: &'a [f32],
+    normaliser: Normaliser,
+}
+
+/// What makes log-probabilities of a row's logits.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Normaliser {
     max: f32,
     /// ln Σ exp(logit − max).
     log_sum: f64,
+}
+
+impl Normaliser {
+    /// `max` is the row's largest logit, `sum` that of exp(logit − max).
+    pub(crate) fn new(max: f32, sum: f64) -> Self {
+        Self { max, log_sum: sum.ln() }
+    }
+
+    /// ln p of a token with this logit.
+    pub(crate) fn of_logit(self, logit: f32) -> f32 {
+        if logit.is_nan() || logit == f32::NEG_INFINITY {
+            f32::NEG_INFINITY
+        } else if logit == self.max {
+            (-self.log_sum) as f32
+        } else {
+            (f64::from(logit) - f64::from(self.max) - self.log_sum) as f32
+        }
+    }
 }
 
 impl<'a> LogSoftmax<'a> {
@@ -27,7 +51,7 @@ impl<'a> LogSoftmax<'a> {
                 _ => (f64::from(logit) - f64::from(max)).exp(),
             })
             .sum();
-        Self { row, max, log_sum: sum.ln() }
+        Self { row, normaliser: Normaliser::new(max, sum) }
     }
 
     /// ln p of a token; −∞ for one that the row does not hold.
@@ -39,13 +63,7 @@ impl<'a> LogSoftmax<'a> {
     }
 
     pub(super) fn of_logit(&self, logit: f32) -> f32 {
-        if logit.is_nan() || logit == f32::NEG_INFINITY {
-            f32::NEG_INFINITY
-        } else if logit == self.max {
-            (-self.log_sum) as f32
-        } else {
-            (f64::from(logit) - f64::from(self.max) - self.log_sum) as f32
-        }
+        self.normaliser.of_logit(logit)
     }
 
     /// The entry of a token with the `top` likeliest beside it, likeliest first, equal ones by lower id.

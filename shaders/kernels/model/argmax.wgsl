@@ -1,4 +1,5 @@
 //# Variables: name, workgroup_size.
+//% import "lib/sampling.wgsl" as sampling
 // ${ name }: the likeliest token of each row of logits, the lowest id of equal ones.
 //
 //   x    [rows, width]    f32, read as their bits
@@ -29,14 +30,7 @@ struct Params {
 var<workgroup> best_key: array<u32, ${ workgroup_size }>;
 var<workgroup> best_id: array<u32, ${ workgroup_size }>;
 
-// Rises with the number: 0 for NaN and negative infinity, at least 1 for all others.
-fn order(bits: u32) -> u32 {
-    let magnitude = bits & 0x7fffffffu;
-    if (magnitude > 0x7f800000u || bits == 0xff800000u) {
-        return 0u;
-    }
-    return select(0x80000000u + magnitude, 0x80000000u - magnitude, (bits & 0x80000000u) != 0u);
-}
+${ sampling.ordered() }
 
 @compute @workgroup_size(${ workgroup_size })
 fn argmax(

@@ -43,6 +43,8 @@ pub struct DecodeTuning {
     pub kept: bool,
     /// Whether the next round's keys are asked for before this round's probabilities are used.
     pub ahead: bool,
+    /// Whether an f16 cache is read as such, which takes the feature `shader-f16`, and not as words.
+    pub half: bool,
 }
 
 /// Which variant: fixed when the text is rendered.
@@ -122,7 +124,7 @@ impl DecodeSpec {
             (false, _) => (4 / queries, most, true, true),
         };
         let rows = (rows / chunks).max(1);
-        let tuning = DecodeTuning { rows, workgroup_size, kept, ahead };
+        let tuning = DecodeTuning { rows, workgroup_size, kept, ahead, half: false };
         let spec = Self { q, kv, unit, lanes, chunks, queries, subgroups: subgroup.is_some(), bits, tuning };
         spec.exists().then_some(spec)
     }
@@ -169,6 +171,7 @@ impl DecodeSpec {
         let Self { lanes, chunks, queries, tuning, .. } = self;
         let DecodeTuning { rows, workgroup_size, .. } = tuning;
         (self.kv != DType::F32 || self.unit == Unit::Vec4)
+            && (!tuning.half || self.kv == DType::F16)
             && [4, 8, 16].contains(&lanes)
             && (1..=16).contains(&chunks)
             && queries.is_power_of_two()
@@ -179,7 +182,8 @@ impl DecodeSpec {
             && self.workgroup_memory() <= 16_384
     }
 
-    /// The variant's name: `decode_bf16_bf16_vec4_16x1_q4_r4_w128`, with `_kept`, `_ahead`, `_subgroups` and `_bits`.
+    /// The variant's name: `decode_bf16_bf16_vec4_16x1_q4_r4_w128`, with `_kept`, `_ahead`, `_half`, `_subgroups`
+    /// and `_bits`.
     pub fn name(self) -> String {
         let Self { q, kv, unit, lanes, chunks, queries, subgroups, bits, tuning } = self;
         let unit = match unit {
@@ -187,11 +191,12 @@ impl DecodeSpec {
             Unit::Vec2 => "vec2",
         };
         format!(
-            "decode_{q}_{kv}_{unit}_{lanes}x{chunks}_q{queries}_r{}_w{}{}{}{}{}",
+            "decode_{q}_{kv}_{unit}_{lanes}x{chunks}_q{queries}_r{}_w{}{}{}{}{}{}",
             tuning.rows,
             tuning.workgroup_size,
             if tuning.kept { "_kept" } else { "" },
             if tuning.ahead { "_ahead" } else { "" },
+            if tuning.half { "_half" } else { "" },
             if subgroups { "_subgroups" } else { "" },
             if bits { "_bits" } else { "" },
         )
@@ -212,7 +217,15 @@ impl DecodeSpec {
                             for bits in [false, true] {
                                 let needs = DecodeNeeds { q, kv, unit, head_dim, group, subgroup, bits };
                                 let spec = Self::for_needs(needs).filter(|_| usual);
-                                found.extend(spec.filter(|spec| !found.contains(spec)));
+                                let half = spec.map(|spec| Self {
+                                    tuning: DecodeTuning { half: true, ..spec.tuning },
+                                    ..spec
+                                });
+                                for spec in [spec, half].into_iter().flatten().filter(|spec| spec.exists()) {
+                                    if !found.contains(&spec) {
+                                        found.push(spec);
+                                    }
+                                }
                             }
                         }
                     }

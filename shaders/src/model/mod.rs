@@ -1,4 +1,4 @@
-//! The dense layers of a transformer: products, norms, activations, rotary embedding, tables, argmax.
+//! The dense layers of a transformer: products, norms, activations, rotary embedding, tables; and what is made of logits.
 //!
 //! Activations are f32 throughout, weights f32, f16 or bf16 as they are stored. Every tensor has an offset and a row
 //! stride of its own, so that queries, keys and values can be parts of the same rows. Each kernel takes its parameters
@@ -13,13 +13,25 @@
 //! | [`rotary`] | rotary position embedding |
 //! | [`elementwise`] | activations, sums, scaling, soft cap |
 //! | [`argmax`] | the likeliest token |
+//! | [`sample`] | a token by temperature, top-k, top-p, min-p and a counted random number |
+//! | [`penalties`] | biases and penalties of single logits |
+//! | [`log_softmax`] | what log-probabilities follow from |
+//! | [`candidates`] | the likeliest tokens, for beams and log-probabilities |
+//! | [`fill_weights`] | random weights |
+//!
+//! The kernels that read logits take what is wanted of each row from a list of jobs, words in a storage buffer.
 
 pub mod argmax;
+pub mod candidates;
 pub mod elementwise;
+pub mod fill_weights;
+pub mod log_softmax;
 pub mod lookup;
 pub mod norm;
+pub mod penalties;
 pub mod product;
 pub mod rotary;
+pub mod sample;
 
 use crate::decode::workgroups;
 use crate::shader::{Binding, BindingKind, Shader};
@@ -66,6 +78,28 @@ fn element_workgroups(kernel: &'static str, elements: u64, per_dimension: u32) -
     }
 }
 
+/// A dispatch with a workgroup a job, each of which reads a row.
+struct Dispatched {
+    kernel: &'static str,
+    jobs: u32,
+    width: u32,
+    /// Elements of the longest row.
+    most: u32,
+}
+
+impl Dispatched {
+    fn workgroups(&self, per_dimension: u32) -> Result<[u32; 3], Error> {
+        let &Self { kernel, jobs, width, most } = self;
+        if jobs == 0 {
+            return Err(Error::Zero { kernel, field: "jobs" });
+        }
+        if width > most {
+            return Err(Error::TooLarge { kernel, field: "width", value: width.into() });
+        }
+        workgroups(kernel, jobs.into(), per_dimension)
+    }
+}
+
 fn uniform() -> Binding {
     let kind = BindingKind::Uniform { size: 4 * PARAM_WORDS as u32 };
     Binding { index: 0, name: "params", kind, element_size: 4 }
@@ -88,6 +122,7 @@ fn shader(family: &'static str, name: String, text: String, bindings: Vec<Bindin
         workgroup_size: WORKGROUP_SIZE,
         needs_f16: false,
         needs_subgroups: false,
+        needs_matrices: false,
     }
 }
 
@@ -101,6 +136,7 @@ pub fn all_shaders() -> Result<Vec<Shader>, Error> {
         for form in product::Form::ALL {
             shaders.push(product::ProductSpec { dtype, form }.shader()?);
         }
+        shaders.push(fill_weights::FillWeightsSpec { dtype }.shader()?);
         for adds in [false, true] {
             shaders.push(lookup::LookupSpec { dtype, adds }.shader()?);
         }
@@ -115,5 +151,9 @@ pub fn all_shaders() -> Result<Vec<Shader>, Error> {
     }
     shaders.push(rotary::shader()?);
     shaders.push(argmax::shader()?);
+    shaders.push(sample::shader()?);
+    shaders.push(penalties::shader()?);
+    shaders.push(log_softmax::shader()?);
+    shaders.push(candidates::shader()?);
     Ok(shaders)
 }

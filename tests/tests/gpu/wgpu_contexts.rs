@@ -19,7 +19,7 @@ pub fn contexts() -> Vec<(String, Context)> {
         .map(|report| {
             report.check().unwrap();
             let (device, queue) = pollster::block_on(backend::open(report.index)).unwrap();
-            (report.to_string(), Context::new(device, queue).unwrap())
+            (report.to_string(), Context::new(device, queue).unwrap().with_matrices(&report.matrices))
         })
         .collect()
 }

@@ -2,7 +2,7 @@
 //! host to swap with.
 
 use super::device::{Gpu, KV_CACHE, Purpose};
-use super::recorder::Reading;
+use super::reading::Reading;
 use crate::backend::{AttentionSpec, BackendError};
 use pagewise_attention::wgpu::wgpu::{Buffer, BufferUsages, CommandEncoderDescriptor};
 use pagewise_attention::wgpu::{BufferRange, CopyBlocksCall, SwapBlocksCall, SwapSide};
@@ -117,7 +117,7 @@ impl WgpuCache {
                 let call = SwapBlocksCall { config, from, to, pairs: &pairs };
                 gpu.context.swap_blocks(&mut encoder, &call)?;
             }
-            let reading = Reading::start(gpu, encoder, staging.clone(), bytes)?;
+            let reading = Reading::start(gpu, encoder, Some(staging.clone()), bytes)?;
             let (moved, _) = reading.finish::<u8>(gpu)?;
             let mut rest = moved.as_slice();
             for Sides { k, v } in host.iter_mut() {

@@ -1,7 +1,7 @@
 //! The device: which adapter, with which limits, memory from it, and what it says when it fails. Nothing here panics:
 //! every error of the device is kept until somebody asks, and is then a typed error of the step that met it.
 
-use super::recorder::Pipelines;
+use super::kernels::Pipelines;
 use crate::backend::BackendError;
 use pagewise_attention::wgpu::wgpu::{
     Buffer, BufferDescriptor, BufferUsages, DeviceType, Error, PollType, SubmissionIndex,
@@ -115,6 +115,11 @@ impl Gpu {
             });
         }
         error.map_or(Ok(()), |reason| Err(BackendError::Device { reason }))
+    }
+
+    /// Workgroups along one axis, at most.
+    pub(super) fn per_dimension(&self) -> u32 {
+        self.context.limits().max_compute_workgroups_per_dimension
     }
 
     /// Bytes of the largest buffer that one binding holds.

@@ -1,51 +1,21 @@
-//! The commands of a step: one encoder with one compute pass, submitted once. Owns the pipelines of the dense kernels,
-//! their parameters and their bind groups, each made when it is first needed and kept.
+//! The commands of a step: one encoder with one compute pass, submitted once. Owns the parameters of the dense kernels and
+//! their bind groups, made when they are first needed and kept.
 
-use super::device::{ACTIVATIONS, Gpu, Purpose, lock};
-use super::tensor::{WgpuTensor, size_class};
+use super::device::{ACTIVATIONS, Gpu, Purpose};
+use super::kernels::{Kernel, Pipeline};
+use super::reading::{Piece, Reading};
+use super::tensor::size_class;
 use crate::backend::BackendError;
-use bytemuck::{AnyBitPattern, NoUninit};
+use pagewise_attention::wgpu::WgpuError;
 use pagewise_attention::wgpu::wgpu::{
-    BindGroup, BindGroupDescriptor, BindGroupEntry, BindGroupLayout, BindingResource, Buffer,
-    BufferAsyncError, BufferBinding, BufferUsages, CommandEncoder, CommandEncoderDescriptor, ComputePass,
-    ComputePassDescriptor, ComputePipeline, MapMode, SubmissionIndex,
+    BindGroup, BindGroupDescriptor, BindGroupEntry, BindingResource, Buffer, BufferBinding, BufferUsages,
+    CommandEncoder, CommandEncoderDescriptor, ComputePass, ComputePassDescriptor,
 };
-use pagewise_attention::wgpu::{UniformOffset, WgpuError};
-use pagewise_shaders::model::elementwise::Elementwise;
-use pagewise_shaders::model::lookup::LookupSpec;
-use pagewise_shaders::model::norm::NormSpec;
-use pagewise_shaders::model::product::ProductSpec;
-use pagewise_shaders::model::{PARAM_WORDS, argmax, rotary};
-use pagewise_shaders::{BindingKind, Shader};
+use pagewise_shaders::model::PARAM_WORDS;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::num::NonZeroU64;
-use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Mutex};
-
-/// A dense kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Kernel {
-    Product(ProductSpec),
-    Norm(NormSpec),
-    Lookup(LookupSpec),
-    Rotary,
-    Elementwise(Elementwise),
-    Argmax,
-}
-
-impl Kernel {
-    fn shader(self) -> Result<Shader, pagewise_shaders::Error> {
-        match self {
-            Self::Product(spec) => spec.shader(),
-            Self::Norm(spec) => spec.shader(),
-            Self::Lookup(spec) => spec.shader(),
-            Self::Rotary => rotary::shader(),
-            Self::Elementwise(spec) => spec.shader(),
-            Self::Argmax => argmax::shader(),
-        }
-    }
-}
+use std::sync::Arc;
 
 /// One dispatch of a dense kernel.
 pub(super) struct Dispatch<'a> {
@@ -53,37 +23,8 @@ pub(super) struct Dispatch<'a> {
     /// In the order of the kernel's bindings, parameters left out.
     pub(super) buffers: &'a [&'a Buffer],
     pub(super) uniform: [u32; PARAM_WORDS],
-    pub(super) workgroups: [u32; 3],
-}
-
-/// A kernel that is compiled.
-#[derive(Debug)]
-pub(super) struct Pipeline {
-    pipeline: ComputePipeline,
-    layout: BindGroupLayout,
-    /// Numbers of the bindings behind the parameters.
-    bindings: Vec<u32>,
-}
-
-/// The dense kernels of a device, which all models on it share.
-#[derive(Debug, Default)]
-pub(super) struct Pipelines(Mutex<HashMap<Kernel, Arc<Pipeline>>>);
-
-impl Pipelines {
-    fn get(&self, gpu: &Gpu, kernel: Kernel) -> Result<Arc<Pipeline>, BackendError> {
-        let mut pipelines = lock(&self.0);
-        if let Some(pipeline) = pipelines.get(&kernel) {
-            return Ok(Arc::clone(pipeline));
-        }
-        let shader = kernel.shader().map_err(WgpuError::from)?;
-        let (pipeline, layout) = gpu.context.compile(&shader, UniformOffset::Dynamic)?;
-        let uniform = |kind| matches!(kind, BindingKind::Uniform { .. });
-        let bindings =
-            shader.bindings().iter().filter(|binding| !uniform(binding.kind)).map(|binding| binding.index);
-        let pipeline = Arc::new(Pipeline { pipeline, layout, bindings: bindings.collect() });
-        pipelines.insert(kernel, Arc::clone(&pipeline));
-        Ok(pipeline)
-    }
+    /// How many, or why they cannot be had.
+    pub(super) workgroups: Result<[u32; 3], pagewise_shaders::Error>,
 }
 
 /// Parameters of [`SLOTS`] dispatches, and what the buffer holds of them.
@@ -114,6 +55,17 @@ struct Open {
     encoder: CommandEncoder,
 }
 
+impl Open {
+    fn behind(gpu: &Gpu, commands: impl FnOnce(&mut CommandEncoder)) -> Self {
+        let descriptor = CommandEncoderDescriptor { label: Some("step") };
+        let mut encoder = gpu.context.device().create_command_encoder(&descriptor);
+        commands(&mut encoder);
+        let descriptor = ComputePassDescriptor { label: Some("step"), timestamp_writes: None };
+        let pass = encoder.begin_compute_pass(&descriptor).forget_lifetime();
+        Self { pass, encoder }
+    }
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Recorder {
     open: Option<Open>,
@@ -121,8 +73,12 @@ pub(super) struct Recorder {
     pages: Vec<Page>,
     pipelines: HashMap<Kernel, Arc<Pipeline>>,
     bind_groups: HashMap<BindKey, BindGroup>,
-    readback: Option<Buffer>,
+    /// Buffers that are mapped when a step is read; two steps may be under way.
+    readbacks: Vec<Buffer>,
 }
+
+/// Readbacks that are kept.
+const MOST_READBACKS: usize = 3;
 
 impl Recorder {
     /// Forgets what a step that failed has left.
@@ -133,19 +89,23 @@ impl Recorder {
 
     /// The pass of this step.
     pub(super) fn pass(&mut self, gpu: &Gpu) -> &mut ComputePass<'static> {
-        let open = self.open.get_or_insert_with(|| {
-            let descriptor = CommandEncoderDescriptor { label: Some("step") };
-            let mut encoder = gpu.context.device().create_command_encoder(&descriptor);
-            let descriptor = ComputePassDescriptor { label: Some("step"), timestamp_writes: None };
-            let pass = encoder.begin_compute_pass(&descriptor).forget_lifetime();
-            Open { pass, encoder }
-        });
-        &mut open.pass
+        &mut self.open.get_or_insert_with(|| Open::behind(gpu, |_| {})).pass
+    }
+
+    /// Opens the step with commands that come before its pass.
+    pub(super) fn open(&mut self, gpu: &Gpu, commands: impl FnOnce(&mut CommandEncoder)) {
+        self.open = Some(Open::behind(gpu, commands));
+    }
+
+    /// Forgets the bind groups, and with them buffers that nobody else has.
+    pub(super) fn forget_bindings(&mut self) {
+        self.bind_groups.clear();
     }
 
     /// Records a dispatch.
-    pub(super) fn dispatch(&mut self, gpu: &Gpu, dispatch: &Dispatch<'_>) -> Result<(), BackendError> {
-        let Dispatch { kernel, buffers, uniform, workgroups: [x, y, z] } = *dispatch;
+    pub(super) fn dispatch(&mut self, gpu: &Gpu, dispatch: Dispatch<'_>) -> Result<(), BackendError> {
+        let Dispatch { kernel, buffers, uniform, workgroups } = dispatch;
+        let [x, y, z] = workgroups.map_err(WgpuError::from)?;
         self.build(gpu, kernel)?;
         let (page, offset) = self.place(gpu, uniform)?;
         let key = (kernel, page, buffers.iter().map(|&buffer| buffer.clone()).collect::<Vec<_>>());
@@ -217,12 +177,9 @@ impl Recorder {
             page.changed = false;
         }
         let bytes = pieces.iter().map(|piece| piece.bytes).sum();
-        let readback = match self.readback.take() {
-            Some(buffer) if buffer.size() >= bytes => buffer,
-            _ => {
-                let usage = BufferUsages::MAP_READ | BufferUsages::COPY_DST;
-                gpu.buffer(ACTIVATIONS, size_class(bytes), usage)?
-            }
+        let readback = match bytes {
+            0 => None,
+            _ => Some(self.readback(gpu, bytes)?),
         };
         self.used = 0;
         let mut encoder = match self.open.take() {
@@ -232,91 +189,33 @@ impl Recorder {
             }
             None => gpu.context.device().create_command_encoder(&CommandEncoderDescriptor::default()),
         };
-        let mut at = 0;
-        for &Piece { buffer, start, bytes } in pieces {
-            encoder.copy_buffer_to_buffer(buffer, start, &readback, at, bytes);
-            at += bytes;
+        if let Some(readback) = &readback {
+            let mut at = 0;
+            for &Piece { buffer, start, bytes } in pieces {
+                encoder.copy_buffer_to_buffer(buffer, start, readback, at, bytes);
+                at += bytes;
+            }
         }
         Reading::start(gpu, encoder, readback, bytes)
     }
 
-    /// Waits for what was submitted; the buffer is kept for the next step.
+    fn readback(&mut self, gpu: &Gpu, bytes: u64) -> Result<Buffer, BackendError> {
+        match self.readbacks.iter().position(|buffer| buffer.size() >= bytes) {
+            Some(index) => Ok(self.readbacks.swap_remove(index)),
+            None => {
+                let usage = BufferUsages::MAP_READ | BufferUsages::COPY_DST;
+                gpu.buffer(ACTIVATIONS, size_class(bytes), usage)
+            }
+        }
+    }
+
+    /// Waits for what was submitted; the buffer is kept for later steps, the smaller ones give way to larger.
     pub(super) fn receive(&mut self, gpu: &Gpu, reading: Reading) -> Result<Vec<u32>, BackendError> {
         let (words, readback) = reading.finish(gpu)?;
-        self.readback = Some(readback);
+        self.readbacks.extend(readback);
+        self.readbacks.sort_by_key(Buffer::size);
+        let surplus = self.readbacks.len().saturating_sub(MOST_READBACKS);
+        self.readbacks.drain(..surplus);
         Ok(words)
-    }
-
-    /// Records the choice of the likeliest token of each row, [`argmax::NO_TOKEN`] where there is none.
-    pub(super) fn argmax(&mut self, gpu: &Gpu, x: &WgpuTensor, ids: &Buffer) -> Result<(), BackendError> {
-        let args =
-            argmax::ArgmaxArgs { rows: x.rows() as u32, width: x.width() as u32, x: x.place(), out: 0 };
-        let per_dimension = gpu.context.limits().max_compute_workgroups_per_dimension;
-        let workgroups = args.workgroups(per_dimension).map_err(WgpuError::from)?;
-        let buffers = [x.buffer(), ids];
-        let uniform = args.uniform();
-        self.dispatch(gpu, &Dispatch { kernel: Kernel::Argmax, buffers: &buffers, uniform, workgroups })
-    }
-}
-
-/// A part of a buffer that is wanted on the host.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Piece<'a> {
-    pub(super) buffer: &'a Buffer,
-    pub(super) start: u64,
-    pub(super) bytes: u64,
-}
-
-/// Bytes on their way to the host.
-#[derive(Debug)]
-pub(super) struct Reading {
-    submission: SubmissionIndex,
-    mapped: Option<Receiver<Result<(), BufferAsyncError>>>,
-    readback: Buffer,
-    bytes: u64,
-}
-
-impl Reading {
-    /// Submits an encoder whose last commands copy to `readback`.
-    pub(super) fn start(
-        gpu: &Gpu,
-        encoder: CommandEncoder,
-        readback: Buffer,
-        bytes: u64,
-    ) -> Result<Self, BackendError> {
-        let submission = gpu.context.queue().submit([encoder.finish()]);
-        gpu.check()?;
-        let mapped = (bytes > 0).then(|| {
-            let (sender, receiver) = channel();
-            readback.slice(..bytes).map_async(MapMode::Read, move |mapped| {
-                // Nobody listens where waiting failed.
-                let _ = sender.send(mapped);
-            });
-            receiver
-        });
-        Ok(Self { submission, mapped, readback, bytes })
-    }
-
-    /// Waits, and gives the buffer back with what was in it.
-    pub(super) fn finish<T: AnyBitPattern + NoUninit>(
-        self,
-        gpu: &Gpu,
-    ) -> Result<(Vec<T>, Buffer), BackendError> {
-        let Self { submission, mapped, readback, bytes } = self;
-        gpu.wait(Some(submission))?;
-        let Some(mapped) = mapped else { return Ok((Vec::new(), readback)) };
-        let failed = |reason: String| BackendError::Device { reason };
-        match mapped.try_recv() {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => return Err(failed(error.to_string())),
-            Err(_) => return Err(failed("a buffer was not mapped in time".to_owned())),
-        }
-        let words = match readback.slice(..bytes).get_mapped_range() {
-            Ok(view) => bytemuck::pod_collect_to_vec(&view),
-            Err(error) => return Err(failed(error.to_string())),
-        };
-        readback.unmap();
-        gpu.check()?;
-        Ok((words, readback))
     }
 }

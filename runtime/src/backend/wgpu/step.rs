@@ -2,9 +2,10 @@
 //! them. What is prepared is kept for later steps that use the same buffers.
 
 use super::cache::{Sides, no_layer};
-use super::device::{ACTIVATIONS, Gpu};
+use super::device::Gpu;
+use super::growing::Growing;
 use super::recorder::Recorder;
-use super::tensor::{WgpuTensor, size_class};
+use super::tensor::WgpuTensor;
 use crate::backend::cpu::dense::RopeAngles;
 use crate::backend::{AttentionSpec, BackendError, LayerPlace, StepBatch};
 use pagewise_attention::wgpu::wgpu::Buffer;
@@ -41,34 +42,6 @@ impl<'a> WgpuStep<'a> {
     }
 }
 
-/// A buffer that becomes larger when a step needs it to.
-#[derive(Debug, Default)]
-struct Growing(Option<Buffer>);
-
-impl Growing {
-    fn with_room(&mut self, gpu: &Gpu, bytes: u64) -> Result<&Buffer, BackendError> {
-        match &mut self.0 {
-            Some(buffer) if buffer.size() >= bytes => {}
-            kept => *kept = Some(gpu.storage(ACTIVATIONS, size_class(bytes).max(1024))?),
-        }
-        match &self.0 {
-            Some(buffer) => Ok(buffer),
-            None => Err(BackendError::Device { reason: "a buffer was not made".to_owned() }),
-        }
-    }
-
-    fn write(&mut self, gpu: &Gpu, words: &[u32]) -> Result<(), BackendError> {
-        let buffer = self.with_room(gpu, size_of_val(words) as u64)?;
-        gpu.context.queue().write_buffer(buffer, 0, bytemuck::cast_slice(words));
-        Ok(())
-    }
-
-    fn get(&self) -> Result<&Buffer, BackendError> {
-        let missing = || BackendError::Device { reason: "an operation came before its step".to_owned() };
-        self.0.as_ref().ok_or_else(missing)
-    }
-}
-
 /// Where a tensor lies, as a key.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Place {
@@ -100,7 +73,6 @@ pub(super) struct StepMemory {
     plan_words: Vec<Growing>,
     plans: Vec<Option<AttentionPlan>>,
     workspace: Growing,
-    ids: Growing,
     writes: HashMap<CallKey, (PreparedWriteKv, usize)>,
     attentions: HashMap<CallKey, PreparedAttention>,
 }
@@ -145,11 +117,6 @@ impl StepMemory {
 
     pub(super) fn cos_sin(&self) -> Result<&Buffer, BackendError> {
         self.cos_sin.get()
-    }
-
-    /// Room for token ids.
-    pub(super) fn ids(&mut self, gpu: &Gpu, count: usize) -> Result<Buffer, BackendError> {
-        self.ids.with_room(gpu, 4 * count as u64).cloned()
     }
 
     /// Records the write of keys and values into a layer's blocks.

@@ -2,13 +2,19 @@
 //! is larger lies in several, some of its rows in each; vectors (biases, norms) are widened to f32.
 
 use super::device::{Gpu, WEIGHTS, lock};
+use super::kernels::Kernel;
+use super::recorder::{Dispatch, Recorder};
 use super::tensor::ALIGNMENT;
 use crate::backend::BackendError;
 use crate::backend::cpu::dense::DenseError;
-use crate::model_dir::WeightTensor;
+use crate::model_dir::{MadeUp, WeightTensor};
+use pagewise_attention::wgpu::WgpuError;
 use pagewise_attention::wgpu::wgpu::Buffer;
 use pagewise_attention::{DType, HostTensor};
+use pagewise_shaders::model::Rows as Place;
+use pagewise_shaders::model::fill_weights::{FillWeightsArgs, FillWeightsSpec};
 use std::borrow::Cow;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 /// A matrix `[rows, width]` or, with one row, a vector.
@@ -90,22 +96,37 @@ impl Uploader {
     pub(super) fn upload(
         &self,
         gpu: &Gpu,
+        recorder: &mut Recorder,
         weights: Vec<WeightTensor>,
     ) -> Result<Vec<WgpuWeight>, BackendError> {
         let weights: Vec<Rows> = weights.into_iter().map(Rows::new).collect::<Result<_, _>>()?;
+        let uploaded = self.place(gpu, recorder, &weights)?;
+        if weights.iter().any(|weight| weight.tensor.made_up().is_some()) {
+            recorder.submit(gpu, &[])?;
+            recorder.forget_bindings();
+        }
+        Ok(uploaded)
+    }
+
+    fn place(
+        &self,
+        gpu: &Gpu,
+        recorder: &mut Recorder,
+        weights: &[Rows],
+    ) -> Result<Vec<WgpuWeight>, BackendError> {
         let bytes: u64 = weights.iter().map(Rows::bytes).sum();
         let alike = |a: &Rows, b: &Rows| {
             a.dtype == b.dtype && a.vector == b.vector && (a.vector || a.width == b.width)
         };
         let together = weights.iter().zip(weights.iter().skip(1)).all(|(a, b)| alike(a, b));
         if weights.len() < 2 || !together || bytes > self.largest {
-            return weights.iter().map(|weight| self.alone(gpu, weight)).collect();
+            return weights.iter().map(|weight| self.alone(gpu, recorder, weight)).collect();
         }
         let buffer = gpu.storage(WEIGHTS, bytes)?;
         let mut at = 0;
         let mut uploaded = Vec::with_capacity(weights.len());
-        for weight in &weights {
-            self.write(gpu, &buffer, at, &weight.packed(0..weight.rows))?;
+        for weight in weights {
+            self.put(gpu, recorder, weight, 0..weight.rows, (&buffer, at))?;
             let offset = (at / weight.dtype.size() as u64) as usize;
             let part = Part { buffer: buffer.clone(), offset, first_row: 0, rows: weight.rows };
             uploaded.push(weight.on_device(vec![part]));
@@ -114,17 +135,49 @@ impl Uploader {
         Ok(uploaded)
     }
 
-    fn alone(&self, gpu: &Gpu, weight: &Rows) -> Result<WgpuWeight, BackendError> {
+    fn alone(&self, gpu: &Gpu, recorder: &mut Recorder, weight: &Rows) -> Result<WgpuWeight, BackendError> {
         let row_bytes = weight.row_bytes();
         let most = ((self.largest / row_bytes.max(1)) as usize).max(1);
         let mut parts = Vec::new();
         for first_row in (0..weight.rows).step_by(most) {
             let rows = most.min(weight.rows - first_row);
             let buffer = gpu.storage(WEIGHTS, rows as u64 * row_bytes)?;
-            self.write(gpu, &buffer, 0, &weight.packed(first_row..first_row + rows))?;
+            self.put(gpu, recorder, weight, first_row..first_row + rows, (&buffer, 0))?;
             parts.push(Part { buffer, offset: 0, first_row, rows });
         }
         Ok(weight.on_device(parts))
+    }
+
+    /// Some rows of a weight, from a byte of a buffer on: sent, or made there.
+    fn put(
+        &self,
+        gpu: &Gpu,
+        recorder: &mut Recorder,
+        weight: &Rows,
+        rows: Range<usize>,
+        (buffer, at): (&Buffer, u64),
+    ) -> Result<(), BackendError> {
+        let Some(MadeUp { seed, first, center, spread }) = weight.tensor.made_up() else {
+            return self.write(gpu, buffer, at, &weight.packed(rows));
+        };
+        if rows.is_empty() || weight.width == 0 {
+            return Ok(());
+        }
+        let offset = (at / weight.dtype.size() as u64) as u32;
+        let args = FillWeightsArgs {
+            rows: rows.len() as u32,
+            width: weight.width as u32,
+            out: Place { offset, stride: weight.stride() as u32 },
+            first: first.wrapping_add(rows.start as u64 * weight.width as u64),
+            seed,
+            center,
+            spread,
+        };
+        let spec = FillWeightsSpec { dtype: weight.shader_dtype };
+        let uniform = spec.uniform(&args).map_err(WgpuError::from)?;
+        let workgroups = spec.workgroups(&args, gpu.per_dimension());
+        let kernel = Kernel::FillWeights(spec);
+        recorder.dispatch(gpu, Dispatch { kernel, buffers: &[buffer], uniform, workgroups })
     }
 
     fn write(&self, gpu: &Gpu, buffer: &Buffer, at: u64, bytes: &[u8]) -> Result<(), BackendError> {
@@ -184,7 +237,7 @@ impl Rows {
     }
 
     /// Rows as they lie on the device.
-    fn packed(&self, rows: std::ops::Range<usize>) -> Cow<'_, [u8]> {
+    fn packed(&self, rows: Range<usize>) -> Cow<'_, [u8]> {
         let bytes: &[u8] = match self.tensor.host() {
             HostTensor::F32(x) => bytemuck::cast_slice(x),
             HostTensor::F16(x) => bytemuck::cast_slice(x),

@@ -124,7 +124,7 @@ fn wgpu(args: &ConformanceArgs, cases: &[Case], sums: &mut Sums) -> Result<(), F
             continue;
         }
         let (device, queue) = pollster::block_on(wgpu::open(report.index)).map_err(Failure::error)?;
-        let context = Context::new(device, queue).map_err(Failure::error)?;
+        let context = Context::new(device, queue).map_err(Failure::error)?.with_matrices(&report.matrices);
         check(args, cases, &mut Wgpu::new(report.to_string(), &context), sums)?;
     }
     Ok(())

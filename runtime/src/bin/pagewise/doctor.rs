@@ -126,7 +126,7 @@ fn cuda(report: &mut Report) {
     }
     let kernels = cuda::ptx::all_kernels();
     report.more(&match kernels {
-        Ok(kernels) => kernel_summary(kernels.iter().map(|kernel| kernel.entry())),
+        Ok(kernels) => kernel_summary(kernels.iter().map(|kernel| kernel.family())),
         Err(error) => format!("kernels: {error}"),
     });
 }
@@ -168,16 +168,11 @@ fn wgpu(report: &mut Report) {
     report.line("wgpu", "not in this binary (the feature wgpu is off)");
 }
 
-/// `kernels and their variants: decode 4, write_kv 30`: by family, which is a name up to its first type.
+/// `kernels and their variants: decode 4, write_kv 30`.
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
-fn kernel_summary<'a>(names: impl Iterator<Item = &'a str>) -> String {
-    let mut families: std::collections::BTreeMap<String, usize> = std::collections::BTreeMap::new();
-    for name in names {
-        let is_type = |word: &&str| ["f32", "f16", "bf16", "e4m3", "e5m2"].contains(word);
-        let family: Vec<&str> = name.split('_').take_while(|word| !is_type(word)).collect();
-        *families.entry(family.join("_")).or_default() += 1;
-    }
-    let families: Vec<String> =
-        families.iter().map(|(family, variants)| format!("{family} {variants}")).collect();
-    format!("kernels and their variants: {}", families.join(", "))
+fn kernel_summary<'a>(families: impl Iterator<Item = &'a str>) -> String {
+    let mut variants: std::collections::BTreeMap<&str, usize> = std::collections::BTreeMap::new();
+    families.for_each(|family| *variants.entry(family).or_default() += 1);
+    let variants: Vec<String> = variants.iter().map(|(family, count)| format!("{family} {count}")).collect();
+    format!("kernels and their variants: {}", variants.join(", "))
 }
