@@ -151,13 +151,15 @@ impl WriteKvSpec {
         let types = [DType::F32, DType::F16, DType::Bf16]
             .into_iter()
             .flat_map(|source| DType::ALL.into_iter().map(move |cache| (source, cache)));
-        rotary.into_iter().flat_map(move |rotary| {
-            types.clone().flat_map(move |(source, cache)| {
-                [16 / source.size(), 1].map(|vector| Self::of_vector(source, cache, vector, rotary))
+        rotary
+            .into_iter()
+            .flat_map(move |rotary| {
+                types.clone().flat_map(move |(source, cache)| {
+                    [16 / source.size(), 1].map(|vector| Self::of_vector(source, cache, vector, rotary))
+                })
             })
-        })
-        .flat_map(|spec| [Some(spec), spec.dependently()])
-        .flatten()
+            .flat_map(|spec| [Some(spec), spec.dependently()])
+            .flatten()
     }
 
     /// Bytes to which the new rows must be aligned.
@@ -437,7 +439,11 @@ impl WriteKv {
             });
         }
         if !spec.exists() {
-            return Err(Error::UnsupportedTypes { kernel: "write_kv for a dependent launch", source_dtype: source, cache });
+            return Err(Error::UnsupportedTypes {
+                kernel: "write_kv for a dependent launch",
+                source_dtype: source,
+                cache,
+            });
         }
         // Ada brought the fp8 conversions, PTX 8.1 their names; PTX 7.4 brought cache hints. Dependent launches came with
         // Hopper.

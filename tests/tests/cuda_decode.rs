@@ -29,8 +29,8 @@ use pagewise_attention::conformance::{
 use pagewise_attention::cuda::ptx::all_kernels;
 use pagewise_attention::cuda::ptx::decode::{DecodeTuning, Prefetch, Ring};
 use pagewise_attention::cuda::{
-    AttentionCall, AttentionSlices, AttentionWorkspace, CudaError, DecodePlan, Device, Order, PlanOptions, Shrink,
-    StepLimits, cudarc,
+    AttentionCall, AttentionSlices, AttentionWorkspace, CudaError, DecodePlan, Device, Order, PlanOptions,
+    Shrink, StepLimits, cudarc,
 };
 use pagewise_attention::{BlockTables, DType, HostTensorMut, MAX_HEAD_DIM};
 use random::{Random, run_cases, run_seed};

@@ -38,8 +38,8 @@ use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr};
 use machine::check_rotary;
 use pagewise_attention::cuda::ptx::write_kv::{RotaryStyle, WriteKv, WriteKvSpec};
 use pagewise_attention::cuda::{
-    Context, CudaError, Device, KvScales, Order, PositionType, Rotary, RotaryTables, WriteKvCall, WriteKvSlices,
-    WriteKvVariant, cudarc,
+    Context, CudaError, Device, KvScales, Order, PositionType, Rotary, RotaryTables, WriteKvCall,
+    WriteKvSlices, WriteKvVariant, cudarc,
 };
 use pagewise_attention::{AttentionConfig, CacheLayout, DType, ProblemError, RowStrides};
 use random::{Random, run_cases, run_seed};

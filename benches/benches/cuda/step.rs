@@ -5,6 +5,7 @@ use std::collections::HashMap;
 
 use cudarc::driver::CudaSlice;
 use pagewise_attention::cuda::cudarc;
+use pagewise_attention::cuda::ptx;
 use pagewise_attention::cuda::ptx::model::argmax::{Argmax, ArgmaxArgs, ArgmaxSpec};
 use pagewise_attention::cuda::ptx::model::embed::{Embed, EmbedArgs, EmbedSpec};
 use pagewise_attention::cuda::ptx::model::gather_rows::{GatherRows, GatherRowsArgs, GatherRowsSpec};
@@ -13,7 +14,6 @@ use pagewise_attention::cuda::ptx::model::matvec::{
 };
 use pagewise_attention::cuda::ptx::model::{Activation, NormKind, Rows};
 use pagewise_attention::cuda::ptx::write_kv::RotaryStyle;
-use pagewise_attention::cuda::ptx;
 use pagewise_attention::cuda::{
     AttentionCall, DecodePlan, Order, PlanOptions, PositionType, Rotary, RotaryQueries, RotaryTables,
     WriteKvCall,
@@ -230,7 +230,8 @@ impl<'a, 'b, 'c> Step<'a, 'b, 'c> {
         let elements = (model.bytes() / 2) as usize;
         let half = layout.k_extent(&config) as usize;
         let mut room = gpu.filled(DType::Bf16, 16 << 20);
-        let numbers: Vec<u8> = [CONTEXT as i32 - 1; 64].iter().flat_map(|n| i64::from(*n).to_le_bytes()).collect();
+        let numbers: Vec<u8> =
+            [CONTEXT as i32 - 1; 64].iter().flat_map(|n| i64::from(*n).to_le_bytes()).collect();
         let mut at = |place: u64, bytes: &[u8]| {
             let place = place as usize;
             gpu.stream.memcpy_htod(bytes, &mut room.slice_mut(place..place + bytes.len())).unwrap();
@@ -305,7 +306,9 @@ impl<'a, 'b, 'c> Step<'a, 'b, 'c> {
             out: Rows { address: self.at(out), stride: u64::from(shape.features) },
             early: way.early[index],
         };
-        let function = self.bench.edited_function(matvec.kernel(), &format!("{:?}", way.edit), |text| way.edit.apply(text));
+        let function = self
+            .bench
+            .edited_function(matvec.kernel(), &format!("{:?}", way.edit), |text| way.edit.apply(text));
         self.bench.launch(&function, true, launch, &args.values());
     }
 
@@ -501,7 +504,11 @@ impl<'a, 'b, 'c> Step<'a, 'b, 'c> {
                 let mut early = WHOLE.early;
                 if early[index] != bytes {
                     early[index] = bytes;
-                    self.note(&format!("{product:?}, {bytes} bytes early"), &Way { early, ..WHOLE }, Some(whole));
+                    self.note(
+                        &format!("{product:?}, {bytes} bytes early"),
+                        &Way { early, ..WHOLE },
+                        Some(whole),
+                    );
                 }
             }
         }

@@ -137,7 +137,8 @@ impl DecodeSpec {
     pub fn for_head(q_dtype: DType, kv_dtype: DType, head_dim: u32, ring: Ring) -> Option<Self> {
         let head_dim = HEAD_DIMS.into_iter().find(|&room| head_dim <= room)?;
         let tuning = DecodeTuning::for_row_bytes(head_dim * kv_dtype.size(), ring);
-        Some(Self { q_dtype, kv_dtype, head_dim, ring, tuning, dependent: false }).filter(|spec| spec.exists())
+        Some(Self { q_dtype, kv_dtype, head_dim, ring, tuning, dependent: false })
+            .filter(|spec| spec.exists())
     }
 
     /// The same for a programmatic dependent launch, where there is one: for caches of the queries' type, with the large
@@ -150,11 +151,12 @@ impl DecodeSpec {
     pub fn all() -> impl Iterator<Item = Self> {
         let types = DType::ALL.into_iter().flat_map(|q| DType::ALL.into_iter().map(move |kv| (q, kv)));
         let rooms = types.flat_map(|(q, kv)| HEAD_DIMS.into_iter().map(move |dim| (q, kv, dim)));
-        rooms.flat_map(|(q, kv, dim)| {
-            Ring::ALL.into_iter().filter_map(move |ring| Self::for_head(q, kv, dim, ring))
-        })
-        .flat_map(|spec| [Some(spec), spec.dependently()])
-        .flatten()
+        rooms
+            .flat_map(|(q, kv, dim)| {
+                Ring::ALL.into_iter().filter_map(move |ring| Self::for_head(q, kv, dim, ring))
+            })
+            .flat_map(|spec| [Some(spec), spec.dependently()])
+            .flatten()
     }
 
     /// Whether there is such a variant.

@@ -412,11 +412,13 @@ impl CudaBackend {
     ) -> Result<Option<(Factor, Behind)>, BackendError> {
         match activated {
             Activated::Plain { activation, up } => {
-                let behind = Behind { activation: function(*activation), gated: false, adds: false, early: false };
+                let behind =
+                    Behind { activation: function(*activation), gated: false, adds: false, early: false };
                 Ok(Some((Factor::new(up, out, width)?, behind)))
             }
             Activated::Gated { activation, gate, up } => {
-                let behind = Behind { activation: function(*activation), gated: true, adds: false, early: false };
+                let behind =
+                    Behind { activation: function(*activation), gated: true, adds: false, early: false };
                 let size = self.dtype().size();
                 // As if the output had room for both halves: the kernel writes but one.
                 let wide = 2 * out.width;
