@@ -101,7 +101,8 @@ fn pages_are_all_read_once() {
         let count = 1 + random.below(pages);
         let per_block = 1 + random.below(20) as u32;
         let table: Vec<u32> = (0..count).map(|_| random.below(pages) as u32).collect();
-        let read = |page: &u32| data[*page as usize * words..][..words].iter().fold(0, |sum, word| sum ^ word);
+        let read =
+            |page: &u32| data[*page as usize * words..][..words].iter().fold(0, |sum, word| sum ^ word);
         let expected = table.iter().map(read).fold(0, |sum, word| sum ^ word);
         for merges in [false, true] {
             let page_read = PageRead::new(merges).unwrap();
