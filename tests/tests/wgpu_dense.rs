@@ -7,6 +7,9 @@
 
 #[path = "gpu/dense/mod.rs"]
 mod dense;
+#[allow(dead_code, reason = "its tables are those of the CUDA kernels")]
+#[path = "gpu/faults/mod.rs"]
+mod faults;
 #[path = "gpu/random.rs"]
 mod random;
 #[path = "gpu/wgpu_contexts.rs"]
@@ -84,4 +87,11 @@ fn likeliest_of_many() {
 #[test]
 fn made_up_weights() {
     on_all(made_up::made_up_weights);
+}
+
+#[test]
+fn planted_faults_are_found() {
+    for (_, context) in wgpu_contexts::contexts() {
+        dense::faults::every_fault_is_found(&context, run_seed());
+    }
 }

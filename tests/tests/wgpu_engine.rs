@@ -5,6 +5,8 @@
 //! margin between the two likeliest is more than twice that tolerance, as one below it may go either way.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub, reason = "a test")]
 
+#[path = "gpu/engine_answers.rs"]
+mod engine_answers;
 #[path = "gpu/engine_pair.rs"]
 mod engine_pair;
 #[path = "gpu/random.rs"]
@@ -14,14 +16,11 @@ use engine_pair::{Pair, adapters, engine};
 use pagewise_attention::DType;
 use pagewise_runtime::backend::wgpu::WgpuBackend;
 use pagewise_runtime::backend::{AttentionSpec, Backend, BackendError};
-use pagewise_runtime::executor::{
-    Executor, ExecutorError, LogitChanges, ModelExecutor, Row, RowWanted, Sampling, TokenWanted,
-};
+use pagewise_runtime::executor::{Executor, ExecutorError, ModelExecutor};
 use pagewise_runtime::model_dir::{ModelDir, Weights};
 use pagewise_runtime::models::{WeightSource, load_model};
 use pagewise_runtime::plan::{BlockCopy, BlockOps, Chunk, LogitRows, SequenceId, StepPlan, TokenInput};
 use pagewise_runtime::request::{Request, RequestOutput, SamplingParams};
-use pagewise_runtime::sampling::Draw;
 use pagewise_runtime::scheduler::SchedulerStats;
 use pagewise_tests::{FIXTURES, Sequence, argmax, fixture, older_beams, smollm2_f32};
 use random::Random;
@@ -341,75 +340,6 @@ fn what_the_device_cannot_do_is_a_typed_error() {
                 matches!(error, ExecutorError::Backend(BackendError::DeviceLost { .. })),
                 "a lost device is said to be lost: {error}"
             );
-        }
-    }
-}
-
-/// Only what is asked for leaves the device: token ids, ties to the lowest, NaN and −∞ never; or logits.
-#[test]
-fn argmax_on_the_device() {
-    use pagewise_runtime::model_dir::WeightTensor;
-    for backend in adapters() {
-        let mut random = Random::new(seed());
-        for _ in 0..6 {
-            let (rows, width) = (1 + random.below(5), 1 + random.below(3000));
-            let mut logits: Vec<f32> =
-                (0..rows * width).map(|_| (random.below(2000) as f32 - 1000.0) / 100.0).collect();
-            for row in logits.chunks_mut(width) {
-                match random.below(6) {
-                    0 => row.fill(f32::NAN),
-                    1 => row.fill(f32::NEG_INFINITY),
-                    2 => row.iter_mut().step_by(2).for_each(|x| *x = f32::NAN),
-                    3 => {
-                        row.iter_mut()
-                            .enumerate()
-                            .for_each(|(i, x)| *x = if i % 2 == 0 { -0.0 } else { 0.0 });
-                    }
-                    _ => {}
-                }
-            }
-            let want: Vec<Option<u32>> = logits
-                .chunks(width)
-                .map(|row| {
-                    let mut best: Option<(u32, f32)> = None;
-                    for (i, &x) in row.iter().enumerate().filter(|(_, x)| **x > f32::NEG_INFINITY) {
-                        if best.is_none_or(|(_, y)| x > y) {
-                            best = Some((i as u32, x));
-                        }
-                    }
-                    best.map(|(i, _)| i)
-                })
-                .collect();
-            let kept = logits.clone();
-            let table = backend.upload(WeightTensor::from_f32(logits, &[rows, width])).unwrap();
-            let sampling = Sampling {
-                temperature: 0.0,
-                top_k: 0,
-                top_p: 1.0,
-                min_p: 0.0,
-                draw: Draw { seed: 0, sample: 0, position: 0 },
-            };
-            let greedy = TokenWanted { sampling, changes: LogitChanges::default(), logprobs: None };
-            // Of some rows the logits.
-            let asked: Vec<RowWanted> = (0..rows)
-                .map(|_| if random.one_in(3) { RowWanted::Logits } else { RowWanted::Token(greedy.clone()) })
-                .collect();
-            let output = engine_pair::on_device(&backend, &table, [rows, width], &asked);
-            for (row, asked) in asked.iter().enumerate() {
-                match (asked, output.row(row).unwrap()) {
-                    (RowWanted::Token(_), Row::Token(token)) => {
-                        assert_eq!(token.map(|token| token.token_id), want[row], "{rows} rows of {width}");
-                    }
-                    (RowWanted::Logits, Row::Logits(got)) => {
-                        let same = got
-                            .iter()
-                            .zip(&kept[row * width..])
-                            .all(|(a, b)| a == b || (a.is_nan() && b.is_nan()));
-                        assert!(same && got.len() == width, "{rows} rows of {width}");
-                    }
-                    (asked, got) => panic!("{got:?} was not asked for: {asked:?}"),
-                }
-            }
         }
     }
 }

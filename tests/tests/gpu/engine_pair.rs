@@ -152,7 +152,19 @@ pub fn engine(
     dir: &Path,
     dtype: Option<DType>,
     block_size: usize,
+    blocks: [usize; 2],
+) -> Engine {
+    engine_over(backend, dir, dtype, block_size, blocks, |executor| executor)
+}
+
+/// The same, over what `wrap` makes of its executor.
+pub fn engine_over(
+    backend: Option<&WgpuBackend>,
+    dir: &Path,
+    dtype: Option<DType>,
+    block_size: usize,
     [num_blocks, host_blocks]: [usize; 2],
+    wrap: impl FnOnce(Box<dyn Executor>) -> Box<dyn Executor>,
 ) -> Engine {
     let ModelDir { config, generation, .. } = ModelDir::open(dir).unwrap();
     let mut spec = AttentionSpec::new(&config, DType::F32, block_size, num_blocks);
@@ -179,7 +191,7 @@ pub fn engine(
         eos_token_ids: generation.eos_token_ids,
         preemption: if host_blocks > 0 { Preemption::Swap } else { Preemption::Recompute },
     };
-    Engine::new(engine_config, Box::new(manager), executor, None)
+    Engine::new(engine_config, Box::new(manager), wrap(executor), None)
 }
 
 /// Brings rows of a matrix into a tensor, as the embedding does, and ends a step whose logits they are.

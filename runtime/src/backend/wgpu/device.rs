@@ -71,6 +71,31 @@ struct Faults {
     error: Option<String>,
 }
 
+impl Faults {
+    fn note(&mut self, error: &Error) {
+        match error {
+            Error::OutOfMemory { .. } => self.out_of_memory = true,
+            other => _ = self.error.get_or_insert(other.to_string()),
+        }
+    }
+
+    /// Each is said once, but that the device is lost: that is said from then on.
+    fn take(&mut self) -> Result<(), BackendError> {
+        if let Some(reason) = &self.lost {
+            return Err(BackendError::DeviceLost { reason: reason.clone() });
+        }
+        let error = self.error.take();
+        if std::mem::take(&mut self.out_of_memory) {
+            return Err(BackendError::OutOfMemory {
+                what: "a step",
+                wanted: 0,
+                hint: "--kv-memory or --max-batch-tokens",
+            });
+        }
+        error.map_or(Ok(()), |reason| Err(BackendError::Device { reason }))
+    }
+}
+
 /// A device of our own, what is compiled for it, and its faults.
 #[derive(Debug)]
 pub(super) struct Gpu {
@@ -84,15 +109,7 @@ impl Gpu {
         let (device, queue) = pollster::block_on(attention::open(report.index))?;
         let faults = Arc::new(Mutex::new(Faults::default()));
         let kept = Arc::clone(&faults);
-        device.on_uncaptured_error(Arc::new(move |error| {
-            let mut faults = lock(&kept);
-            match error {
-                Error::OutOfMemory { .. } => faults.out_of_memory = true,
-                other => {
-                    faults.error.get_or_insert(other.to_string());
-                }
-            }
-        }));
+        device.on_uncaptured_error(Arc::new(move |error| lock(&kept).note(&error)));
         let kept = Arc::clone(&faults);
         device.set_device_lost_callback(move |reason, message| {
             lock(&kept).lost.get_or_insert(format!("{reason:?} {message}").trim().to_owned());
@@ -102,19 +119,7 @@ impl Gpu {
 
     /// What went wrong since this was last asked; a lost device stays lost.
     pub(super) fn check(&self) -> Result<(), BackendError> {
-        let mut faults = lock(&self.faults);
-        if let Some(reason) = &faults.lost {
-            return Err(BackendError::DeviceLost { reason: reason.clone() });
-        }
-        let error = faults.error.take();
-        if std::mem::take(&mut faults.out_of_memory) {
-            return Err(BackendError::OutOfMemory {
-                what: "a step",
-                wanted: 0,
-                hint: "--kv-memory or --max-batch-tokens",
-            });
-        }
-        error.map_or(Ok(()), |reason| Err(BackendError::Device { reason }))
+        lock(&self.faults).take()
     }
 
     /// Workgroups along one axis, at most.
@@ -196,4 +201,29 @@ pub(super) const KV_CACHE: Purpose =
 /// Locks; what a thread that panicked left behind is used as it is, as each change here is a single one.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_device_says_is_a_typed_error_once_and_a_loss_for_ever() {
+        let mut faults = Faults::default();
+        faults.take().unwrap();
+        faults.note(&Error::OutOfMemory { source: "no pages".into() });
+        assert!(matches!(faults.take(), Err(BackendError::OutOfMemory { .. })));
+        faults.take().unwrap();
+        let validation = |text: &str| Error::Validation { source: text.into(), description: text.to_owned() };
+        faults.note(&validation("first"));
+        faults.note(&validation("second"));
+        let Err(BackendError::Device { reason }) = faults.take() else { panic!("an error was noted") };
+        assert!(reason.contains("first"), "{reason}");
+        faults.take().unwrap();
+        faults.lost = Some("reset".to_owned());
+        faults.note(&Error::OutOfMemory { source: "no pages".into() });
+        for _ in 0..2 {
+            assert!(matches!(faults.take(), Err(BackendError::DeviceLost { .. })));
+        }
+    }
 }

@@ -79,6 +79,10 @@ impl Chooser {
     ) -> Result<WgpuOutput, BackendError> {
         let jobs = Jobs::new(wanted, logits.map_or(0, WgpuTensor::rows));
         self.chosen.clear();
+        if logits.is_none() {
+            // Only blocks have moved: what is recorded is of a step that failed.
+            recorder.restart();
+        }
         let Some(logits) = logits.filter(|logits| logits.rows() > 0) else {
             return Ok(WgpuOutput { reading: recorder.submit(gpu, &[])?, jobs, ids: 0, width: [0, 0] });
         };
