@@ -2,6 +2,7 @@
 //!
 //! `cargo bench -p pagewise-benches --bench cuda_model [-- WORDS]`; with words, only what has one of them in its name.
 //! Times are of CUDA graph replays over as many copies of the weights as keep the L2 from serving them.
+//! `step` measures a whole decode step of one sequence, and it without each kind of kernel: where each microsecond goes.
 //! `PAGEWISE_BENCH_JSON` names a file for the figures. `PAGEWISE_SWEEP=1` tries every geometry of a product.
 #![allow(
     clippy::unwrap_used,
@@ -16,6 +17,8 @@
 mod gpu;
 #[path = "cuda/model.rs"]
 mod model;
+#[path = "cuda/step.rs"]
+mod step;
 #[path = "cuda/yardsticks.rs"]
 mod yardsticks;
 
@@ -34,10 +37,15 @@ fn main() {
     let wanted = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word.as_str()));
     let ceiling = yardsticks::ceiling(&gpu);
     let mut bench = model::Bench::new(&gpu, ceiling);
-    if std::env::var_os("PAGEWISE_SWEEP").is_some() {
+    let sweeps = std::env::var_os("PAGEWISE_SWEEP").is_some();
+    if sweeps {
         bench.sweep(wanted);
     } else {
         bench.all(wanted);
+    }
+    for model in step::MODELS.iter().filter(|model| wanted(&format!("step {}", model.name))) {
+        let mut step = step::Step::new(&mut bench, model);
+        if sweeps { step.sweep() } else { step.table() }
     }
     if let Some(path) = std::env::var_os("PAGEWISE_BENCH_JSON") {
         let json = serde_json::json!({

@@ -293,12 +293,17 @@ impl Decode {
     /// # Errors
     /// [`Error::UnsupportedDecode`] for types, a head dimension or a tuning without a variant.
     pub fn new(spec: DecodeSpec) -> Result<Self, Error> {
-        let DecodeSpec { q_dtype, kv_dtype, head_dim, tuning, .. } = spec;
+        let DecodeSpec { q_dtype, kv_dtype, head_dim, tuning, dependent, .. } = spec;
         if !spec.exists() {
             return Err(Error::UnsupportedDecode { q_dtype, kv_dtype, head_dim });
         }
-        // movmatrix came with PTX 7.8; Ada brought the fp8 conversions, PTX 8.1 their names.
-        let target = if kv_dtype.is_fp8() { Target::from(89, (8, 1)) } else { Target::from(80, (7, 8)) };
+        // movmatrix came with PTX 7.8; Ada brought the fp8 conversions, PTX 8.1 their names; dependent launches came with
+        // Hopper.
+        let target = match (kv_dtype.is_fp8(), dependent) {
+            (_, true) => Target::from(90, (8, 0)),
+            (true, false) => Target::from(89, (8, 1)),
+            (false, false) => Target::from(80, (7, 8)),
+        };
         let threads = tuning.warps * 32;
         let text = template::render(
             FAMILY,
@@ -321,6 +326,8 @@ impl Decode {
                 // Splits that a warp has on their way at a time while it merges: 64 registers of them at most.
                 merge_flight => (64 * 32 / head_dim).min(16),
                 prefetch => tuning.prefetch.ptx(),
+                dependent,
+                q_load => if dependent { "ld.global" } else { "ld.global.nc" },
             },
         )?;
         Ok(Self {

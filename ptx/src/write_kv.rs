@@ -100,6 +100,9 @@ pub struct WriteKvSpec {
     pub rotary: Option<RotaryStyle>,
     /// What it is tuned for.
     pub tuning: WriteKvTuning,
+    /// Whether it may start before the kernel before it has ended (programmatic dependent launch, sm_90 on); see
+    /// [`WriteKvSpec::dependently`].
+    pub dependent: bool,
 }
 
 impl WriteKvSpec {
@@ -123,7 +126,23 @@ impl WriteKvSpec {
     }
 
     const fn of_vector(source: DType, cache: DType, vector: u32, rotary: Option<RotaryStyle>) -> Self {
-        Self { source, cache, vector, rotary, tuning: WriteKvTuning::default_of(vector, rotary) }
+        let tuning = WriteKvTuning::default_of(vector, rotary);
+        Self { source, cache, vector, rotary, tuning, dependent: false }
+    }
+
+    /// The same for a programmatic dependent launch, where there is one: for what engines do at every layer, with the
+    /// cache in the type of the new rows, 16 bytes at once, and no rotary embedding or GPT-NeoX's. It reads slots and
+    /// positions before it waits for the kernel before it.
+    pub fn dependently(self) -> Option<Self> {
+        Some(Self { dependent: true, ..self }).filter(|spec| spec.exists())
+    }
+
+    fn exists(self) -> bool {
+        let usual = self.source == self.cache
+            && self.vector > 1
+            && self.rotary != Some(RotaryStyle::GptJ)
+            && self.tuning == WriteKvTuning::default_of(self.vector, self.rotary);
+        usual || !self.dependent
     }
 
     /// Every variant, tuned as it is when nothing else is asked for.
@@ -132,11 +151,15 @@ impl WriteKvSpec {
         let types = [DType::F32, DType::F16, DType::Bf16]
             .into_iter()
             .flat_map(|source| DType::ALL.into_iter().map(move |cache| (source, cache)));
-        rotary.into_iter().flat_map(move |rotary| {
-            types.clone().flat_map(move |(source, cache)| {
-                [16 / source.size(), 1].map(|vector| Self::of_vector(source, cache, vector, rotary))
+        rotary
+            .into_iter()
+            .flat_map(move |rotary| {
+                types.clone().flat_map(move |(source, cache)| {
+                    [16 / source.size(), 1].map(|vector| Self::of_vector(source, cache, vector, rotary))
+                })
             })
-        })
+            .flat_map(|spec| [Some(spec), spec.dependently()])
+            .flatten()
     }
 
     /// Bytes to which the new rows must be aligned.
@@ -159,9 +182,10 @@ impl WriteKvSpec {
     /// The entry point: `write_kv_bf16_e4m3_v8`, `write_kv_f16_f16_v8_neox`, and what is tuned otherwise than by
     /// default.
     pub fn entry(self) -> String {
-        let Self { source, cache, vector, rotary, tuning } = self;
+        let Self { source, cache, vector, rotary, tuning, dependent } = self;
         let rotary_name = rotary.map(|style| format!("_{}", style.name())).unwrap_or_default();
-        let plain = format!("{FAMILY}_{source}_{cache}_v{vector}{rotary_name}");
+        let pdl = if dependent { "_pdl" } else { "" };
+        let plain = format!("{FAMILY}_{source}_{cache}_v{vector}{rotary_name}{pdl}");
         if tuning == WriteKvTuning::default_of(vector, rotary) {
             return plain;
         }
@@ -399,7 +423,7 @@ impl WriteKv {
     /// [`Error::UnsupportedTypes`] for an fp8 source, [`Error::UnsupportedVector`] for a vector that
     /// is neither 1 nor 16 bytes of the source.
     pub fn new(spec: WriteKvSpec) -> Result<Self, Error> {
-        let WriteKvSpec { source, cache, vector, rotary, tuning } = spec;
+        let WriteKvSpec { source, cache, vector, rotary, tuning, dependent } = spec;
         if source.is_fp8() {
             return Err(Error::UnsupportedTypes { kernel: FAMILY, source_dtype: source, cache });
         }
@@ -414,9 +438,23 @@ impl WriteKv {
                 bounds: "1 to 8",
             });
         }
-        // Ada brought the fp8 conversions, PTX 8.1 their names; PTX 7.4 brought cache hints.
-        let target = if cache.is_fp8() { Target::from(89, (8, 1)) } else { Target::from(80, (7, 4)) };
+        if !spec.exists() {
+            return Err(Error::UnsupportedTypes {
+                kernel: "write_kv for a dependent launch",
+                source_dtype: source,
+                cache,
+            });
+        }
+        // Ada brought the fp8 conversions, PTX 8.1 their names; PTX 7.4 brought cache hints. Dependent launches came with
+        // Hopper.
+        let target = match (cache.is_fp8(), dependent) {
+            (_, true) => Target::from(90, (8, 0)),
+            (true, false) => Target::from(89, (8, 1)),
+            (false, false) => Target::from(80, (7, 4)),
+        };
         let (load_how, load_policy) = match tuning.load {
+            // What the kernel before writes is not constant for as long as this one runs.
+            LoadHint::Plain | LoadHint::Stream if dependent => ("ld.global", ""),
             LoadHint::Plain => ("ld.global.nc", ""),
             LoadHint::Stream => ("ld.global.nc.L1::no_allocate", ""),
             LoadHint::Once => ("ld.global.nc.L1::no_allocate.L2::cache_hint", ", %rd_once"),
@@ -438,6 +476,7 @@ impl WriteKv {
             cache_size => cache.size(),
             vector,
             tokens => tuning.tokens,
+            dependent,
             fp8 => cache.is_fp8(),
             rotary => rotary.map_or("", RotaryStyle::name),
             load_how,

@@ -29,8 +29,8 @@ use pagewise_attention::conformance::{
 use pagewise_attention::cuda::ptx::all_kernels;
 use pagewise_attention::cuda::ptx::decode::{DecodeTuning, Prefetch, Ring};
 use pagewise_attention::cuda::{
-    AttentionCall, AttentionSlices, AttentionWorkspace, CudaError, DecodePlan, PlanOptions, Shrink,
-    StepLimits, cudarc,
+    AttentionCall, AttentionSlices, AttentionWorkspace, CudaError, DecodePlan, Device, Order, PlanOptions,
+    Shrink, StepLimits, cudarc,
 };
 use pagewise_attention::{BlockTables, DType, HostTensorMut, MAX_HEAD_DIM};
 use random::{Random, run_cases, run_seed};
@@ -108,7 +108,7 @@ fn decode_case(random: &mut Random, turn: usize) -> Case {
 }
 
 /// How a case is planned: mostly as by default, so that the receipts are about that.
-fn random_options(random: &mut Random, case: &Case) -> PlanOptions {
+fn random_options(random: &mut Random, case: &Case, device: &Device) -> PlanOptions {
     let room = [64, 128, 256].into_iter().find(|room| case.head_dim_qk.max(case.head_dim_v) <= *room);
     let room = room.unwrap_or(MAX_HEAD_DIM);
     let ring = random.pick(&Ring::ALL);
@@ -133,7 +133,9 @@ fn random_options(random: &mut Random, case: &Case) -> PlanOptions {
     let smallest = random.pick(&[1, 64, 256]);
     let shrink = random.one_in(2).then_some(Shrink { shares, smallest });
     let grid_items = random.one_in(3).then(|| 40_000 + random.below(1000) as u32);
-    PlanOptions { item_keys, shrink, tuning, ring: Some(ring), block_heads, grid_items }
+    let early = device.launches_dependently() && random.one_in(2);
+    let order = if early { Order::Dependent } else { Order::Stream };
+    PlanOptions { item_keys, shrink, tuning, ring: Some(ring), block_heads, grid_items, order }
 }
 
 #[test]
@@ -169,7 +171,7 @@ fn random_cases_agree_with_the_oracle() {
     let (mut ran, mut skipped) = (0, 0);
     for turn in 0..run_cases(252) {
         let case = decode_case(&mut random, turn);
-        subject.options = by_rows(random_options(&mut random, &case));
+        subject.options = by_rows(random_options(&mut random, &case, context.device()));
         match check(&mut subject, &case) {
             true => ran += 1,
             false => skipped += 1,

@@ -164,6 +164,7 @@ fn dependent_launches_wait_for_what_they_read() {
                 activation: Activation::None,
                 store: if step % 3 == 0 { Store::F32 } else { Store::Add },
                 out: Rows { address: out, stride },
+                early: if step % 4 == 0 { 2048 } else { 0 },
             };
             gpu.launch(matvec.kernel(), launch, &args.values()).unwrap();
         }

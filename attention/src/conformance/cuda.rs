@@ -248,6 +248,7 @@ impl Subject for Cuda<'_> {
                 v: self.address(v),
                 per_head: *per_head,
             }),
+            order: self.options.decode.order,
         };
         // SAFETY: all addresses are those of live slices that hold what shapes and strides reach.
         let variant = unsafe { self.context.write_kv_raw(&call, self.stream.cu_stream().into()) };

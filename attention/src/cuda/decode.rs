@@ -8,7 +8,7 @@ use pagewise_ptx::decode::{Decode, DecodeArgs, ScoreArgs};
 
 use super::call::{Planned, Tensors};
 use super::context::Entry;
-use super::{AttentionCall, Context, CudaError, DecodePlan, RawStream};
+use super::{AttentionCall, Context, CudaError, DecodePlan, Order, RawStream};
 use crate::DType;
 
 impl Context {
@@ -48,8 +48,10 @@ impl Context {
         let _entered = self.enter()?;
         let entry = self.decode_kernel(plan)?;
         let launch = entry.descriptor.launch(plan.shape)?;
-        // SAFETY: the arguments are in the descriptor's order; the caller answers for addresses and stream.
-        unsafe { entry.kernel.launch(launch, &args.values(), stream) }
+        let order = if plan.spec.dependent { Order::Dependent } else { Order::Stream };
+        // SAFETY: the arguments are in the descriptor's order; the caller answers for addresses and stream, and variants
+        // for dependent launches wait.
+        unsafe { entry.kernel.launch_in_order(launch, &args.values(), stream, order) }
     }
 
     fn decode_kernel(&self, plan: &DecodePlan) -> Result<Arc<Entry<Decode>>, CudaError> {

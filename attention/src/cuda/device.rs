@@ -14,6 +14,10 @@ pub const MIN_COMPUTE_CAPABILITY: ComputeCapability = ComputeCapability { major:
 /// The oldest driver that loads the kernels, by the CUDA version that it supports: PTX 8.0.
 pub const MIN_CUDA_VERSION: CudaVersion = CudaVersion { major: 12, minor: 0 };
 
+/// From this generation on kernels can be launched before the one before them has ended, and from this CUDA version on
+/// also in a graph.
+const DEPENDENT_LAUNCH_SINCE: (u32, CudaVersion) = (9, CudaVersion { major: 12, minor: 3 });
+
 /// A GPU generation: 8.0 is Ampere, 8.9 Ada, 9.0 Hopper, 10.0 and 12.0 Blackwell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ComputeCapability {
@@ -84,6 +88,13 @@ impl Device {
     /// [`CudaError::GpuTooOld`] or [`CudaError::DriverTooOld`], naming what is there and what is needed.
     pub fn check(&self) -> Result<(), CudaError> {
         self.check_for("the CUDA backend", MIN_COMPUTE_CAPABILITY, MIN_CUDA_VERSION)
+    }
+
+    /// Whether kernels can be launched before the one before them has ended ([`Order::Dependent`](super::Order)), in
+    /// graphs too.
+    pub fn launches_dependently(&self) -> bool {
+        let (generation, cuda) = DEPENDENT_LAUNCH_SINCE;
+        self.compute_capability.major >= generation && self.driver >= cuda
     }
 
     /// How many thread blocks of a kernel fit a multiprocessor at once, as far as shared memory goes.

@@ -10,7 +10,7 @@ use pagewise_ptx::decode::{
 use super::balance::{Choice, Step, choose};
 use super::decode::ptx_type;
 use super::split::most_items;
-use super::{CudaError, Device, Shrink};
+use super::{CudaError, Device, Order, Shrink};
 use crate::plan::{Cut, Keys, MAX_PIECE_KEYS, Piece, count, split, visible_rows};
 use crate::{AttentionConfig, BlockTables, CacheLayout, Problem, RowStrides};
 
@@ -32,6 +32,10 @@ pub struct PlanOptions {
     /// different lengths share one captured CUDA graph. Every plan then has the same kernel, with one KV head to
     /// a thread block unless `block_heads` says otherwise.
     pub grid_items: Option<u32>,
+    /// When the launch begins. [`Order::Dependent`] is for work items and block tables that were there before the kernel
+    /// before this one began, and for a GPU and a driver that know such launches; where there is no variant for it, the
+    /// launch is an ordinary one.
+    pub order: Order,
 }
 
 /// The largest step that a workspace or a captured graph is made for.
@@ -261,7 +265,10 @@ impl Kind {
         ring: Ring,
         options: PlanOptions,
     ) -> Result<Self, CudaError> {
-        let spec = supported(config, ring, options.tuning)?;
+        let mut spec = supported(config, ring, options.tuning)?;
+        if options.order == Order::Dependent {
+            spec = spec.dependently().unwrap_or(spec);
+        }
         if let Some(keys) = options.item_keys
             && (keys == 0 || keys > MAX_PIECE_KEYS || keys % TILE_KEYS != 0)
         {

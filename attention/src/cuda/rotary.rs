@@ -128,7 +128,7 @@ impl Rotary {
         let plain = widest
             .filter(fits)
             .unwrap_or(WriteKvSpec::scalar(ptx_type(call.source), ptx_type(call.config.kv_dtype)));
-        Ok(WriteKvVariant(plain.with_rotary(self.style)))
+        Ok(call.ordered(plain.with_rotary(self.style)))
     }
 
     /// The kernel's arguments for a call.

@@ -13,7 +13,7 @@ use pagewise_ptx::write_kv::{
 use super::checks::{aligned, check_addresses, small};
 use super::context::Entry;
 use super::decode::ptx_type;
-use super::{Context, CudaError, RawStream};
+use super::{Context, CudaError, Order, RawStream};
 use crate::{AttentionConfig, CacheLayout, DType, KvStrides, ProblemError, RowStrides};
 
 /// The scales of an fp8 cache, in device memory. The cache holds `value / scale`; a scale is above zero.
@@ -55,6 +55,10 @@ pub struct WriteKvCall<'a> {
     pub v_cache: u64,
     /// Scales, for an fp8 cache only.
     pub scales: Option<KvScales>,
+    /// When it begins. [`Order::Dependent`] is for slots, positions and tables that were there before the kernel before
+    /// this one began, and for a GPU and a driver that know such launches; where there is no variant for it, the launch
+    /// is an ordinary one.
+    pub order: Order,
 }
 
 /// The kernel variant that a call takes.
@@ -85,7 +89,14 @@ impl WriteKvCall<'_> {
     /// [`CudaError`] names the field, its value and what it must be.
     pub fn variant(&self) -> Result<WriteKvVariant, CudaError> {
         let widest = self.widest()?;
-        Ok(WriteKvVariant(widest.unwrap_or(WriteKvSpec::scalar(ptx_type(self.source), self.cache_type()))))
+        let spec = widest.unwrap_or(WriteKvSpec::scalar(ptx_type(self.source), self.cache_type()));
+        Ok(self.ordered(spec))
+    }
+
+    /// The variant of a kernel for the order of the call.
+    pub(super) fn ordered(&self, spec: WriteKvSpec) -> WriteKvVariant {
+        let dependent = if self.order == Order::Dependent { spec.dependently() } else { None };
+        WriteKvVariant(dependent.unwrap_or(spec))
     }
 
     fn cache_type(&self) -> pagewise_ptx::DType {
@@ -223,8 +234,10 @@ impl Context {
         let _entered = self.enter()?;
         let entry = self.write_kv_kernel(variant)?;
         let launch = entry.descriptor.launch(args.shape)?;
-        // SAFETY: the arguments are in the descriptor's order; the caller answers for addresses and stream.
-        unsafe { entry.kernel.launch(launch, &args.values(), stream) }
+        let order = if variant.0.dependent { Order::Dependent } else { Order::Stream };
+        // SAFETY: the arguments are in the descriptor's order; the caller answers for addresses and stream, and variants
+        // for dependent launches wait.
+        unsafe { entry.kernel.launch_in_order(launch, &args.values(), stream, order) }
     }
 
     /// Puts a `write_kv` on a cudarc stream.
@@ -295,6 +308,7 @@ impl Context {
             k_cache,
             v_cache,
             scales,
+            order: Order::Stream,
         };
         // SAFETY: the slices hold what strides and shapes reach (checked above), the kernel skips slots outside
         // of the cache, and the guards order this launch with other uses of the slices.

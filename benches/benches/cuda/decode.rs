@@ -2,7 +2,7 @@
 
 use cudarc::driver::CudaSlice;
 use pagewise_attention::cuda::cudarc;
-use pagewise_attention::cuda::{AttentionCall, DecodePlan, PlanOptions, WriteKvCall};
+use pagewise_attention::cuda::{AttentionCall, DecodePlan, Order, PlanOptions, WriteKvCall};
 use pagewise_attention::{AttentionConfig, CacheLayout, DType, PagedBatch, Problem, RowStrides};
 use serde_json::{Value, json};
 
@@ -210,6 +210,7 @@ pub fn write_kv(gpu: &Gpu<'_>, yardsticks: &Yardsticks) -> Value {
         k_cache: gpu.address(&k_cache),
         v_cache: gpu.address(&v_cache),
         scales: None,
+        order: Order::Stream,
     };
     gpu.context.prepare_write_kv(&call(0)).unwrap();
     let us = gpu.time(sets, |set| {

@@ -52,14 +52,14 @@ const SHAPES: [Shape; 12] = [
 ];
 
 pub struct Bench<'a, 'b> {
-    gpu: &'a Gpu<'b>,
-    ceiling: f64,
+    pub gpu: &'a Gpu<'b>,
+    pub ceiling: f64,
     weights: CudaSlice<u8>,
     x: CudaSlice<u8>,
     out: CudaSlice<u8>,
     scratch: CudaSlice<u8>,
     functions: HashMap<String, CudaFunction>,
-    figures: Vec<Value>,
+    pub figures: Vec<Value>,
 }
 
 impl<'a, 'b> Bench<'a, 'b> {
@@ -81,12 +81,22 @@ impl<'a, 'b> Bench<'a, 'b> {
         &self.figures
     }
 
-    fn function(&mut self, kernel: &Kernel) -> CudaFunction {
+    pub fn function(&mut self, kernel: &Kernel) -> CudaFunction {
+        self.edited_function(kernel, "", str::to_owned)
+    }
+
+    /// The kernel with a change of its text, known by a name.
+    pub fn edited_function(
+        &mut self,
+        kernel: &Kernel,
+        name: &str,
+        edit: impl Fn(&str) -> String,
+    ) -> CudaFunction {
         let gpu = self.gpu;
         self.functions
-            .entry(kernel.entry().to_owned())
+            .entry(format!("{} {name}", kernel.entry()))
             .or_insert_with(|| {
-                let module = gpu.engine.load_module(Ptx::from_src(kernel.text())).unwrap();
+                let module = gpu.engine.load_module(Ptx::from_src(edit(kernel.text()))).unwrap();
                 let function = module.load_function(kernel.entry()).unwrap();
                 if kernel.dynamic_shared() > 0 {
                     let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -98,7 +108,7 @@ impl<'a, 'b> Bench<'a, 'b> {
     }
 
     /// Puts a launch on the stream; dependent variants are allowed to start early.
-    fn launch(&self, function: &CudaFunction, dependent: bool, launch: Launch, args: &[Arg]) {
+    pub fn launch(&self, function: &CudaFunction, dependent: bool, launch: Launch, args: &[Arg]) {
         let mut pointers: Vec<*mut c_void> = args.iter().map(|arg| arg.as_ptr().cast_mut().cast()).collect();
         // SAFETY: all zeros is a value of this union of plain numbers.
         let mut value: CUlaunchAttributeValue = unsafe { std::mem::zeroed() };
@@ -185,6 +195,7 @@ impl<'a, 'b> Bench<'a, 'b> {
                 activation: if spec.gated { Activation::Silu } else { Activation::None },
                 store,
                 out: Rows { address: out, stride: u64::from(shape.features) },
+                early: 0,
             };
             self.launch(&function, spec.dependent, launch, &args.values());
         });

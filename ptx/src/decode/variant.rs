@@ -127,6 +127,9 @@ pub struct DecodeSpec {
     pub ring: Ring,
     /// What it is tuned for.
     pub tuning: DecodeTuning,
+    /// Whether it may start before the kernel before it has ended (programmatic dependent launch, sm_90 on); see
+    /// [`DecodeSpec::dependently`].
+    pub dependent: bool,
 }
 
 impl DecodeSpec {
@@ -134,31 +137,43 @@ impl DecodeSpec {
     pub fn for_head(q_dtype: DType, kv_dtype: DType, head_dim: u32, ring: Ring) -> Option<Self> {
         let head_dim = HEAD_DIMS.into_iter().find(|&room| head_dim <= room)?;
         let tuning = DecodeTuning::for_row_bytes(head_dim * kv_dtype.size(), ring);
-        Some(Self { q_dtype, kv_dtype, head_dim, ring, tuning }).filter(|spec| spec.exists())
+        Some(Self { q_dtype, kv_dtype, head_dim, ring, tuning, dependent: false })
+            .filter(|spec| spec.exists())
+    }
+
+    /// The same for a programmatic dependent launch, where there is one: for caches of the queries' type, with the large
+    /// ring. It reads the work items before it waits for the kernel before it.
+    pub fn dependently(self) -> Option<Self> {
+        Some(Self { dependent: true, ..self }).filter(|spec| spec.exists())
     }
 
     /// Every variant, tuned as it is when nothing else is asked for.
     pub fn all() -> impl Iterator<Item = Self> {
         let types = DType::ALL.into_iter().flat_map(|q| DType::ALL.into_iter().map(move |kv| (q, kv)));
         let rooms = types.flat_map(|(q, kv)| HEAD_DIMS.into_iter().map(move |dim| (q, kv, dim)));
-        rooms.flat_map(|(q, kv, dim)| {
-            Ring::ALL.into_iter().filter_map(move |ring| Self::for_head(q, kv, dim, ring))
-        })
+        rooms
+            .flat_map(|(q, kv, dim)| {
+                Ring::ALL.into_iter().filter_map(move |ring| Self::for_head(q, kv, dim, ring))
+            })
+            .flat_map(|spec| [Some(spec), spec.dependently()])
+            .flatten()
     }
 
     /// Whether there is such a variant.
     pub fn exists(self) -> bool {
         let Self { q_dtype, kv_dtype, .. } = self;
         let types = !q_dtype.is_fp8() && (q_dtype == kv_dtype || (q_dtype.size() == 2 && kv_dtype.is_fp8()));
-        types && HEAD_DIMS.contains(&self.head_dim) && self.tuning.is_valid()
+        let depends = !self.dependent || (self.ring == Ring::Large && !kv_dtype.is_fp8());
+        types && depends && HEAD_DIMS.contains(&self.head_dim) && self.tuning.is_valid()
     }
 
     /// The entry point: `decode_bf16_e4m3_d128`, and what is tuned otherwise than by default.
     pub fn entry(self) -> String {
-        let Self { q_dtype, kv_dtype, head_dim, ring, tuning } = self;
+        let Self { q_dtype, kv_dtype, head_dim, ring, tuning, dependent } = self;
         let DecodeTuning { warps, stages, blocks_per_multiprocessor, merge_group, prefetch } = tuning;
         let small = if ring == Ring::Small { "_small" } else { "" };
-        let plain = format!("{FAMILY}_{q_dtype}_{kv_dtype}_d{head_dim}{small}");
+        let pdl = if dependent { "_pdl" } else { "" };
+        let plain = format!("{FAMILY}_{q_dtype}_{kv_dtype}_d{head_dim}{small}{pdl}");
         if tuning == DecodeTuning::for_row_bytes(head_dim * kv_dtype.size(), ring) {
             return plain;
         }

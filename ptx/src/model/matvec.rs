@@ -160,6 +160,10 @@ pub struct MatvecArgs {
     pub store: Store,
     /// `[rows, features]`, of the type that `store` says.
     pub out: Rows,
+    /// Bytes of every row of a thread block's first tile that a dependent launch brings to the L2 while the kernel before
+    /// it still runs, beside those that it loads at once; a multiple of 16. Worth it behind a kernel that leaves the
+    /// memory idle; elsewhere it takes the memory from that kernel, and what the L2 does not hold is read twice.
+    pub early: u32,
 }
 
 const SOURCE: Source = Source {
@@ -184,6 +188,7 @@ const SOURCE: Source = Source {
             param("activation", U32),
             param("store", U32),
             param("eps", F32),
+            param("early", U32),
         ]
     },
     max_threads: 32 * MAX_WARPS,
@@ -193,7 +198,7 @@ const SOURCE: Source = Source {
 
 impl MatvecArgs {
     /// The values of the parameters, in launch order.
-    pub fn values(&self) -> [Arg; 16] {
+    pub fn values(&self) -> [Arg; 17] {
         let (kind, norm) = match self.norm {
             None => (0, MatvecNorm { kind: NormKind::Rms, eps: 0.0, weight: 0, bias: 0 }),
             Some(norm) if norm.kind == NormKind::Rms => (1, norm),
@@ -221,6 +226,7 @@ impl MatvecArgs {
             Arg::u32(self.activation.code()),
             Arg::u32(store),
             Arg::f32(norm.eps),
+            Arg::u32(self.early & !15),
         ]
     }
 }
@@ -257,7 +263,8 @@ impl Matvec {
             staged,
             gated,
             mma => dtype.size() == 2 && vector == 8,
-            weight_how => "ld.global.nc.L1::no_allocate",
+            // A load takes half a line of each row: the L2 fetches what the next ones take along.
+            weight_how => if vector > 1 { "ld.global.nc.L1::no_allocate.L2::256B" } else { "ld.global.nc.L1::no_allocate" },
             weight_policy => "",
         };
         let source = Source {

@@ -49,6 +49,10 @@ impl Machine for Gpu<'_> {
         Ok(variant.map_err(|error| error.to_string())?.name())
     }
 
+    fn launches_dependently(&self) -> bool {
+        self.context.device().launches_dependently()
+    }
+
     fn merge_states(&mut self, call: &MergeStatesCall) -> Result<String, String> {
         let stream = self.stream.cu_stream().into();
         // SAFETY: all addresses are those of live slices that hold what shapes and strides reach.

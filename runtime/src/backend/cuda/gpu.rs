@@ -6,13 +6,9 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use pagewise_attention::cuda::cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
-use pagewise_attention::cuda::{Context, CudaError, CudaVersion, Device, RawStream};
+use pagewise_attention::cuda::{Context, CudaError, Device, Order, RawStream};
 
 use crate::backend::BackendError;
-
-/// From this generation on kernels can be launched before the one before them has ended, and from this CUDA version on
-/// also in a graph.
-const DEPENDENT_LAUNCH_SINCE: (u32, CudaVersion) = (9, CudaVersion { major: 12, minor: 3 });
 
 /// A GPU that is ours to compute on.
 #[derive(Debug)]
@@ -47,10 +43,9 @@ impl Gpu {
         checked("cuCtxSetCurrent", self.cudarc.bind_to_thread())
     }
 
-    /// Whether kernels can be launched before the one before them has ended.
-    pub(super) fn launches_dependently(&self) -> bool {
-        let (generation, cuda) = DEPENDENT_LAUNCH_SINCE;
-        self.device().compute_capability.major >= generation && self.device().driver >= cuda
+    /// When kernels begin: where the GPU lets them, before the one before them has ended.
+    pub(super) fn order(&self) -> Order {
+        if self.device().launches_dependently() { Order::Dependent } else { Order::Stream }
     }
 
     /// The computing stream, for raw launches.

@@ -100,7 +100,7 @@ impl Kernels {
     pub(super) fn new(gpu: &Arc<Gpu>) -> Self {
         Self {
             gpu: Arc::clone(gpu),
-            dependent: gpu.launches_dependently(),
+            dependent: gpu.order() == Order::Dependent,
             activate: Family::default(),
             add: Family::default(),
             argmax: Family::default(),

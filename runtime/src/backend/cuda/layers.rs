@@ -171,6 +171,10 @@ impl CudaBackend {
         if x.dtype != DType::F32 {
             return Err(shape_error("a stream", &[x.rows, x.width], &[x.rows, x.width]));
         }
+        if step.key.is_some() && x.rows == step.logit_rows {
+            // A decode, of which the logits of every row are wanted.
+            return Ok(x.again());
+        }
         let out = self.new_tensor(step.logit_rows, x.width, DType::F32)?;
         if out.rows == 0 || out.width == 0 {
             return Ok(out);
@@ -216,6 +220,7 @@ impl CudaBackend {
             k_cache,
             v_cache,
             scales: None,
+            order: self.gpu().order(),
         };
         let (context, stream) = (&self.gpu().context, self.gpu().raw_stream());
         let table = self.rotary();
@@ -274,6 +279,7 @@ impl CudaBackend {
         // SAFETY: tensors and cache are as large as their shapes, tables and work are the plan's, the workspace is as
         // large as the plan asks, and launches on the stream follow each other.
         unsafe { self.gpu().context.attention_raw(&group.plan, &call, self.gpu().raw_stream()) }?;
+        self.set_attended(out.address);
         Ok(())
     }
 }

@@ -27,6 +27,7 @@ mod step;
 mod tensor;
 mod upload;
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pagewise_attention::DType;
@@ -81,6 +82,8 @@ struct Shared {
     uploads: Mutex<Uploads>,
     chooser: Mutex<Chooser>,
     download: Mutex<Download>,
+    /// Where attention has written last.
+    attended: AtomicU64,
     kernels: Kernels,
     blaslt: BlasLt,
     gpu: Arc<Gpu>,
@@ -145,6 +148,7 @@ impl CudaBackend {
             uploads: Mutex::default(),
             chooser: Mutex::default(),
             download: Mutex::default(),
+            attended: AtomicU64::new(0),
             kernels,
             blaslt,
             gpu,
@@ -190,6 +194,15 @@ impl CudaBackend {
 
     fn blaslt(&self) -> &BlasLt {
         &self.shared.blaslt
+    }
+
+    /// Where attention has written last.
+    fn attended(&self) -> u64 {
+        self.shared.attended.load(Ordering::Relaxed)
+    }
+
+    fn set_attended(&self, address: u64) {
+        self.shared.attended.store(address, Ordering::Relaxed);
     }
 
     fn uploads(&self) -> MutexGuard<'_, Uploads> {

@@ -222,7 +222,7 @@ impl CudaBackend {
         let device = self.gpu().device();
         // With a fixed grid every plan has the same kernel.
         let grid_items = is_decode.then_some(u32::MAX);
-        let decode = PlanOptions { grid_items, ..PlanOptions::default() };
+        let decode = PlanOptions { grid_items, order: self.gpu().order(), ..PlanOptions::default() };
         let options = AttentionOptions { decode, ..AttentionOptions::default() };
         let mut plan = AttentionPlan::new(&problem, device, options)?;
         let mut grid = 0;

@@ -50,6 +50,10 @@ fn text(error: impl std::fmt::Display) -> String {
 }
 
 impl Machine for Interpreter {
+    fn launches_dependently(&self) -> bool {
+        true
+    }
+
     fn upload(&mut self, bytes: &[u8]) -> u64 {
         self.memory.upload(bytes)
     }

@@ -63,6 +63,7 @@ pub fn run(run: &mut Run<'_>) {
                 activation,
                 store,
                 out: out.upload(device),
+                early: random.pick(&[0, 16, 1024, 1 << 20]),
             };
             // As it is launched, and with any other geometry.
             let launch = if random.one_in(2) {
