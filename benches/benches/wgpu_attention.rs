@@ -8,6 +8,8 @@
 //! instead. A software driver is skipped unless `PAGEWISE_SOFTWARE=1`, which then measures the smallest shapes only.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub, reason = "a bench")]
 
+#[path = "wgpu/batch.rs"]
+mod batch;
 #[path = "wgpu/decode.rs"]
 mod decode;
 #[path = "wgpu/gpu.rs"]

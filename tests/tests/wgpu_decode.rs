@@ -6,15 +6,14 @@
 
 #[path = "gpu/random.rs"]
 mod random;
+#[path = "gpu/wgpu_cases.rs"]
+mod wgpu_cases;
 #[path = "gpu/wgpu_contexts.rs"]
 mod wgpu_contexts;
 
 use std::collections::BTreeMap;
 
-use pagewise_attention::conformance::{
-    AttentionData, Case, CaseMask, Layout, Operation, Outcome, Rows, ScaleKind, SequenceShape, Tables, Wgpu,
-    quick, run_case,
-};
+use pagewise_attention::conformance::{AttentionData, Case, Outcome, SequenceShape, Wgpu, quick, run_case};
 use pagewise_attention::wgpu::shaders::decode::DecodeTuning;
 use pagewise_attention::wgpu::wgpu::Features;
 use pagewise_attention::wgpu::{
@@ -23,83 +22,35 @@ use pagewise_attention::wgpu::{
 };
 use pagewise_attention::{AttentionConfig, DType, ProblemError};
 use random::{Random, run_cases, run_seed};
+use wgpu_cases::{Kind, other_case, random_case};
 use wgpu_contexts::{contexts, plain_contexts};
 
 /// Random cases of each context.
 const CASES: usize = 30;
 
-const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
-
 /// A random case of what the kernel takes: `turn` walks through the types.
 fn decode_case(random: &mut Random, turn: usize) -> Case {
-    let (q_dtype, kv_dtype) = (TYPES[turn % 3], TYPES[turn / 3 % 3]);
-    let room = random.pick(&[64, 64, 80, 96, 128, 128, 256]);
-    let head_dim_qk = match random.below(3) {
-        0 => 4 * (1 + random.below(room / 4)),
-        _ => room,
-    };
-    let head_dim_v = match random.below(6) {
-        0 => 4 * (1 + random.below(head_dim_qk / 4)),
-        _ => head_dim_qk,
-    };
-    let kv_heads = random.pick(&[1, 2, 2, 3, 4]);
-    let sequences = (0..1 + random.below(5))
-        .map(|_| SequenceShape {
-            queries: random.pick(&[0, 1, 1, 1, 1, 1, 1, 2, 5]),
-            keys: match random.below(8) {
-                0 => random.below(3),
-                1 => 16 * random.below(20),
-                2 => random.below(1500),
-                _ => random.below(400),
-            },
-        })
-        .collect();
-    let layouts = [Layout::Nhd, Layout::Nhd, Layout::Hnd, Layout::Gaps, Layout::Interleaved, Layout::Shared];
-    Case {
-        operation: Operation::Attention,
-        q_dtype,
-        kv_dtype,
-        q_heads: kv_heads * random.pick(&[1, 1, 2, 3, 4, 5, 7, 8, 9, 16]),
-        kv_heads,
-        head_dim_qk,
-        head_dim_v,
-        block_size: random.pick(&[16, 16, 32, 64, 128, 256, 1, 2, 4, 8]),
-        layout: random.pick(&layouts),
-        rows: random.pick(&[Rows::Packed, Rows::Fused]),
-        tables: random.pick(&[Tables::Padded, Tables::Csr]),
-        mask: match random.below(6) {
-            0 => CaseMask::None,
-            1 => CaseMask::Window(1 + random.below(300)),
-            2 => CaseMask::Bits,
-            _ => CaseMask::Causal,
+    let kind = Kind {
+        rooms: &[64, 64, 80, 96, 128, 128, 256],
+        kv_heads: &[1, 2, 2, 3, 4],
+        groups: &[1, 1, 2, 3, 4, 5, 7, 8, 9, 16],
+        window: 300,
+        kv_turn: |turn| turn / 3,
+        sequences: |random| {
+            let count = 1 + random.below(5);
+            let shape = |_| SequenceShape {
+                queries: random.pick(&[0, 1, 1, 1, 1, 1, 1, 2, 5]),
+                keys: match random.below(8) {
+                    0 => random.below(3),
+                    1 => 16 * random.below(20),
+                    2 => random.below(1500),
+                    _ => random.below(400),
+                },
+            };
+            (0..count).map(shape).collect()
         },
-        positions: random.one_in(6),
-        shared_prefix: random.one_in(4),
-        poison_unseen: random.one_in(2),
-        softcap: random.one_in(5).then(|| random.pick(&[2.0, 30.0, 50.0])),
-        alibi: random.one_in(5),
-        sinks: random.one_in(5),
-        scale: random.pick(&[ScaleKind::One, ScaleKind::One, ScaleKind::Tensor, ScaleKind::Head]),
-        scores: random.pick(&[0.5, 8.0, 8.0, 60.0, 1e5]),
-        sequences,
-        seed: random.next() % 1_000_000_000,
-        ..Case::default()
-    }
-}
-
-/// A case with the other's data that is computed by the same variant as `kind`.
-fn other_case(kind: &Case, other: Case) -> Case {
-    let group = kind.q_heads / kind.kv_heads;
-    let bits = |case: &Case| case.mask == CaseMask::Bits;
-    Case {
-        q_dtype: kind.q_dtype,
-        kv_dtype: kind.kv_dtype,
-        q_heads: other.kv_heads * group,
-        head_dim_qk: kind.head_dim_qk,
-        head_dim_v: kind.head_dim_v,
-        mask: if bits(kind) == bits(&other) { other.mask } else { kind.mask },
-        ..other
-    }
+    };
+    random_case(random, turn, &kind)
 }
 
 /// How a case is planned: mostly as by default.

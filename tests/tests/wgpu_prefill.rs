@@ -6,6 +6,8 @@
 
 #[path = "gpu/random.rs"]
 mod random;
+#[path = "gpu/wgpu_cases.rs"]
+mod wgpu_cases;
 #[path = "gpu/wgpu_contexts.rs"]
 mod wgpu_contexts;
 
@@ -13,94 +15,45 @@ use std::collections::BTreeSet;
 use std::io::Write as _;
 
 use pagewise_attention::DType;
-use pagewise_attention::conformance::{
-    AttentionData, Case, CaseMask, Layout, Outcome, Rows, ScaleKind, SequenceShape, Tables, Wgpu, run_case,
-};
+use pagewise_attention::conformance::{AttentionData, Case, Outcome, SequenceShape, Wgpu, run_case};
 use pagewise_attention::wgpu::shaders::prefill::{MatrixTuning, PrefillTuning};
 use pagewise_attention::wgpu::{Context, PlanOptions, PrefillChoice, StepLimits, WgpuError};
 use random::{Random, run_cases, run_seed};
+use wgpu_cases::{Kind, other_case, random_case};
 use wgpu_contexts::{contexts, plain_contexts};
 
 /// Random cases of each context.
 const CASES: usize = 24;
 
-const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
-
 /// A batch of prefills and chunks, some with decodes beside them.
 fn prefill_case(random: &mut Random, turn: usize) -> Case {
-    let (q_dtype, kv_dtype) = (TYPES[turn % 3], TYPES[(turn + turn / 3) % 3]);
-    let room = random.pick(&[64, 64, 80, 96, 128, 128, 192, 256]);
-    let head_dim_qk = match random.below(3) {
-        0 => 4 * (1 + random.below(room / 4)),
-        _ => room,
-    };
-    let head_dim_v = match random.below(6) {
-        0 => 4 * (1 + random.below(head_dim_qk / 4)),
-        _ => head_dim_qk,
-    };
-    let kv_heads = random.pick(&[1, 1, 2, 3]);
-    let sequences = (0..1 + random.below(3))
-        .map(|_| {
-            let queries = match random.below(5) {
-                0 => 1 + random.below(2),
-                1 => 2 + random.below(130),
-                _ => 2 + random.below(40),
+    let kind = Kind {
+        rooms: &[64, 64, 80, 96, 128, 128, 192, 256],
+        kv_heads: &[1, 1, 2, 3],
+        groups: &[1, 1, 2, 3, 4, 4, 5, 7, 8, 16, 40, 71],
+        window: 150,
+        kv_turn: |turn| turn + turn / 3,
+        sequences: |random| {
+            let count = 1 + random.below(3);
+            let shape = |_| {
+                let queries = match random.below(5) {
+                    0 => 1 + random.below(2),
+                    1 => 2 + random.below(130),
+                    _ => 2 + random.below(40),
+                };
+                let keys = match random.below(8) {
+                    0 => random.below(queries + 1),
+                    1 => queries,
+                    2 => 64 * (1 + random.below(5)),
+                    3 => queries + random.below(1200),
+                    _ => queries + random.below(200),
+                };
+                SequenceShape { queries, keys }
             };
-            let keys = match random.below(8) {
-                0 => random.below(queries + 1),
-                1 => queries,
-                2 => 64 * (1 + random.below(5)),
-                3 => queries + random.below(1200),
-                _ => queries + random.below(200),
-            };
-            SequenceShape { queries, keys }
-        })
-        .collect();
-    let layouts = [Layout::Nhd, Layout::Nhd, Layout::Hnd, Layout::Gaps, Layout::Interleaved, Layout::Shared];
-    Case {
-        q_dtype,
-        kv_dtype,
-        q_heads: kv_heads * random.pick(&[1, 1, 2, 3, 4, 4, 5, 7, 8, 16, 40, 71]),
-        kv_heads,
-        head_dim_qk,
-        head_dim_v,
-        block_size: random.pick(&[16, 16, 32, 64, 128, 256, 1, 2, 4, 8]),
-        layout: random.pick(&layouts),
-        rows: random.pick(&[Rows::Packed, Rows::Fused]),
-        tables: random.pick(&[Tables::Padded, Tables::Csr]),
-        mask: match random.below(7) {
-            0 => CaseMask::None,
-            1 | 2 => CaseMask::Window(1 + random.below(150)),
-            3 => CaseMask::Bits,
-            _ => CaseMask::Causal,
+            (0..count).map(shape).collect()
         },
-        positions: random.one_in(4),
-        shared_prefix: random.one_in(4),
-        poison_unseen: random.one_in(2),
-        softcap: random.one_in(5).then(|| random.pick(&[2.0, 30.0, 50.0])),
-        alibi: random.one_in(4),
-        sinks: random.one_in(4),
-        scale: random.pick(&[ScaleKind::One, ScaleKind::One, ScaleKind::Tensor, ScaleKind::Head]),
-        scores: random.pick(&[0.5, 8.0, 8.0, 60.0, 1e5]),
-        sequences,
-        seed: random.next() % 1_000_000_000,
-        ..Case::default()
-    }
-}
-
-/// A case with the other's data that is computed by the same variants as `kind`.
-fn other_case(kind: &Case, other: Case) -> Case {
-    let group = kind.q_heads / kind.kv_heads;
-    let bits = |case: &Case| case.mask == CaseMask::Bits;
-    Case {
-        q_dtype: kind.q_dtype,
-        kv_dtype: kind.kv_dtype,
-        q_heads: other.kv_heads * group,
-        head_dim_qk: kind.head_dim_qk,
-        head_dim_v: kind.head_dim_v,
-        mask: if bits(kind) == bits(&other) { other.mask } else { kind.mask },
-        ..other
-    }
+    };
+    random_case(random, turn, &kind)
 }
 
 /// How a case is planned: split or not, in tiles from two rows on or as by default.
@@ -137,8 +90,7 @@ fn matrix_case(random: &mut Random, context: &Context) -> (Case, MatrixTuning) {
     let case = prefill_case(random, 0);
     let head_dim_v = if random.one_in(4) { 4 * (1 + random.below(room / 4)) } else { room };
     let case = Case { q_dtype: DType::F16, kv_dtype: DType::F16, head_dim_qk: room, head_dim_v, ..case };
-    let keys = if room <= 64 { random.pick(&[32, 64]) } else { 32 };
-    (case, MatrixTuning { strips: rows / shape.size, keys, ahead: random.one_in(2) })
+    (case, MatrixTuning { strips: rows / shape.size, ahead: random.one_in(2) })
 }
 
 #[test]

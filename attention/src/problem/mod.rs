@@ -13,7 +13,7 @@ pub use config::{AttentionConfig, MAX_HEAD_DIM, Mask};
 pub use error::ProblemError;
 pub use layout::{CacheLayout, KvStrides, MAX_BLOCK_SIZE, RowStrides};
 pub use pairs::check_block_pairs;
-#[cfg(any(feature = "cpu", feature = "cuda"))]
+#[cfg(any(feature = "cpu", feature = "cuda", feature = "wgpu"))]
 pub(crate) use pairs::check_block_sizes;
 pub use write::WriteKv;
 

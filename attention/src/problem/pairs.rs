@@ -38,7 +38,7 @@ pub fn check_block_pairs(
 }
 
 /// Blocks can only be moved between caches whose blocks hold as many tokens.
-#[cfg(any(feature = "cpu", feature = "cuda"))]
+#[cfg(any(feature = "cpu", feature = "cuda", feature = "wgpu"))]
 pub(crate) fn check_block_sizes(source: &CacheLayout, target: &CacheLayout) -> Result<(), ProblemError> {
     let (from, to) = (source.block_size, target.block_size);
     if from == to {

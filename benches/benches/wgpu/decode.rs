@@ -7,17 +7,15 @@ use pagewise_attention::cpu;
 use pagewise_attention::wgpu::shaders;
 use pagewise_attention::wgpu::shaders::decode::{DecodeNeeds, DecodeSpec, DecodeTuning, Unit};
 use pagewise_attention::wgpu::wgpu::Buffer;
-use pagewise_attention::wgpu::{AttentionCall, BufferRange, HeadTerms, PlanOptions, PreparedAttention};
+use pagewise_attention::wgpu::{PlanOptions, PreparedAttention};
 use pagewise_attention::{
-    AttentionConfig, CacheLayout, DType, HostTensor, HostTensorMut, KvStrides, PagedBatch, Problem,
-    RowStrides,
+    AttentionConfig, CacheLayout, DType, HostTensor, HostTensorMut, PagedBatch, Problem,
 };
 use serde_json::{Value, json};
 
+use crate::batch::{BLOCK, Row, Tensors, V_SHIFT, attend, blocks_of, tables, upload_plan};
 use crate::gpu::{Gpu, Random, element};
 use crate::shapes::{Shape, shapes};
-
-pub const BLOCK: usize = 16;
 
 /// Of software drivers only what takes no minutes.
 const SOFTWARE_BYTES: f64 = 5e6;
@@ -54,7 +52,7 @@ pub fn all_shapes(gpu: &Gpu<'_>, ceiling: f64, wanted: impl Fn(&str) -> bool) ->
                 }
             };
             let Measured { us, error, items, merged, variant } =
-                prepared.measure(PlanOptions::default(), tuning(&prepared.config)).unwrap();
+                prepared.measure(PlanOptions::default(), tuning(&prepared.tensors.config)).unwrap();
             let rate = shape.bytes() / us / 1e3;
             // A software driver computes on the CPU: what the CPU backend takes there says how well.
             let cpu_us = gpu.software.then(|| prepared.cpu_us());
@@ -186,24 +184,14 @@ pub fn sweep(gpu: &Gpu<'_>, ceiling: f64, wanted: impl Fn(&str) -> bool) -> Vec<
     results
 }
 
-/// Elements of the pattern before V's first: 256-byte aligned, as bindings want it.
-pub const V_SHIFT: usize = 128 * 125;
-
 /// One shape's caches, queries and expected outputs, for any number of plans.
 struct Prepared<'a, 'b> {
     gpu: &'a Gpu<'b>,
-    config: AttentionConfig,
-    layout: CacheLayout,
+    tensors: Tensors,
     lens: Vec<i32>,
     max_blocks: usize,
     tables: Vec<Vec<i32>>,
-    k_cache: Buffer,
-    v_cache: Buffer,
-    q: Buffer,
     q_rows: Vec<f16>,
-    rows: usize,
-    /// First element of a row of the output, and what it should be.
-    expected: Vec<(usize, Vec<f64>)>,
 }
 
 /// What one plan of one shape took.
@@ -219,7 +207,6 @@ impl<'a, 'b> Prepared<'a, 'b> {
     fn new(gpu: &'a Gpu<'b>, shape: &Shape, hnd: bool) -> Result<Self, String> {
         let sequences = shape.lens.len();
         let config = AttentionConfig::new(shape.q_heads, shape.kv_heads, shape.dim, DType::F16);
-        let blocks_of = |len: i32| (len as usize).div_ceil(BLOCK);
         let blocks_per_set: usize = shape.lens.iter().map(|len| blocks_of(*len)).sum();
         let side = (blocks_per_set * BLOCK * shape.kv_heads * shape.dim * 2) as u64;
         if side + 2 * V_SHIFT as u64 > gpu.most_bytes() {
@@ -234,22 +221,8 @@ impl<'a, 'b> Prepared<'a, 'b> {
             false => CacheLayout::nhd(blocks, BLOCK, &config),
             true => CacheLayout::hnd(blocks, BLOCK, &config),
         };
-        // V begins elsewhere in the pattern, so that it is not K.
-        let k_cache = gpu.filled(2 * layout.k_extent(&config));
-        let v_cache = gpu.filled(2 * (layout.v_extent(&config) + V_SHIFT as u64));
-        let order = Random(11).permutation(blocks);
-        let max_blocks = shape.lens.iter().map(|len| blocks_of(*len)).max().unwrap();
-        let mut next = order.iter();
-        let tables: Vec<Vec<i32>> = (0..sets)
-            .map(|_| {
-                let rows = shape.lens.iter().flat_map(|len| {
-                    let mut row: Vec<i32> = next.by_ref().take(blocks_of(*len)).copied().collect();
-                    row.resize(max_blocks, 0);
-                    row
-                });
-                rows.collect()
-            })
-            .collect();
+        let [k_cache, v_cache] = Tensors::caches(gpu, &config, &layout);
+        let (tables, max_blocks) = tables(&shape.lens, sets);
         let mut random = Random(5);
         let q: Vec<f16> = (0..sequences * shape.q_heads * shape.dim)
             .map(|_| f16::from_f64((random.next() >> 40) as f64 / f64::from(1 << 22) - 2.0))
@@ -269,32 +242,22 @@ impl<'a, 'b> Prepared<'a, 'b> {
             }
         }
         let q_bytes: Vec<u8> = q.iter().flat_map(|x| x.to_le_bytes()).collect();
-        Ok(Self {
-            gpu,
-            rows: sequences,
-            lens: shape.lens.clone(),
-            q: gpu.upload(&q_bytes),
-            q_rows: q,
-            config,
-            layout,
-            max_blocks,
-            tables,
-            k_cache,
-            v_cache,
-            expected,
-        })
+        let q_device = gpu.upload(&q_bytes);
+        let tensors = Tensors { config, layout, rows: sequences, k_cache, v_cache, q: q_device, expected };
+        Ok(Self { gpu, tensors, lens: shape.lens.clone(), max_blocks, tables, q_rows: q })
     }
 
     /// µs that the CPU backend takes for the same, the median of nine.
     fn cpu_us(&self) -> f64 {
+        let Tensors { config, layout, rows, .. } = &self.tensors;
         let side = |extent: u64, first: usize| -> Vec<f16> {
             (first..first + extent as usize).map(|i| f16::from_f64(element(i))).collect()
         };
-        let k = side(self.layout.k_extent(&self.config), 0);
-        let v = side(self.layout.v_extent(&self.config), V_SHIFT);
-        let query_start: Vec<i32> = (0..=self.rows as i32).collect();
+        let k = side(layout.k_extent(config), 0);
+        let v = side(layout.v_extent(config), V_SHIFT);
+        let query_start: Vec<i32> = (0..=*rows as i32).collect();
         let batch = PagedBatch::padded(&query_start, &self.lens, &self.tables[0], self.max_blocks);
-        let plan = cpu::Plan::new(Problem::new(&self.config, self.layout, batch).unwrap());
+        let plan = cpu::Plan::new(Problem::new(config, *layout, batch).unwrap());
         let tensors = [&self.q_rows, &k, &v].map(|x| HostTensor::F16(x));
         let inputs = cpu::Inputs::new(tensors[0], tensors[1], tensors[2]);
         let mut out = vec![f16::ZERO; self.q_rows.len()];
@@ -311,72 +274,36 @@ impl<'a, 'b> Prepared<'a, 'b> {
 
     /// Plans, checks and times.
     fn measure(&self, options: PlanOptions, tuning: Option<DecodeTuning>) -> Result<Measured, String> {
-        let Self { gpu, rows, .. } = *self;
-        let query_start: Vec<i32> = (0..=rows as i32).collect();
+        let Self { gpu, tensors, .. } = self;
+        let Tensors { config, layout, rows, .. } = tensors;
+        let query_start: Vec<i32> = (0..=*rows as i32).collect();
         let plans: Vec<_> = self
             .tables
             .iter()
             .map(|table| {
                 let batch = PagedBatch::padded(&query_start, &self.lens, table, self.max_blocks);
-                let problem = Problem::new(&self.config, self.layout, batch).unwrap();
+                let problem = Problem::new(config, *layout, batch).unwrap();
                 gpu.context.plan_attention(&problem, options).map_err(|error| error.to_string())
             })
             .collect::<Result<_, String>>()?;
         let first = &plans[0];
-        let nan: Vec<u8> = f16::NAN.to_le_bytes().repeat(rows * self.config.q_heads * self.config.head_dim_v);
-        let out = gpu.upload(&nan);
+        let out = tensors.out(gpu);
         let workspace = gpu.buffer(first.workspace_bytes());
-        let uploaded: Vec<Buffer> = plans
-            .iter()
-            .map(|plan| {
-                gpu.upload(&plan.words().iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>())
-            })
-            .collect();
-        let strides = RowStrides::packed(self.config.q_heads, self.config.head_dim_qk);
+        let uploaded: Vec<Buffer> = plans.iter().map(|plan| upload_plan(gpu, plan)).collect();
         let prepared: Vec<PreparedAttention> = uploaded
             .iter()
             .map(|plan| {
-                let call = AttentionCall {
-                    config: &self.config,
-                    layout: &self.layout,
-                    rows,
-                    q: BufferRange::whole(&self.q),
-                    q_strides: strides,
-                    k_cache: BufferRange::whole(&self.k_cache),
-                    v_cache: BufferRange {
-                        buffer: &self.v_cache,
-                        offset: 2 * V_SHIFT as u64,
-                        size: self.v_cache.size() - 2 * V_SHIFT as u64,
-                    },
-                    terms: HeadTerms::default(),
-                    out: BufferRange::whole(&out),
-                    out_strides: strides,
-                    lse: None,
-                    plan: BufferRange::whole(plan),
-                    workspace: BufferRange::whole(&workspace),
-                    tuning,
-                };
+                let call = tensors.call(&out, plan, &workspace, tuning);
                 gpu.context.prepare_attention(&call).map_err(|error| error.to_string())
             })
             .collect::<Result<_, String>>()?;
         gpu.submit(|pass| prepared[0].encode(pass, first).unwrap());
-        let bytes = gpu.read(&out);
-        let found: Vec<f64> = bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f64()).collect();
-        let mut error = 0.0f64;
-        for (start, expected) in &self.expected {
-            let largest = expected.iter().fold(0.0f64, |largest, x| largest.max(x.abs()));
-            for (found, expected) in found[*start..].iter().zip(expected) {
-                let difference = (found - expected).abs() / largest;
-                error = if difference.is_nan() { f64::INFINITY } else { error.max(difference) };
-            }
-        }
-        // One rounding to f16, and f32 sums over up to 131072 keys.
-        assert!(error < 2e-3, "{options:?}, {tuning:?}: relative error {error:.1e}");
+        let error = tensors.checked_error(gpu, &out, &format!("{options:?}, {tuning:?}"));
 
         let sets = prepared.len();
         let bytes = 4
-            * self.config.kv_heads
-            * self.config.head_dim_qk
+            * config.kv_heads
+            * config.head_dim_qk
             * self.lens.iter().map(|len| *len as usize).sum::<usize>();
         // Some milliseconds a pass, and every set as often as the others.
         let count = (8_000_000_000 / bytes.max(1)).clamp(4, 256).next_multiple_of(sets);
@@ -390,38 +317,4 @@ impl<'a, 'b> Prepared<'a, 'b> {
             variant: prepared[0].variant(),
         })
     }
-}
-
-/// One query row of one head.
-pub struct Row<'a> {
-    pub q: &'a [f16],
-    pub table: &'a [i32],
-    pub len: usize,
-    pub head: usize,
-}
-
-/// One row of attention in f64, by the definition.
-pub fn attend(config: &AttentionConfig, layout: &CacheLayout, row: &Row<'_>) -> Vec<f64> {
-    let place = |strides: KvStrides, key: usize| {
-        row.table[key / BLOCK] as usize * strides.block as usize
-            + key % BLOCK * strides.token as usize
-            + row.head * strides.head as usize
-    };
-    let scores: Vec<f64> = (0..row.len)
-        .map(|key| {
-            let first = place(layout.k, key);
-            let dot: f64 = row.q.iter().enumerate().map(|(d, q)| q.to_f64() * element(first + d)).sum();
-            dot * f64::from(config.scale)
-        })
-        .collect();
-    let largest = scores.iter().fold(f64::NEG_INFINITY, |largest, score| largest.max(*score));
-    let mut out = vec![0.0; config.head_dim_v];
-    let mut sum = 0.0;
-    for (key, score) in scores.iter().enumerate() {
-        let weight = (score - largest).exp();
-        sum += weight;
-        let first = place(layout.v, key) + V_SHIFT;
-        out.iter_mut().enumerate().for_each(|(d, out)| *out += weight * element(first + d));
-    }
-    out.iter().map(|out| out / sum).collect()
 }

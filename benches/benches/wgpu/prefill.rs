@@ -2,13 +2,12 @@
 
 use half::f16;
 use pagewise_attention::wgpu::shaders::prefill::{MatrixTuning, PrefillTuning};
-use pagewise_attention::wgpu::wgpu::Buffer;
-use pagewise_attention::wgpu::{AttentionCall, BufferRange, HeadTerms, PlanOptions, PrefillChoice};
-use pagewise_attention::{AttentionConfig, CacheLayout, DType, PagedBatch, Problem, RowStrides};
+use pagewise_attention::wgpu::{PlanOptions, PrefillChoice};
+use pagewise_attention::{AttentionConfig, CacheLayout, DType, PagedBatch, Problem};
 use serde_json::{Value, json};
 
-use crate::decode::{BLOCK, Row, V_SHIFT, attend};
-use crate::gpu::{Gpu, Random, element};
+use crate::batch::{BLOCK, Row, Tensors, attend, blocks_of, tables, upload_plan};
+use crate::gpu::{Gpu, element};
 
 /// 32 query heads over 8 KV heads of 128 elements, causal.
 const HEADS: (usize, usize, usize) = (32, 8, 128);
@@ -110,8 +109,8 @@ pub fn sweep(gpu: &Gpu<'_>, wanted: impl Fn(&str) -> bool) -> Vec<Value> {
             }
         }
         for strips in [2, 4, 8] {
-            for (keys, ahead) in [(32, false), (32, true), (64, false), (64, true)] {
-                let prefill = PrefillChoice::Matrix(Some(MatrixTuning { strips, keys, ahead }));
+            for ahead in [false, true] {
+                let prefill = PrefillChoice::Matrix(Some(MatrixTuning { strips, ahead }));
                 let options = PlanOptions { prefill, ..PlanOptions::default() };
                 try_one("split as by default".to_owned(), options);
             }
@@ -130,17 +129,11 @@ pub fn sweep(gpu: &Gpu<'_>, wanted: impl Fn(&str) -> bool) -> Vec<Value> {
 /// A batch's caches, queries and expected outputs.
 struct Prepared<'a, 'b> {
     gpu: &'a Gpu<'b>,
-    config: AttentionConfig,
-    layout: CacheLayout,
+    tensors: Tensors,
     query_start: Vec<i32>,
     lens: Vec<i32>,
     table: Vec<i32>,
     max_blocks: usize,
-    k_cache: Buffer,
-    v_cache: Buffer,
-    q: Buffer,
-    /// First element of a row of the output, and what it should be.
-    expected: Vec<(usize, Vec<f64>)>,
 }
 
 struct Measured {
@@ -161,20 +154,10 @@ impl<'a, 'b> Prepared<'a, 'b> {
             query_start.push(query_start.last().unwrap() + queries);
         }
         let rows = *query_start.last().unwrap() as usize;
-        let blocks_of = |len: i32| (len as usize).div_ceil(BLOCK);
-        let blocks: usize = lens.iter().map(|len| blocks_of(*len)).sum();
-        let max_blocks = lens.iter().map(|len| blocks_of(*len)).max().unwrap();
+        let blocks = lens.iter().map(|len| blocks_of(*len)).sum();
         let layout = CacheLayout::nhd(blocks, BLOCK, &config);
-        let order = Random(11).permutation(blocks);
-        let mut next = order.iter();
-        let table: Vec<i32> = lens
-            .iter()
-            .flat_map(|len| {
-                let mut row: Vec<i32> = next.by_ref().take(blocks_of(*len)).copied().collect();
-                row.resize(max_blocks, 0);
-                row
-            })
-            .collect();
+        let (tables, max_blocks) = tables(&lens, 1);
+        let table = tables.into_iter().next().unwrap();
         let mut expected = Vec::new();
         // Of the first and the last sequence: first, last and two rows between, each with another head.
         for sequence in [0, sequences.len() - 1] {
@@ -188,19 +171,10 @@ impl<'a, 'b> Prepared<'a, 'b> {
                 expected.push((first, attend(&config, &layout, &row)));
             }
         }
-        Self {
-            gpu,
-            k_cache: gpu.filled(2 * layout.k_extent(&config)),
-            v_cache: gpu.filled(2 * (layout.v_extent(&config) + V_SHIFT as u64)),
-            q: gpu.filled((2 * rows * q_heads * dim) as u64),
-            config,
-            layout,
-            query_start,
-            lens,
-            table,
-            max_blocks,
-            expected,
-        }
+        let [k_cache, v_cache] = Tensors::caches(gpu, &config, &layout);
+        let q = gpu.filled((2 * rows * q_heads * dim) as u64);
+        let tensors = Tensors { config, layout, rows, k_cache, v_cache, q, expected };
+        Self { gpu, tensors, query_start, lens, table, max_blocks }
     }
 
     /// Operations: two products for each pair of a query head and a key that it sees.
@@ -209,57 +183,22 @@ impl<'a, 'b> Prepared<'a, 'b> {
             let (queries, keys) = (f64::from(rows[1] - rows[0]), f64::from(*len));
             queries * (keys - queries) + queries * (queries + 1.0) / 2.0
         });
-        4.0 * (self.config.head_dim_qk * self.config.q_heads) as f64 * pairs.sum::<f64>()
+        4.0 * (self.tensors.config.head_dim_qk * self.tensors.config.q_heads) as f64 * pairs.sum::<f64>()
     }
 
     /// Plans, checks and times.
     fn measure(&self, options: PlanOptions) -> Result<Measured, String> {
-        let gpu = self.gpu;
+        let Self { gpu, tensors, .. } = self;
         let batch = PagedBatch::padded(&self.query_start, &self.lens, &self.table, self.max_blocks);
-        let problem = Problem::new(&self.config, self.layout, batch).unwrap();
+        let problem = Problem::new(&tensors.config, tensors.layout, batch).unwrap();
         let plan = gpu.context.plan_attention(&problem, options).map_err(|error| error.to_string())?;
-        let rows = problem.total_queries();
-        let elements = rows * self.config.q_heads * self.config.head_dim_v;
-        let out = gpu.upload(&f16::NAN.to_le_bytes().repeat(elements));
+        let out = tensors.out(gpu);
         let workspace = gpu.buffer(plan.workspace_bytes());
-        let words: Vec<u8> = plan.words().iter().flat_map(|word| word.to_le_bytes()).collect();
-        let words = gpu.upload(&words);
-        let strides = RowStrides::packed(self.config.q_heads, self.config.head_dim_qk);
-        let call = AttentionCall {
-            config: &self.config,
-            layout: &self.layout,
-            rows,
-            q: BufferRange::whole(&self.q),
-            q_strides: strides,
-            k_cache: BufferRange::whole(&self.k_cache),
-            v_cache: BufferRange {
-                buffer: &self.v_cache,
-                offset: 2 * V_SHIFT as u64,
-                size: self.v_cache.size() - 2 * V_SHIFT as u64,
-            },
-            terms: HeadTerms::default(),
-            out: BufferRange::whole(&out),
-            out_strides: strides,
-            lse: None,
-            plan: BufferRange::whole(&words),
-            workspace: BufferRange::whole(&workspace),
-            tuning: None,
-        };
+        let words = upload_plan(gpu, &plan);
+        let call = tensors.call(&out, &words, &workspace, None);
         let prepared = gpu.context.prepare_attention(&call).map_err(|error| error.to_string())?;
         gpu.submit(|pass| prepared.encode(pass, &plan).unwrap());
-        let bytes = gpu.read(&out);
-        let found: Vec<f64> = bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f64()).collect();
-        let mut error = 0.0f64;
-        for (start, expected) in &self.expected {
-            let largest = expected.iter().fold(0.0f64, |largest, x| largest.max(x.abs()));
-            for (found, expected) in found[*start..].iter().zip(expected) {
-                let difference = (found - expected).abs() / largest;
-                error = if difference.is_nan() { f64::INFINITY } else { error.max(difference) };
-            }
-        }
-        assert!(found[..elements].iter().all(|x| x.is_finite()), "{options:?}: every element is written");
-        // One rounding to f16, and f32 sums.
-        assert!(error < 2e-3, "{options:?}: relative error {error:.1e}");
+        let error = tensors.checked_error(gpu, &out, &format!("{options:?}"));
         let flops = self.flops();
         let count = if gpu.software { 1 } else { (1e12 / flops).clamp(2.0, 64.0) as usize };
         let us = gpu.time(count, |pass, _| prepared.encode(pass, &plan).unwrap());

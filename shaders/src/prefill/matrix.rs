@@ -22,8 +22,6 @@ pub struct MatrixShape {
 pub struct MatrixTuning {
     /// Subgroups of a workgroup; each has as many rows as a matrix.
     pub strips: u32,
-    /// Keys of a tile: 32 or 64.
-    pub keys: u32,
     /// Whether the cache is read before the scores are there, rather than when its place is free.
     pub ahead: bool,
 }
@@ -61,6 +59,9 @@ pub struct MatrixNeeds {
 /// The longest head: queries and outputs of a strip stay in registers.
 pub const MOST_HEAD_DIM: u32 = 128;
 
+/// Keys of a tile.
+const KEYS: u32 = 32;
+
 /// Vectors that a staged row is longer than its elements: so that matrices' rows meet in memory less often.
 const GAP: u32 = 2;
 
@@ -77,7 +78,7 @@ impl MatrixSpec {
                 k_parts: head_dim_k.div_ceil(size).max(1),
                 v_parts: head_dim_v.div_ceil(size).max(1),
                 bits,
-                tuning: MatrixTuning { strips, keys: 32, ahead: false },
+                tuning: MatrixTuning { strips, ahead: false },
             };
             (spec.exists() && spec.workgroup_memory() <= workgroup_memory).then_some(spec)
         })
@@ -97,14 +98,14 @@ impl MatrixSpec {
     fn strides(self) -> [u32; 3] {
         let vectors = self.shape.size / 4;
         let row = self.k_parts.max(self.v_parts) * vectors;
-        let keys = self.tuning.keys / 4;
+        let keys = KEYS / 4;
         [row + GAP, keys + 1, keys + GAP]
     }
 
     /// Bytes of workgroup memory.
     pub fn workgroup_memory(self) -> u32 {
         let [row, scores, weights] = self.strides();
-        let keys = self.tuning.keys;
+        let keys = KEYS;
         8 * 2 * keys * row
             + (16 * scores + 8 * weights + 4) * self.rows()
             + 4 * (6 * keys + 2 * (keys / 32) + 1)
@@ -113,26 +114,24 @@ impl MatrixSpec {
     /// Whether there is such a variant.
     pub fn exists(self) -> bool {
         let MatrixShape { size, subgroup } = self.shape;
-        let MatrixTuning { strips, keys, .. } = self.tuning;
+        let MatrixTuning { strips, .. } = self.tuning;
         [8, 16].contains(&size)
             && subgroup.is_power_of_two()
             && (size..=128).contains(&subgroup)
-            && keys / 4 >= subgroup / size
+            && KEYS / 4 >= subgroup / size
             && (1..=MOST_HEAD_DIM / size).contains(&self.k_parts)
             && (1..=MOST_HEAD_DIM / size).contains(&self.v_parts)
-            && [32, 64].contains(&keys)
             && (1..=16).contains(&strips)
-            && (keys..=256).contains(&self.workgroup_size())
+            && (KEYS..=256).contains(&self.workgroup_size())
     }
 
-    /// The variant's name: `prefill_matrix_16_k8_v8_r64_t32_s32`, with `_ahead` and `_bits`.
+    /// The variant's name: `prefill_matrix_16_k8_v8_r64_s32`, with `_ahead` and `_bits`.
     pub fn name(self) -> String {
         let Self { shape, k_parts, v_parts, bits, tuning } = self;
         format!(
-            "{FAMILY}_{}_k{k_parts}_v{v_parts}_r{}_t{}_s{}{}{}",
+            "{FAMILY}_{}_k{k_parts}_v{v_parts}_r{}_s{}{}{}",
             shape.size,
             self.rows(),
-            tuning.keys,
             shape.subgroup,
             if tuning.ahead { "_ahead" } else { "" },
             if bits { "_bits" } else { "" },
@@ -149,8 +148,7 @@ impl MatrixSpec {
                     let needs = MatrixNeeds { shape, head_dim_k, head_dim_v, bits, workgroup_memory: 49_152 };
                     let Some(spec) = Self::for_needs(needs) else { continue };
                     let ahead = Self { tuning: MatrixTuning { ahead: true, ..spec.tuning }, ..spec };
-                    let long = Self { tuning: MatrixTuning { keys: 64, ..spec.tuning }, ..spec };
-                    found.extend([spec, ahead, long].into_iter().filter(|spec| spec.exists()));
+                    found.extend([spec, ahead]);
                 }
             }
         }
@@ -167,7 +165,7 @@ impl MatrixSpec {
             size => self.shape.size,
             subgroup => self.shape.subgroup,
             strips => self.tuning.strips,
-            keys => self.tuning.keys,
+            keys => KEYS,
             k_parts => self.k_parts,
             v_parts => self.v_parts,
             stride,
