@@ -21,6 +21,7 @@ const LIB: &[(&str, &str)] = &[
     ("model/elementwise.ptx", include_str!("../kernels/model/elementwise.ptx")),
     ("model/block_sum.ptx", include_str!("../kernels/model/block_sum.ptx")),
     ("model/activation.ptx", include_str!("../kernels/model/activation.ptx")),
+    ("model/select.ptx", include_str!("../kernels/model/select.ptx")),
     ("model/vocab.ptx", include_str!("../kernels/model/vocab.ptx")),
     ("prefill/bits.ptx", include_str!("../kernels/prefill/bits.ptx")),
     ("prefill/contract.ptx", include_str!("../kernels/prefill/contract.ptx")),

@@ -70,6 +70,9 @@ pub struct Link {
     pub bytes_per_second: f64,
 }
 
+/// Beyond so many logits a row is the host's: devices add up weights in 64 bits, of which there may not be more.
+const MAX_DEVICE_VOCAB: usize = 1 << 19;
+
 /// Blocks that are moved to measure the link: enough to fill its caches, few enough to take no time.
 const LINK_BLOCKS: usize = 64;
 
@@ -164,7 +167,10 @@ impl<B: Backend> Executor for ModelExecutor<B> {
     }
 
     fn answers(&self, wanted: &RowWanted) -> bool {
-        self.backend.answers(wanted)
+        match wanted {
+            RowWanted::Logits => true,
+            wanted => self.vocab_size <= MAX_DEVICE_VOCAB && self.backend.answers(wanted),
+        }
     }
 
     fn runs_ahead(&self) -> bool {

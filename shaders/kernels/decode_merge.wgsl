@@ -1,4 +1,4 @@
-//# Variables: name, q (element type); workgroup_size, max_splits.
+//# Variables: name, q (element type); workgroup_size, max_splits, few (splits that a thread merges by itself).
 //% import "lib/elements.wgsl" as elements_lib
 // ${ name }: merge the partial results of query rows that `decode` split.
 //
@@ -8,7 +8,8 @@
 //   lse      [rows, q_heads]                                  f32, natural logarithm
 //   partials [splits, q_heads, 1 + head_dim_v / 4]            maximum and sum, then the output they belong to
 //
-// A workgroup merges one query head of one row: all ${ workgroup_size } invocations find the maximum of up to ${ max_splits } splits
+// Where no row has more than ${ few } splits, a thread merges four elements of one head by itself. Else a workgroup
+// merges one query head of one row: all ${ workgroup_size } invocations find the maximum of up to ${ max_splits } splits
 // and their weights; then each takes four elements of every so-manieth split, four splits on their way at a time.
 //
 // Bytes: the partial results, once.
@@ -46,6 +47,61 @@ var<workgroup> outputs: array<vec4<f32>, ${ workgroup_size }>;
 
 ${ elements_lib.store_out(q) }
 
+// Where a sum of outputs belongs, and what it is divided by.
+struct Merged {
+    row: u32,
+    head: u32,
+    vector: u32,
+    empty: bool, // a row that sees no key gives zeros, whatever its sink
+    maximum: f32,
+    total: f32,
+}
+
+fn store_merged(merged: Merged, x: vec4<f32>) {
+    let place = params.out_offset + merged.row * params.out_row_stride + merged.head * params.out_head_stride;
+    store_out(place + merged.vector * ${ 4 if q == "f32" else 2 }u,
+        select(x / merged.total, vec4<f32>(0.0), merged.empty));
+    if (merged.vector == 0u && params.has_lse != 0u) {
+        let q_heads = params.kv_heads * params.group_size;
+        let value = bitcast<u32>(LN_2 * (merged.maximum + log2(merged.total)));
+        lse[params.lse_offset + merged.row * q_heads + merged.head] = select(value, 0xff800000u, merged.empty);
+    }
+}
+
+// Vector `vector` of head `index % q_heads` of row `index / q_heads`, of at most ${ few } splits.
+fn merge_few(index: u32, vector: u32) {
+    let q_heads = params.kv_heads * params.group_size;
+    if (index >= plan[1] * q_heads || vector >= params.v_vectors) {
+        return;
+    }
+    let head = index % q_heads;
+    let merge = plan[5] + 4u * (index / q_heads);
+    let row = plan[merge];
+    let splits = plan[merge + 2u];
+    let stride = q_heads * (params.v_vectors + 1u);
+    let at = plan[merge + 1u] * stride + head * (params.v_vectors + 1u);
+    // Past the last split, the last one with weight zero.
+//% for i in range(few)
+    let at_${ i } = at + min(${ i }u, splits - 1u) * stride;
+    let state_${ i } = partials[at_${ i }];
+    let y_${ i } = partials[at_${ i } + 1u + vector];
+//% endfor
+    let sink = terms[params.terms_offset + q_heads + head];
+    var seen_maximum = state_0.x;
+//% for i in range(1, few)
+    seen_maximum = max(seen_maximum, state_${ i }.x);
+//% endfor
+    let maximum = max(seen_maximum, sink);
+    var total = exp2(sink - maximum);
+    var x = vec4<f32>(0.0);
+//% for i in range(few)
+    let weight_${ i } = select(0.0, exp2(state_${ i }.x - maximum), ${ i }u < splits);
+    total += weight_${ i } * state_${ i }.y;
+    x += weight_${ i } * y_${ i };
+//% endfor
+    store_merged(Merged(row, head, vector, seen_maximum == LOWEST, maximum, total), x);
+}
+
 @compute @workgroup_size(${ workgroup_size })
 fn decode_merge(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -55,6 +111,12 @@ fn decode_merge(
     // Workgroups continue along y where x has reached the device's limit.
     let index = workgroup.y * workgroups.x + workgroup.x;
     let q_heads = params.kv_heads * params.group_size;
+    // What the first row says of all: whether they have few splits.
+    if (plan[plan[5] + 3u] != 0u) {
+        let heads = ${ workgroup_size }u / params.padded_vectors;
+        merge_few(index * heads + thread / params.padded_vectors, thread % params.padded_vectors);
+        return;
+    }
     if (index >= plan[1] * q_heads) {
         return;
     }
@@ -101,7 +163,6 @@ fn decode_merge(
 //% endfor
     let seen_sum = tree[0];
     let total = seen_sum + exp2(sink - maximum);
-    // A row that sees no key gives zeros, whatever its sink.
     let empty = seen_maximum == LOWEST;
 
     let vector = thread % params.padded_vectors;
@@ -123,12 +184,6 @@ fn decode_merge(
         for (var slot = 1u; slot < slots; slot++) {
             x += outputs[slot * params.padded_vectors + thread];
         }
-        x = select(x / total, vec4<f32>(0.0), empty);
-        store_out(params.out_offset + row * params.out_row_stride + head * params.out_head_stride
-            + thread * ${ 4 if q == "f32" else 2 }u, x);
-        if (thread == 0u && params.has_lse != 0u) {
-            let value = bitcast<u32>(LN_2 * (maximum + log2(total)));
-            lse[params.lse_offset + row * q_heads + head] = select(value, 0xff800000u, empty);
-        }
+        store_merged(Merged(row, head, thread, empty, maximum, total), x);
     }
 }

@@ -30,11 +30,20 @@ const MERGE_WORKGROUP: u32 = 256;
 /// Splits of a row that `decode_merge` can merge.
 pub const MAX_SPLITS: u32 = 1024;
 
+/// Splits that a thread of `decode_merge` merges by itself, if no row of a plan has more: then a workgroup has several
+/// heads ([`merge_heads`]).
+pub const FEW_SPLITS: u32 = 4;
+
+/// Heads of a workgroup of `decode_merge` where rows have few splits.
+pub fn merge_heads(head_dim_v: u32) -> u32 {
+    MERGE_WORKGROUP / head_dim_v.div_ceil(4).next_power_of_two().clamp(1, MERGE_WORKGROUP)
+}
+
 /// Words of the plan before its first item: numbers of items and of rows to merge, where block tables and mask bits
 /// begin, the words of a row of mask bits, where the rows to merge begin; `prefill`'s number of items, where they begin.
 pub const HEADER_WORDS: usize = 8;
 
-/// Words of a row that is to be merged: row, first partial result, splits, 0.
+/// Words of a row that is to be merged: row, first partial result, splits; in the first, whether all have few splits, else 0.
 pub const MERGE_WORDS: usize = 4;
 
 /// A score below all others, and the sink of a head that has none.
@@ -355,6 +364,7 @@ impl DecodeMerge {
             q => q.name(),
             workgroup_size => MERGE_WORKGROUP,
             max_splits => MAX_SPLITS,
+            few => FEW_SPLITS,
             levels,
         };
         let text = template::render(MERGE_FAMILY, include_str!("../kernels/decode_merge.wgsl"), variables)?;

@@ -19,6 +19,8 @@
 mod cuda;
 #[path = "gpu/engine_machine.rs"]
 mod engine_machine;
+#[path = "gpu/engine_sampling.rs"]
+mod engine_sampling;
 
 use engine_machine::{
     Machine, Numbers, bound, config, difference, rows_alone, rows_decoded, rows_mixed, texts,
@@ -126,7 +128,6 @@ fn requests(vocab_size: usize, count: usize, seed: u64) -> Vec<Request> {
             temperature: 0.0,
             n: if index % 7 == 3 { 2 } else { 1 },
             beam_width: (index % 7 == 5).then_some(3),
-            // Those without log-probabilities are chosen on the device.
             logprobs: (index % 2 == 0).then_some(2),
             ..SamplingParams::default()
         };
@@ -210,14 +211,20 @@ fn generate(engine: &mut Engine, requests: &[Request]) -> Vec<RequestOutput> {
     engine.generate(requests.to_vec()).unwrap().into_iter().map(Result::unwrap).collect()
 }
 
+/// The same with a cache that holds the largest request, but not many: sequences keep few blocks behind a window.
+fn crowded(dir: &Path, way: Way) -> Way {
+    let blocks =
+        config(dir).kv_groups().0.iter().map(|group| if group.window.is_some() { 20 } else { 40 }).sum();
+    Way { blocks: Some(blocks), budget: 64, ..way }
+}
+
 /// Requests through the whole engine: few and many at once, crowded with both preemptions, with graphs and without.
 fn answers_agree(name: &str, dir: &Path, dtype: DType, count: usize) {
     let config = config(dir);
     let mut oracle = Oracle::new(dir, dtype);
     let requests = requests(config.vocab_size, count, 23);
     let roomy = way(BackendChoice::Cuda, dtype);
-    let groups = config.kv_groups().0.len();
-    let crowded = Way { blocks: Some(40 * groups), budget: 64, ..roomy };
+    let crowded = crowded(dir, roomy);
     let ways = [
         ("roomy", roomy),
         ("recomputed", crowded),
@@ -400,6 +407,19 @@ fn a_random_load_is_served_right() {
 #[test]
 fn the_random_load_preempts_on_the_cpu_too() {
     serve_loads(BackendChoice::Cpu, 2.0);
+}
+
+/// A crowded cache preempts on any device. How often depends on when steps are planned, so that it must be more than once.
+#[test]
+fn a_crowded_cache_preempts_on_the_cpu_too() {
+    for name in FIXTURES {
+        let dir = fixture(name);
+        let mut engine = engine(&dir, crowded(&dir, way(BackendChoice::Cpu, DType::F32)));
+        generate(&mut engine, &requests(config(&dir).vocab_size, 21, 23));
+        let preemptions = engine.stats().scheduler.preemptions;
+        println!("{name}: {preemptions} preemptions");
+        assert!(preemptions >= 3, "{name}: {preemptions} preemptions");
+    }
 }
 
 /// A bound must not allow everything: a model that takes one token for another is far beyond it.

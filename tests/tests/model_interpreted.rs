@@ -15,6 +15,8 @@
 mod blocks;
 #[path = "gpu/encode.rs"]
 mod encode;
+#[path = "gpu/faults/mod.rs"]
+mod faults;
 #[path = "gpu/interpreter/mod.rs"]
 mod interpreter;
 #[path = "gpu/machine.rs"]
@@ -31,7 +33,10 @@ mod rotary;
 mod write_kv;
 
 use std::collections::BTreeSet;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::Ordering;
 
+use faults::Fault;
 use interpreter::Interpreter;
 use machine::Machine;
 use model::{Device, Run};
@@ -80,4 +85,69 @@ fn the_dense_layers_agree_with_the_definition() {
         let missing: Vec<_> = wanted.map(Kernel::entry).filter(|entry| !ran.contains(*entry)).collect();
         assert!(missing.is_empty(), "{missing:?} did not run");
     }
+}
+
+/// The interpreter, for one family's first variant alone.
+struct OfFamily {
+    machine: Interpreter,
+    family: &'static str,
+    entry: Option<String>,
+}
+
+impl Device for OfFamily {
+    fn upload(&mut self, bytes: &[u8]) -> u64 {
+        Machine::upload(&mut self.machine, bytes)
+    }
+
+    fn download(&self, address: u64) -> Vec<u8> {
+        Machine::download(&self.machine, address)
+    }
+
+    fn clear(&mut self) {
+        Machine::clear(&mut self.machine);
+    }
+
+    fn can_run(&self, kernel: &Kernel) -> bool {
+        kernel.family() == self.family && self.entry.as_deref().is_none_or(|entry| entry == kernel.entry())
+    }
+
+    fn run(&mut self, kernel: &Kernel, launch: Launch, args: &[Arg]) -> Result<(), String> {
+        self.entry.get_or_insert_with(|| kernel.entry().to_owned());
+        Interpreter::run(&mut self.machine, kernel, launch, args).map(|_| ())
+    }
+}
+
+/// What the cases say of a family with a fault in it.
+fn verdict(fault: &Fault) -> Result<(), String> {
+    let (alter, planted) = fault.planted();
+    let mut device = OfFamily { machine: Interpreter::new(alter), family: fault.family, entry: None };
+    let run = Run { device: &mut device, cases: 200, seed: run_seed(), small: true, passed: &mut |_, _| {} };
+    let result = catch_unwind(AssertUnwindSafe(|| run.all()));
+    assert!(planted.load(Ordering::Relaxed) > 0, "{}: no kernel has the line {}", fault.name, fault.line);
+    result.map_err(|error| {
+        error.downcast_ref::<String>().cloned().unwrap_or_else(|| "a panic without words".to_owned())
+    })
+}
+
+#[test]
+fn cases_find_what_is_planted() {
+    // What the cases panic with is the finding.
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let verdicts: Vec<_> = faults::CHOICE.iter().map(|fault| catch_unwind(|| verdict(fault))).collect();
+    std::panic::set_hook(hook);
+    let mut survivors = Vec::new();
+    for (fault, verdict) in faults::CHOICE.iter().zip(verdicts) {
+        match verdict {
+            Ok(Ok(())) => survivors.push(format!("{} ({}): {}", fault.name, fault.family, fault.breaks)),
+            Ok(Err(error)) => {
+                // A wrong result, and not a line that the interpreter cannot read.
+                let wrong = ["expected", "has no logit", "are not where", "belongs to no result"];
+                assert!(wrong.iter().any(|words| error.contains(words)), "{}: {error}", fault.name);
+                eprintln!("found: {} ({}): {error}", fault.name, fault.breaks);
+            }
+            Err(error) => std::panic::resume_unwind(error),
+        }
+    }
+    assert!(survivors.is_empty(), "no case finds: {survivors:#?}");
 }

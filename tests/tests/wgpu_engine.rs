@@ -5,6 +5,8 @@
 //! margin between the two likeliest is more than twice that tolerance, as one below it may go either way.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub, reason = "a test")]
 
+#[path = "gpu/engine_ahead.rs"]
+mod engine_ahead;
 #[path = "gpu/engine_answers.rs"]
 mod engine_answers;
 #[path = "gpu/engine_pair.rs"]

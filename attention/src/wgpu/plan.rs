@@ -7,7 +7,9 @@
 
 use std::sync::Arc;
 
-use pagewise_shaders::decode::{DecodeSpec, HEADER_WORDS, MAX_SPLITS, MERGE_WORDS, WorkItem, workgroups};
+use pagewise_shaders::decode::{
+    DecodeSpec, FEW_SPLITS, HEADER_WORDS, MAX_SPLITS, MERGE_WORDS, WorkItem, merge_heads, workgroups,
+};
 use pagewise_shaders::prefill::{MatrixTuning, Prefill, PrefillItem, PrefillTuning};
 
 use super::context::Pipeline;
@@ -184,7 +186,12 @@ impl Context {
         let tiled = PrefillPart::new(problem, &tiled, prefill_kernel, options.pieces(), partials)?;
         let merges = pieces.iter().filter(|piece| piece.splits > 1 && piece.split == 0);
         let merges = merges.map(|piece| [piece.row, piece.first_partial, piece.splits, 0]);
-        let merges: Vec<[u32; MERGE_WORDS]> = merges.chain(tiled.merges.iter().copied()).collect();
+        let mut merges: Vec<[u32; MERGE_WORDS]> = merges.chain(tiled.merges.iter().copied()).collect();
+        // The first row tells the kernel of all.
+        let few = merges.iter().all(|[_, _, splits, _]| *splits <= FEW_SPLITS);
+        if let Some([.., of_all]) = merges.first_mut() {
+            *of_all = u32::from(few);
+        }
 
         let batch = problem.batch();
         let entries = match batch.block_tables {
@@ -242,6 +249,11 @@ impl Context {
             }
             None => None,
         };
+        let merged_heads = merges.len() as u64 * config.q_heads as u64;
+        let heads_at_once = match few {
+            true => u64::from(merge_heads(word("head_dim_v", config.head_dim_v)?)),
+            false => 1,
+        };
         Ok(AttentionPlan {
             config: config.clone(),
             layout: *problem.layout(),
@@ -250,7 +262,7 @@ impl Context {
             rows: problem.total_queries(),
             dispatch: dispatch("decode", pieces.len() as u64 * tiles)?,
             prefill,
-            merge_dispatch: dispatch("decode_merge", merges.len() as u64 * config.q_heads as u64)?,
+            merge_dispatch: dispatch("decode_merge", merged_heads.div_ceil(heads_at_once))?,
             items: pieces.len() + tiled.items.len(),
             words,
             partials: tiled.partials,

@@ -4,7 +4,8 @@ use std::time::Instant;
 
 use half::f16;
 use pagewise_attention::cpu;
-use pagewise_attention::wgpu::shaders::decode::DecodeTuning;
+use pagewise_attention::wgpu::shaders;
+use pagewise_attention::wgpu::shaders::decode::{DecodeNeeds, DecodeSpec, DecodeTuning, Unit};
 use pagewise_attention::wgpu::wgpu::Buffer;
 use pagewise_attention::wgpu::{AttentionCall, BufferRange, HeadTerms, PlanOptions, PreparedAttention};
 use pagewise_attention::{
@@ -53,7 +54,7 @@ pub fn all_shapes(gpu: &Gpu<'_>, ceiling: f64, wanted: impl Fn(&str) -> bool) ->
                 }
             };
             let Measured { us, error, items, merged, variant } =
-                prepared.measure(PlanOptions::default(), None).unwrap();
+                prepared.measure(PlanOptions::default(), tuning(&prepared.config)).unwrap();
             let rate = shape.bytes() / us / 1e3;
             // A software driver computes on the CPU: what the CPU backend takes there says how well.
             let cpu_us = gpu.software.then(|| prepared.cpu_us());
@@ -83,6 +84,21 @@ pub fn all_shapes(gpu: &Gpu<'_>, ceiling: f64, wanted: impl Fn(&str) -> bool) ->
     }
     summary(&results);
     results
+}
+
+/// `PAGEWISE_HALF=1`: the default, but that caches are read as f16 and not by words.
+fn tuning(config: &AttentionConfig) -> Option<DecodeTuning> {
+    std::env::var_os("PAGEWISE_HALF")?;
+    let needs = DecodeNeeds {
+        q: shaders::DType::F16,
+        kv: shaders::DType::F16,
+        unit: Unit::Vec4,
+        head_dim: config.head_dim_qk as u32,
+        group: config.group() as u32,
+        subgroup: Some(32),
+        bits: false,
+    };
+    DecodeSpec::for_needs(needs).map(|spec| DecodeTuning { half: true, ..spec.tuning })
 }
 
 /// Geometric means over the better layout of each shape.
@@ -150,8 +166,8 @@ pub fn sweep(gpu: &Gpu<'_>, ceiling: f64, wanted: impl Fn(&str) -> bool) -> Vec<
                 best = Some((us, what));
             }
         };
-        for workgroups in [512, 1024, 2048] {
-            for (smallest, largest) in [(64, 512), (128, 512), (128, 1024), (256, 2048)] {
+        for workgroups in [128, 192, 256, 384, 512, 1024] {
+            for (smallest, largest) in [(128, 512), (128, 2048)] {
                 try_one(PlanOptions { workgroups, smallest, largest, ..PlanOptions::default() }, None);
             }
         }

@@ -50,7 +50,7 @@ pub struct FillWeightsArgs {
     pub seed: u64,
     /// Middle of the range: 1 for norms, 0 otherwise.
     pub center: f32,
-    /// Half of the range: 0.1 for norms, sqrt(3 / in_features) for matrices, whose variance is then 1 / in_features.
+    /// Half of the range: 0.125 for norms, sqrt(3 / in_features) for matrices, whose variance is then 1 / in_features.
     pub spread: f32,
 }
 

@@ -25,7 +25,11 @@ pub mod gather_rows;
 pub mod log_softmax;
 pub mod matvec;
 pub mod norm;
+pub mod penalize;
+pub mod sample;
 pub mod scale;
+pub mod select;
+pub mod top_candidates;
 pub mod vocab;
 
 use minijinja::{Value, context};
@@ -177,7 +181,11 @@ pub(crate) fn all_kernels() -> impl Iterator<Item = Result<Kernel, Error>> {
         log_softmax::LogSoftmaxSpec::all().map(|spec| Ok(log_softmax::LogSoftmax::new(spec)?.into_kernel()));
     let norm = norm::NormSpec::all().map(|spec| Ok(norm::Norm::new(spec)?.into_kernel()));
     let scale = scale::ScaleSpec::all().map(|spec| Ok(scale::Scale::new(spec)?.into_kernel()));
-    let logits = argmax.chain(log_softmax).chain(carry);
+    let penalize = penalize::PenalizeSpec::all().map(|spec| Ok(penalize::Penalize::new(spec)?.into_kernel()));
+    let sample = sample::SampleSpec::all().map(|spec| Ok(sample::Sample::new(spec)?.into_kernel()));
+    let top = top_candidates::TopCandidatesSpec::all()
+        .map(|spec| Ok(top_candidates::TopCandidates::new(spec)?.into_kernel()));
+    let logits = argmax.chain(log_softmax).chain(carry).chain(penalize).chain(sample).chain(top);
     activate
         .chain(add)
         .chain(embed)

@@ -27,6 +27,12 @@ impl Normaliser {
         Self { max, log_sum: sum.ln() }
     }
 
+    /// The same from the sum's logarithm.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn of_log_sum(max: f32, log_sum: f32) -> Self {
+        Self { max, log_sum: f64::from(log_sum) }
+    }
+
     /// ln p of a token with this logit.
     pub(crate) fn of_logit(self, logit: f32) -> f32 {
         if logit.is_nan() || logit == f32::NEG_INFINITY {

@@ -38,7 +38,7 @@ mod validate;
 mod weights;
 
 pub use logprobs::LogSoftmax;
-#[cfg(feature = "wgpu")]
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub(crate) use logprobs::Normaliser;
 pub use penalties::TokenCounts;
 pub use sampler::{Draw, NoUsableLogit, Sampler};

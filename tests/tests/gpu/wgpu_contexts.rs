@@ -6,6 +6,7 @@ use pagewise_attention::wgpu::wgpu::{DeviceDescriptor, Features, Limits};
 use pagewise_attention::wgpu::{self as backend, Context};
 
 /// Every adapter's context. Without any: a loud line, and a failure where software Vulkan must be there.
+#[allow(dead_code, reason = "not every test takes the devices as they are")]
 pub fn contexts() -> Vec<(String, Context)> {
     let reports = pollster::block_on(backend::adapters());
     if reports.is_empty() {

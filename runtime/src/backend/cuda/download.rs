@@ -15,12 +15,12 @@ const PIECE_BYTES: usize = 64 << 20;
 /// What a step gives, on its way to the host.
 #[derive(Debug, Default)]
 pub struct CudaOutput {
-    /// Those that are wanted as they are, or have not been looked at.
+    /// All rows, where one is wanted as it is.
     pub(super) logits: Option<CudaTensor>,
-    /// The tokens of all rows, where any is chosen.
+    /// What the device makes of the rows, where it does.
     pub(super) chosen: Option<Chosen>,
-    /// Whether each row is a chosen token.
-    pub(super) is_token: Vec<bool>,
+    /// Rows of which nothing at all is wanted.
+    pub(super) nothing: usize,
 }
 
 /// Pinned memory that logits arrive in.

@@ -14,9 +14,15 @@ use pagewise_attention::cuda::ptx::model::argmax::{Argmax, ArgmaxArgs, ArgmaxSpe
 use pagewise_attention::cuda::ptx::model::embed::{Embed, EmbedArgs, EmbedSpec};
 use pagewise_attention::cuda::ptx::model::fill_weights::{FillWeights, FillWeightsArgs, FillWeightsSpec};
 use pagewise_attention::cuda::ptx::model::gather_rows::{GatherRows, GatherRowsArgs, GatherRowsSpec};
+use pagewise_attention::cuda::ptx::model::log_softmax::{LogSoftmax, LogSoftmaxArgs, LogSoftmaxSpec};
 use pagewise_attention::cuda::ptx::model::matvec::{self, Matvec, MatvecArgs, MatvecSpec};
 use pagewise_attention::cuda::ptx::model::norm::{Norm, NormArgs, NormSpec};
+use pagewise_attention::cuda::ptx::model::penalize::{Penalize, PenalizeArgs, PenalizeSpec};
+use pagewise_attention::cuda::ptx::model::sample::{Sample, SampleArgs, SampleSpec};
 use pagewise_attention::cuda::ptx::model::scale::{Scale, ScaleArgs, ScaleSpec};
+use pagewise_attention::cuda::ptx::model::top_candidates::{
+    TopCandidates, TopCandidatesArgs, TopCandidatesSpec,
+};
 use pagewise_attention::cuda::ptx::model::widest;
 use pagewise_attention::cuda::ptx::{self, Arg, Kernel, Launch};
 use pagewise_attention::cuda::{CudaError, Order, OwnKernel, ptx_type};
@@ -36,9 +42,13 @@ pub(super) struct Kernels {
     embed: Family<EmbedSpec, Embed>,
     fill_weights: Family<FillWeightsSpec, FillWeights>,
     gather_rows: Family<GatherRowsSpec, GatherRows>,
+    log_softmax: Family<LogSoftmaxSpec, LogSoftmax>,
     matvec: Family<MatvecSpec, Matvec>,
     norm: Family<NormSpec, Norm>,
+    penalize: Family<PenalizeSpec, Penalize>,
+    sample: Family<SampleSpec, Sample>,
     scale: Family<ScaleSpec, Scale>,
+    top_candidates: Family<TopCandidatesSpec, TopCandidates>,
 }
 
 /// The loaded variants of a family.
@@ -97,9 +107,13 @@ impl Kernels {
             embed: Family::default(),
             fill_weights: Family::default(),
             gather_rows: Family::default(),
+            log_softmax: Family::default(),
             matvec: Family::default(),
             norm: Family::default(),
+            penalize: Family::default(),
+            sample: Family::default(),
             scale: Family::default(),
+            top_candidates: Family::default(),
         }
     }
 
@@ -222,6 +236,19 @@ impl Kernels {
         unsafe { self.launch(&entry.kernel, launch, &args.values(), self.dependent) }
     }
 
+    /// Log-probabilities of tokens.
+    ///
+    /// # Safety
+    /// As of [`Kernels::activate`].
+    pub(super) unsafe fn log_softmax(&self, rows: u32, args: &LogSoftmaxArgs) -> Result<(), BackendError> {
+        let vector = widest(ptx::DType::F32, args.vocab, &[args.logits.stride], &[args.logits.address]);
+        let spec = LogSoftmaxSpec { vector, dependent: self.dependent };
+        let entry = self.log_softmax.get(&self.gpu, spec, LogSoftmax::new, LogSoftmax::kernel)?;
+        let launch = entry.descriptor.launch(rows, args.vocab);
+        // SAFETY: the caller's; the arguments are the descriptor's.
+        unsafe { self.launch(&entry.kernel, launch, &args.values(), self.dependent) }
+    }
+
     /// A product of few rows with a matrix of this type; `false`, and nothing done, if its rows do not fit the kernel's
     /// shared memory.
     ///
@@ -268,6 +295,48 @@ impl Kernels {
         let spec = NormSpec { x, out, vector, dependent: self.dependent };
         let entry = self.norm.get(&self.gpu, spec, Norm::new, Norm::kernel)?;
         let launch = entry.descriptor.launch(args.rows, args.parts, args.width);
+        // SAFETY: the caller's; the arguments are the descriptor's.
+        unsafe { self.launch(&entry.kernel, launch, &args.values(), self.dependent) }
+    }
+
+    /// Bias and penalties, forth or back.
+    ///
+    /// # Safety
+    /// As of [`Kernels::activate`].
+    pub(super) unsafe fn penalize(&self, args: &PenalizeArgs) -> Result<(), BackendError> {
+        let spec = PenalizeSpec { dependent: self.dependent };
+        let entry = self.penalize.get(&self.gpu, spec, Penalize::new, Penalize::kernel)?;
+        let launch = entry.descriptor.launch(args.count);
+        // SAFETY: the caller's; the arguments are the descriptor's.
+        unsafe { self.launch(&entry.kernel, launch, &args.values(), self.dependent) }
+    }
+
+    /// So many tokens drawn.
+    ///
+    /// # Safety
+    /// As of [`Kernels::activate`].
+    pub(super) unsafe fn sample(&self, count: u32, args: &SampleArgs) -> Result<(), BackendError> {
+        let vector = widest(ptx::DType::F32, args.vocab, &[args.logits.stride], &[args.logits.address]);
+        let spec = SampleSpec { vector, dependent: self.dependent };
+        let entry = self.sample.get(&self.gpu, spec, Sample::new, Sample::kernel)?;
+        let launch = entry.descriptor.launch(count, args.vocab);
+        // SAFETY: the caller's; the arguments are the descriptor's.
+        unsafe { self.launch(&entry.kernel, launch, &args.values(), self.dependent) }
+    }
+
+    /// The likeliest tokens of so many rows.
+    ///
+    /// # Safety
+    /// As of [`Kernels::activate`].
+    pub(super) unsafe fn top_candidates(
+        &self,
+        count: u32,
+        args: &TopCandidatesArgs,
+    ) -> Result<(), BackendError> {
+        let vector = widest(ptx::DType::F32, args.vocab, &[args.logits.stride], &[args.logits.address]);
+        let spec = TopCandidatesSpec { vector, dependent: self.dependent };
+        let entry = self.top_candidates.get(&self.gpu, spec, TopCandidates::new, TopCandidates::kernel)?;
+        let launch = entry.descriptor.launch(count, args.vocab, args.most);
         // SAFETY: the caller's; the arguments are the descriptor's.
         unsafe { self.launch(&entry.kernel, launch, &args.values(), self.dependent) }
     }

@@ -9,6 +9,7 @@
 //! Owns the device and what belongs to it; nothing is global.
 
 mod arena;
+mod asked;
 mod blaslt;
 mod buckets;
 mod cache;
@@ -39,9 +40,10 @@ pub use step::CudaStep;
 pub use tensor::{CudaTensor, CudaWeight};
 
 use super::{Activated, AttentionSpec, Backend, BackendError, Heads, Input, Linear, Norm, StepBatch};
-use crate::executor::{RowOutput, RowWanted, StepOutput, TokenOutput};
+use crate::executor::{RowOutput, RowWanted, StepOutput};
 use crate::model_dir::WeightTensor;
 use arena::Arena;
+use asked::Asked;
 use blaslt::BlasLt;
 use choose::Chooser;
 use download::Download;
@@ -463,13 +465,7 @@ impl Backend for CudaBackend {
     }
 
     fn answers(&self, wanted: &RowWanted) -> bool {
-        match wanted {
-            RowWanted::Logits => true,
-            RowWanted::Token(token) => {
-                token.sampling.is_greedy() && token.changes.is_empty() && token.logprobs.is_none()
-            }
-            _ => false,
-        }
+        asked::answers(wanted)
     }
 
     fn runs_ahead(&self) -> bool {
@@ -478,36 +474,33 @@ impl Backend for CudaBackend {
 
     fn output(&self, logits: Option<CudaTensor>, wanted: &[RowWanted]) -> Result<CudaOutput, BackendError> {
         let Some(logits) = logits.filter(|logits| logits.rows > 0) else { return Ok(CudaOutput::default()) };
-        let is_token: Vec<bool> = (0..logits.rows)
-            .map(|row| matches!(wanted.get(row), Some(token @ RowWanted::Token(_)) if self.answers(token)))
-            .collect();
-        let chosen = match is_token.contains(&true) {
-            true => Some(lock(&self.shared.chooser).likeliest(self.gpu(), self.kernels(), &logits)?),
-            false => None,
+        let asked = Asked::new(wanted, logits.rows);
+        let wants_logits = asked.wants_logits();
+        if asked.is_empty() && !wants_logits {
+            return Ok(CudaOutput { nothing: logits.rows, ..CudaOutput::default() });
+        }
+        let chosen = match asked.is_empty() {
+            true => None,
+            false => Some(lock(&self.shared.chooser).answer(self.gpu(), self.kernels(), &logits, asked)?),
         };
-        let logits = Some(logits).filter(|_| is_token.contains(&false));
-        Ok(CudaOutput { logits, chosen, is_token })
+        Ok(CudaOutput { logits: Some(logits).filter(|_| wants_logits), chosen, nothing: 0 })
     }
 
     fn wait(&self, output: CudaOutput) -> Result<StepOutput, BackendError> {
-        let CudaOutput { logits, chosen, is_token } = output;
-        let tokens = match chosen {
-            Some(chosen) => lock(&self.shared.chooser).arrived(chosen)?,
-            None => Vec::new(),
+        let CudaOutput { logits, chosen, nothing } = output;
+        let rows = match &chosen {
+            Some(chosen) => Some(lock(&self.shared.chooser).arrived(chosen)?),
+            None => None,
         };
         let mut output = match logits {
             Some(logits) => {
                 let rows = lock(&self.shared.download).rows(self.gpu(), &logits)?;
                 StepOutput::of_logits(rows, logits.width)
             }
-            None => {
-                StepOutput { rows: vec![RowOutput::Token(None); is_token.len()], ..StepOutput::default() }
-            }
+            None => StepOutput { rows: vec![RowOutput::Nothing; nothing], ..StepOutput::default() },
         };
-        for ((row, is_token), token) in output.rows.iter_mut().zip(is_token).zip(tokens) {
-            if is_token {
-                *row = RowOutput::Token(token.map(TokenOutput::new));
-            }
+        if let Some(rows) = rows {
+            output.rows = rows;
         }
         Ok(output)
     }

@@ -75,12 +75,12 @@ const FAULTS: &[(Fault, Cases)] = &[
     (
         Fault {
             name: "carry of a sum",
-            family: "sample",
-            line: "let high = amount.y + select(0u, 1u, before + amount.x < before);",
-            instead: "let high = amount.y;",
-            breaks: "sums of weights in one bin lose what goes beyond 32 bits",
+            family: "log_softmax",
+            line: "return vec2<u32>(low, a.y + b.y + select(0u, 1u, low < b.x));",
+            instead: "return vec2<u32>(low, a.y + b.y);",
+            breaks: "sums of weights lose what goes beyond 32 bits",
         },
-        sampling::chosen_tokens,
+        sampling::log_probabilities,
     ),
     (
         Fault {

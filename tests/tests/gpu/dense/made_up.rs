@@ -58,7 +58,8 @@ pub fn made_up_weights(machine: &mut Machine, seed: u64) {
                     *word = (*word & !mask) | bits << shift;
                 }
             }
-            assert_eq!(after, want, "{label}");
+            let first = after.iter().zip(&want).position(|(after, want)| after != want);
+            assert_eq!(first, None, "{label}: the first word that differs");
         }
     }
 }

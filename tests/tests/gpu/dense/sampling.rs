@@ -88,7 +88,8 @@ fn chosen(row: &[f64], ranked: &[usize], job: &SampleJob, uniform: f64, slack: [
         });
         kept.truncate(crossing.map_or(kept.len(), |at| at + 1));
     }
-    kept.retain(|&(_, w)| w >= f64::from(job.min_p) * (1.0 + slack[2]));
+    // The likeliest, which weighs 1, always stays.
+    kept.retain(|&(_, w)| w == 1.0 || w >= f64::from(job.min_p) * (1.0 + slack[2]));
     kept.sort_by_key(|&(id, _)| id);
     let target = (uniform + slack[0]) * kept.iter().map(|(_, w)| w).sum::<f64>();
     let mut sum = 0.0;

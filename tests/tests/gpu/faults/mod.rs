@@ -5,6 +5,7 @@
 
 mod cache;
 mod decode;
+mod model;
 mod prefill;
 
 use std::sync::Arc;
@@ -12,11 +13,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use cache::{COPY_BLOCKS, MERGE_STATES, WRITE_KV};
 pub use decode::DECODE;
+pub use model::CHOICE;
 pub use prefill::{PREFILL, PREFILL_HOPPER};
 
 /// Every fault of every table.
 pub fn all() -> impl Iterator<Item = Fault> {
-    [WRITE_KV, MERGE_STATES, COPY_BLOCKS, DECODE, PREFILL, PREFILL_HOPPER].into_iter().flatten().copied()
+    [WRITE_KV, MERGE_STATES, COPY_BLOCKS, DECODE, PREFILL, PREFILL_HOPPER, CHOICE]
+        .into_iter()
+        .flatten()
+        .copied()
 }
 
 /// One line of a kernel family's text that becomes another.

@@ -46,6 +46,7 @@ pub(super) fn execute(
                 match operation {
                     Integer::Add => a.wrapping_add(b),
                     Integer::Sub => a.wrapping_sub(b),
+                    Integer::Mul if words[1] == "hi" => ((u128::from(a) * u128::from(small)) >> bits) as u64,
                     Integer::Mul => a.wrapping_mul(small),
                     Integer::Mad => a.wrapping_mul(small).wrapping_add(value(2)),
                     Integer::Div => a.checked_div(small).ok_or("division by zero")?,
@@ -161,7 +162,10 @@ pub(super) fn execute(
             return Ok(());
         }
         Kind::Atomic => {
-            let bytes = memory.slice(value(0), *size)?;
+            let bytes = match is_shared(words) {
+                true => memory.shared_slice(value(0), *size)?,
+                false => memory.slice(value(0), *size)?,
+            };
             let mut word = [0; 8];
             word[..*size].copy_from_slice(bytes);
             let (old, operand) = (u64::from_le_bytes(word), cut(value(1), bits));
@@ -210,8 +214,10 @@ fn convert(words: &[String], value: u64, second: impl FnOnce() -> u64) -> Result
     Ok(match (to.as_str(), from.as_str()) {
         ("u64" | "u32", "u16") => value & 0xffff,
         ("u32", "f32") => u64::from(f32::from_bits(value as u32) as u32),
+        ("u64", "f32") if words[1] == "rni" => f32::from_bits(value as u32).round_ties_even() as u64,
         ("f64", "f32") => f64::from(f32::from_bits(value as u32)).to_bits(),
         ("f32", "f64") => u64::from((f64::from_bits(value) as f32).to_bits()),
+        ("f32", "u64") => u64::from((value as f32).to_bits()),
         ("f64", "u64") => (value as f64).to_bits(),
         ("u64", "u32") | ("u32", "u64") => value & 0xffff_ffff,
         ("f32", "f16") => u64::from(half::f16::from_bits(value as u16).to_f32().to_bits()),

@@ -11,10 +11,10 @@ use super::Run;
 use super::tensor::{F32, Tensor, words};
 
 /// Rows of logits: ordinary ones, ones with ties, with NaN and infinities, and ones without a candidate.
-fn logits(random: &mut Random, vector: u32, small: bool) -> Tensor {
+pub(super) fn logits(random: &mut Random, vector: u32, most: &[usize]) -> Tensor {
     let rows = random.pick(&[1, 1, 2, 5]);
     let unit = vector as usize;
-    let most = random.pick(&if small { [10, 3000] } else { [3000, 70_000] });
+    let most = random.pick(most);
     let vocab = unit * (1 + random.below(most / unit + 1));
     let kinds: Vec<usize> = (0..rows).map(|_| random.below(8)).collect();
     let tensor = Tensor::poisoned(random, DType::F32, rows, vocab, unit);
@@ -30,11 +30,11 @@ fn logits(random: &mut Random, vector: u32, small: bool) -> Tensor {
 }
 
 pub fn run(run: &mut Run<'_>) {
-    let small = run.small;
+    let most: &[usize] = if run.small { &[10, 3000] } else { &[3000, 70_000] };
     for spec in ArgmaxSpec::all() {
         let argmax = Argmax::new(spec).unwrap();
         run.variant(argmax.kernel(), |device, random| {
-            let mut logits = logits(random, spec.vector, small);
+            let mut logits = logits(random, spec.vector, most);
             let (rows, vocab) = (logits.rows, logits.width);
             let (keys, tickets) = (device.upload(&vec![0; 8 * rows]), words(device, &vec![0; rows]));
             let mut best = Tensor::poisoned(random, DType::F32, 1, rows, 1);
@@ -75,7 +75,7 @@ pub fn run(run: &mut Run<'_>) {
     for spec in LogSoftmaxSpec::all() {
         let log_softmax = LogSoftmax::new(spec).unwrap();
         run.variant(log_softmax.kernel(), |device, random| {
-            let mut logits = logits(random, spec.vector, small);
+            let mut logits = logits(random, spec.vector, most);
             let (rows, vocab) = (logits.rows, logits.width);
             let count = random.pick(&[0, 1, 3, 300]);
             let ids: Vec<u32> = (0..rows * count)

@@ -2,6 +2,7 @@
 //!
 //! A case is a variant and a seed: `PAGEWISE_MODEL_CASE="matvec_bf16_direct_plain_v8 1234"` runs one alone.
 
+mod choice;
 mod elementwise;
 mod logits;
 mod matvec;
@@ -13,7 +14,7 @@ use pagewise_attention::cuda::ptx::{Arg, Kernel, Launch};
 use super::random::Random;
 
 /// The kernels that have cases here.
-pub const FAMILIES: [&str; 11] = [
+pub const FAMILIES: [&str; 14] = [
     "activate",
     "add",
     "argmax",
@@ -24,7 +25,10 @@ pub const FAMILIES: [&str; 11] = [
     "log_softmax",
     "matvec",
     "norm",
+    "penalize",
+    "sample",
     "scale",
+    "top_candidates",
 ];
 
 /// What runs kernels: a GPU, or the interpreter.
@@ -60,6 +64,7 @@ impl Run<'_> {
         norm::run(&mut self);
         matvec::run(&mut self);
         logits::run(&mut self);
+        choice::run(&mut self);
     }
 
     /// The cases of one variant, or the one that is asked for. `check` gives the error of a case.
