@@ -31,7 +31,7 @@ const STEPS: usize = 4;
 const CONTEXT: usize = 192;
 
 /// As in the engine.
-const EARLY: u32 = 4096;
+const EARLY: u32 = 1024;
 
 const BLOCK: usize = 16;
 const HEAD_DIM: usize = 128;

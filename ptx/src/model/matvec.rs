@@ -283,11 +283,13 @@ impl Matvec {
     /// [`Error::GridTooLarge`] beyond half a million rows.
     pub fn launch(&self, shape: MatvecShape, multiprocessors: u32) -> Result<Launch, Error> {
         let tiles = shape.features.div_ceil(TILE);
-        // More warps where tiles are few, so that enough loads are under way.
-        let warps = if tiles <= multiprocessors { 16 } else { 8 };
-        let resident = (multiprocessors * if warps == 16 { 1 } else { 2 }).max(1);
+        // One block of many warps a multiprocessor: two of half as many take 1 to 2% longer in a step, four of a quarter 2
+        // to 4%. Fewer where staged rows leave no room for the sums of so many, or a row has nothing to do for them.
+        let fits = |warps: &u32| self.spec.shared(shape, *warps) <= u64::from(self.kernel.dynamic_shared);
+        let busy = shape.width.div_ceil(self.spec.warp_round()).next_multiple_of(WARP_STEP).max(WARP_STEP);
+        let warps = [MAX_WARPS, MAX_WARPS / 2].into_iter().find(fits).unwrap_or(WARP_STEP).min(busy);
         // As many blocks as can run at once, if each has as many tiles to do as the others.
-        let turns = tiles.div_ceil(resident).max(1);
+        let turns = tiles.div_ceil((multiprocessors * MAX_WARPS / warps).max(1)).max(1);
         self.launch_as(shape, Geometry { warps, blocks: tiles.div_ceil(turns) })
     }
 

@@ -25,7 +25,7 @@ const FEW_ROWS: usize = 8;
 const NORMED_ROWS: usize = 2;
 
 /// Bytes of a row of weights that the product behind attention fetches meanwhile.
-const EARLY_BYTES: u32 = 4096;
+const EARLY_BYTES: u32 = 1024;
 
 /// Elements of a row of a stream that our own kernel converts: what eight rows of take the shared memory that it has.
 const MAX_STREAM: usize = 4096;
