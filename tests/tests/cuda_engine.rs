@@ -214,7 +214,7 @@ fn generate(engine: &mut Engine, requests: &[Request]) -> Vec<RequestOutput> {
 /// The same with a cache that holds the largest request, but not many: sequences keep few blocks behind a window.
 fn crowded(dir: &Path, way: Way) -> Way {
     let blocks =
-        config(dir).kv_groups().0.iter().map(|group| if group.window.is_some() { 10 } else { 40 }).sum();
+        config(dir).kv_groups().0.iter().map(|group| if group.window.is_some() { 12 } else { 40 }).sum();
     Way { blocks: Some(blocks), budget: 64, ..way }
 }
 
