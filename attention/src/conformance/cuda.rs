@@ -151,7 +151,13 @@ impl Subject for Cuda<'_> {
         lse: Option<&mut [f32]>,
     ) -> Result<(), Refusal> {
         let problem = &task.problem;
-        let plan = AttentionPlan::new(problem, self.context.device(), self.options).map_err(refusal)?;
+        // Tiles take no scales; row by row all caches do.
+        let tiles_from = match (task.k_scale, task.v_scale) {
+            (Scale::One, Scale::One) => self.options.tiles_from,
+            _ => Some(usize::MAX),
+        };
+        let options = AttentionOptions { tiles_from, ..self.options };
+        let plan = AttentionPlan::new(problem, self.context.device(), options).map_err(refusal)?;
         let entries = match problem.batch().block_tables {
             BlockTables::Padded { entries, .. } => entries,
             BlockTables::Csr { indices, .. } => indices,

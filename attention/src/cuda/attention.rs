@@ -148,6 +148,7 @@ impl Context {
     /// # Errors
     /// [`CudaError::Misaligned`] for an address or stride that is not a multiple of 16 bytes,
     /// [`CudaError::Missing`] for an input that the configuration needs and the call leaves out,
+    /// [`CudaError::Unsupported`] for scales where the plan has tiles, whose kernel takes none,
     /// [`CudaError::Driver`] when a launch fails.
     pub unsafe fn attention_raw(
         &self,
@@ -155,6 +156,13 @@ impl Context {
         call: &AttentionCall,
         stream: RawStream,
     ) -> Result<(), CudaError> {
+        if plan.prefill.is_some() && (call.scales.k, call.scales.v) != (0, 0) {
+            return Err(CudaError::Unsupported {
+                kernel: "prefill",
+                what: "scales, its caches not being fp8".to_owned(),
+                advice: "leave them out, or plan with AttentionOptions::tiles_from = Some(usize::MAX): the decode kernel takes them",
+            });
+        }
         let _entered = self.enter()?;
         let decode = &plan.decode;
         // SAFETY: the decode's items come first in the work; the caller answers for the rest.
