@@ -214,7 +214,7 @@ fn answers_to_given_logits_are_the_hosts() {
                 let found = &output.rows[index];
                 match (expected, found) {
                     (Some(expected), found) => {
-                        assert!(same(found, expected), "{label}: {found:?}, not {expected:?}")
+                        assert!(same(found, expected), "{label}: {found:?}, not {expected:?}");
                     }
                     (None, RowOutput::Logits(place)) => {
                         let found = &output.logits[place * width..(place + 1) * width];
