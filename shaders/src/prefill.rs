@@ -30,7 +30,7 @@ pub struct PrefillItem {
     pub table: u32,
     /// First row of the queries and of the output.
     pub row: u32,
-    /// Query rows: at most [`PrefillSpec::queries`].
+    /// Query rows: at most as many as the variant takes.
     pub queries: u32,
     /// First key: a multiple of 64 where keys are masked by bits.
     pub begin: u32,

@@ -94,7 +94,7 @@ impl Context {
 
     /// Tells of the matrix units that the device's adapter has
     /// ([`Adapter::cooperative_matrix_properties`](::wgpu::Adapter::cooperative_matrix_properties)), which a device cannot
-    /// be asked for. Prefill makes use of them where they fit ([`matrix_shape`](super::matrix_shape)) and the device was
+    /// be asked for. Prefill makes use of them where they fit ([`matrix_shape`]) and the device was
     /// made with the features that they take, as [`device_descriptor`](super::device_descriptor) says.
     #[must_use]
     pub fn with_matrices(self, properties: &[CooperativeMatrixProperties]) -> Self {
