@@ -161,7 +161,17 @@ fn has_room(group: &Group, promised: usize, salt: u64, cache: &dyn CacheManager)
 fn enter(group: &mut Group, salt: u64, cache: &mut dyn CacheManager) -> Result<usize, CacheError> {
     let swapped = group.held();
     if !swapped.is_empty() {
-        return cache.swap_in(&swapped).map(|()| 0);
+        cache.swap_in(&swapped)?;
+        // Where it was preempted while a step of its own was under way, that step could not fork those that waited for it:
+        // what the cache was not told of is computed again, and its end forks them.
+        if group.rebuilding() {
+            for sequence in
+                group.sequences.iter_mut().filter(|sequence| !sequence.finished && sequence.slots > 0)
+            {
+                sequence.planned = sequence.planned.min(cache.computed(sequence.id).unwrap_or(0));
+            }
+        }
+        return Ok(0);
     }
     let Some((index, prompt)) = leader(group, salt) else { return Ok(0) };
     let slots = prompt.tokens.len();
