@@ -257,7 +257,7 @@ impl Reader {
             "setp" => Kind::Compare,
             "selp" => Kind::Select,
             "not" => Kind::Not,
-            "cvt" => Kind::Convert,
+            "cvt" | "cvta" => Kind::Convert,
             other => return Err(format!("instruction {other}")),
         };
         let ordinary = matches!(
