@@ -6,6 +6,7 @@
 mod ahead;
 mod beams;
 mod behaviour;
+mod drains;
 mod prefixes;
 mod real_model;
 mod scheduling;
