@@ -26,12 +26,14 @@
 //! | `rebuild` | the sharing inside a group, made again after recomputation |
 //! | `steps` | one step: its chunks, and what follows when it is computed |
 //! | `tokens` | what sampling makes of the sequences |
+//! | `report` | where every group stands, in words |
 
 mod admission;
 mod group;
 mod order;
 mod preemption;
 mod rebuild;
+mod report;
 mod steps;
 mod tokens;
 

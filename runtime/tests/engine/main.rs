@@ -10,6 +10,7 @@ mod drains;
 mod prefixes;
 mod real_model;
 mod scheduling;
+mod settings;
 mod simulation;
 mod support;
 mod urgency;
