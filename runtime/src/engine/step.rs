@@ -74,7 +74,8 @@ impl Engine {
                 return Ok(None);
             }
             self.cache.confirm_block_ops()?;
-            let stuck = !expired && schedule.refused.is_empty() && self.scheduler.has_work();
+            let moved = expired || !schedule.refused.is_empty() || !schedule.returned.is_empty();
+            let stuck = !moved && self.scheduler.has_work();
             if stuck {
                 let state = self.scheduler.report(&*self.cache);
                 return Err(Failure::Engine(EngineError::Stalled { state }));

@@ -3,15 +3,15 @@
 
 use crate::support::{cache_config, engine, engine_ahead, engine_config};
 use pagewise_kvcache::CacheConfig;
-use pagewise_runtime::engine::EngineConfig;
-use pagewise_runtime::request::{Request, RequestOutput, SamplingParams};
+use pagewise_runtime::engine::{Engine, EngineConfig};
+use pagewise_runtime::request::{Event, Request, RequestOutput, SamplingParams, Urgency};
 use pagewise_runtime::scheduler::Preemption;
 
 fn request(prompt: impl Iterator<Item = u32>, max_tokens: usize, params: SamplingParams) -> Request {
     Request::new(prompt.collect(), SamplingParams { max_tokens, ignore_eos: true, ..params })
 }
 
-fn outputs(engine: &mut pagewise_runtime::engine::Engine, requests: &[Request]) -> Vec<RequestOutput> {
+fn outputs(engine: &mut Engine, requests: &[Request]) -> Vec<RequestOutput> {
     let results = engine.generate(requests.to_vec()).unwrap();
     results.into_iter().map(|result| result.unwrap()).collect()
 }
@@ -46,4 +46,41 @@ fn a_group_swapped_out_while_its_shared_tokens_are_computed_comes_back() {
     assert_eq!(out.block_ops.swap_out.len(), 2, "the prompt's blocks: {out:?}");
     let before = log.plans[at - 1].chunks.iter().find(|chunk| chunk.tokens.len() == 8);
     assert!(before.is_some_and(|chunk| chunk.start == 0), "the step before computes the prompt again");
+}
+
+/// The blocks of the one that was swapped out are still cached, so that nothing has to be copied for it to come back; and
+/// all others are pinned, by a request of a registered prefix which computed it again and ended. A step with nothing to
+/// do is then the one before it is refused.
+#[test]
+fn whoever_comes_back_without_a_copy_and_finds_no_block_is_refused() {
+    let cache = CacheConfig { host_blocks: 8, ..cache_config(1, 10) };
+    let config = EngineConfig { max_batch_tokens: 2, preemption: Preemption::Swap, ..engine_config() };
+    let (mut engine, log) = engine(config, cache);
+    let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+    engine.register_prefix("system", vec![1, 2, 3, 4]).unwrap();
+    log.lock().unwrap().fail_in = Some(0);
+    assert!(engine.generate(vec![request(9..10, 1, greedy.clone())]).unwrap()[0].is_err());
+    assert_eq!(engine.stats().device_blocks.used, 0, "what was pinned is lost");
+
+    let long = engine.add(request(20..24, 20, greedy.clone())).unwrap();
+    engine.step().unwrap();
+    engine.step().unwrap();
+    let urgency = Urgency { priority: -1, deadline: None };
+    let named = Request { prefix: Some("system".into()), urgency, ..request(0..0, 1, greedy) };
+    let named = engine.add(named).unwrap();
+    let mut ended = vec![];
+    while engine.has_work() {
+        for event in engine.step().unwrap() {
+            match event {
+                Event::Finished { request, .. } => ended.push((request, None)),
+                Event::Failed { request, error } => ended.push((request, error.param)),
+                Event::Token { .. } => {}
+            }
+        }
+    }
+    assert_eq!(ended, [(named, None), (long, Some("max_tokens"))]);
+    let stats = engine.stats();
+    assert_eq!((stats.scheduler.swaps, stats.device_blocks.used), (1, 4));
+    let log = log.lock().unwrap();
+    assert!(log.plans.iter().all(|plan| plan.block_ops.swap_in.is_empty()), "nothing was copied back");
 }
