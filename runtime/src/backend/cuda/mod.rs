@@ -26,6 +26,7 @@ mod staging;
 mod step;
 mod tensor;
 mod upload;
+mod warm_up;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -38,6 +39,7 @@ pub use cache::CudaCache;
 pub use download::CudaOutput;
 pub use step::CudaStep;
 pub use tensor::{CudaTensor, CudaWeight};
+pub use warm_up::WarmUp;
 
 use super::{Activated, AttentionSpec, Backend, BackendError, Heads, Input, Linear, Norm, StepBatch};
 use crate::executor::{RowOutput, RowWanted, StepOutput};
@@ -310,7 +312,7 @@ impl Backend for CudaBackend {
         spec: &'a AttentionSpec,
         batch: &'a StepBatch,
     ) -> Result<CudaStep<'a>, BackendError> {
-        self.prepare_step(spec, batch)
+        self.prepare_step(spec, batch, &[])
     }
 
     fn block_ops(&self, cache: &mut CudaCache, ops: &BlockOps) -> Result<(), BackendError> {

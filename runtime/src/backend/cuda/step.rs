@@ -109,10 +109,13 @@ pub(super) fn sizes(backend: &CudaBackend, spec: &AttentionSpec) -> Result<Sizes
 }
 
 impl CudaBackend {
+    /// Makes a step ready. Where it is a decode, each group's attention is launched with as many work items as it has
+    /// work for, or with those of `grids` where that is more.
     pub(super) fn prepare_step<'a>(
         &'a self,
         spec: &'a AttentionSpec,
         batch: &StepBatch,
+        grids: &[u32],
     ) -> Result<CudaStep<'a>, BackendError> {
         self.gpu().bind()?;
         let asked_logit_rows = batch.logit_rows.len();
@@ -126,7 +129,11 @@ impl CudaBackend {
             .groups
             .iter()
             .zip(&batch.groups)
-            .map(|(config, group)| self.plan_group(spec, config, batch.paged(group), filled.is_some()))
+            .enumerate()
+            .map(|(index, (config, group))| {
+                let least = filled.map(|_| grids.get(index).copied().unwrap_or(0));
+                self.plan_group(spec, config, batch.paged(group), least)
+            })
             .collect::<Result<Vec<_>, BackendError>>()?;
 
         let works: Vec<Vec<u32>> = planned.iter().map(|(_, plan, _)| plan.work()).collect();
@@ -205,14 +212,14 @@ impl CudaBackend {
         CacheLayout::nhd(spec.num_blocks, spec.block_size, config.unwrap_or(&fallback))
     }
 
-    /// Plans a group's attention: strides of the queries, the plan, and the size of its launch. Those of a decode are
-    /// filled up, so that few graphs serve sequences of all lengths.
-    fn plan_group(
+    /// Plans a group's attention: strides of the queries, the plan, and the size of its launch. That of a decode, which
+    /// has a `least` size, is filled up, so that few graphs serve sequences of all lengths.
+    pub(super) fn plan_group(
         &self,
         spec: &AttentionSpec,
         config: &AttentionConfig,
         batch: pagewise_attention::PagedBatch<'_>,
-        is_decode: bool,
+        least: Option<u32>,
     ) -> Result<(RowStrides, AttentionPlan, u32), BackendError> {
         let layout = self.cache_layout(spec, Some(config));
         let q = RowStrides { token: query_stride(config) as u64, head: config.head_dim_qk as u64 };
@@ -221,12 +228,14 @@ impl CudaBackend {
         let problem = Problem::with_strides(config, layout, q, out, batch)?;
         let device = self.gpu().device();
         // With a fixed grid every plan has the same kernel.
-        let grid_items = is_decode.then_some(u32::MAX);
+        let grid_items = least.map(|_| u32::MAX);
         let decode = PlanOptions { grid_items, order: self.gpu().order(), ..PlanOptions::default() };
         let options = AttentionOptions { decode, ..AttentionOptions::default() };
         let mut plan = AttentionPlan::new(&problem, device, options)?;
         let mut grid = 0;
-        if is_decode && let Some(size) = launch_size(plan.decode_items(), rows) {
+        if let Some(least) = least
+            && let Some(size) = launch_size(plan.decode_items(), rows.max(least as usize))
+        {
             grid = size;
             plan = plan.with_decode_grid(size)?;
         }
