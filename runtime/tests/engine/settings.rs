@@ -99,7 +99,7 @@ impl Setting {
             ..engine_config()
         };
         // Beams end the running ahead of all: few of them, and not everywhere.
-        let beams = if numbers.chance(30) { 15 } else { 0 };
+        let beams = numbers.pick(&[0, 0, 20, 80]);
         let samples = numbers.pick(&[30, 60, 90]);
         let ordered = numbers.chance(60);
         let spread = numbers.pick(&[1, 10, 40]);
