@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::buckets::all_buckets;
 use super::step::{GraphKey, Planner};
 use super::{CudaBackend, CudaCache, lock, profile};
-use crate::backend::{AttentionSpec, BackendError};
+use crate::backend::{AttentionSpec, BackendError, StepBatch};
 use crate::executor::ModelExecutor;
 use crate::models::Model;
 
@@ -81,21 +81,26 @@ impl CudaBackend {
     }
 }
 
-/// The sizes of each group's launch for so many sequences, of all lengths that the cache has room for.
-fn launch_sizes(planner: Planner<'_>, rows: usize) -> Result<BTreeSet<Vec<u32>>, BackendError> {
+/// The sizes of each group's launch for so many sequences, of all lengths that the cache has room for: every size of one
+/// group with every size of another, because a window does not let one follow from the other. Models have one group or two.
+fn launch_sizes(planner: Planner<'_>, rows: usize) -> Result<Vec<Vec<u32>>, BackendError> {
     let spec = planner.spec;
-    let room = spec.num_blocks.saturating_mul(spec.block_size);
-    let mut sizes = BTreeSet::new();
-    for lens in lengths(spec.limits.max_seq_len.max(1)).into_iter().flat_map(|len| mixtures(rows, len)) {
-        if lens.iter().sum::<usize>() > room.max(rows) {
-            continue;
-        }
-        let batch = profile::decode(spec, &lens);
-        let groups = spec.groups.iter().zip(&batch.groups);
-        let size = |(config, group)| planner.plan_group(config, batch.paged(group), Some(0)).map(|p| p.grid);
-        sizes.insert(groups.map(size).collect::<Result<_, _>>()?);
+    let room = spec.num_blocks.saturating_mul(spec.block_size).max(rows);
+    let longest = spec.limits.max_seq_len.max(1);
+    let lens = lengths(longest).into_iter().flat_map(|len| mixtures(rows, len));
+    let batches: Vec<StepBatch> = lens
+        .filter(|lens| lens.iter().sum::<usize>() <= room)
+        .map(|lens| profile::decode(spec, &lens))
+        .collect();
+    let mut all = vec![Vec::new()];
+    for (index, config) in spec.groups.iter().enumerate() {
+        let groups = batches.iter().filter_map(|batch| Some(batch.paged(batch.groups.get(index)?)));
+        let size = |batch| planner.plan_group(config, batch, Some(0)).map(|planned| planned.grid);
+        let sizes: BTreeSet<u32> = groups.map(size).collect::<Result<_, _>>()?;
+        let with = |before: &Vec<u32>, size: u32| [before.as_slice(), &[size]].concat();
+        all = all.iter().flat_map(|before| sizes.iter().map(move |&size| with(before, size))).collect();
     }
-    Ok(sizes)
+    Ok(all)
 }
 
 /// Sequences of which the longest has a length: all of it, one alone, half of them, and each half as long as the one before
