@@ -2,9 +2,9 @@
 //! f32; attention and all that is small by kernels written by hand, large products by cuBLASLt.
 //!
 //! Everything goes on one stream in the order of the calls; the host waits when it wants logits, and before it fills a
-//! pinned piece whose copy is still under way. Steps of single tokens are filled up to a bucket and, once captured,
-//! replayed as a CUDA graph: their inputs lie at addresses that depend on the bucket alone (`inputs`), and so do their
-//! activations (`arena`).
+//! pinned piece whose copy is still under way. Steps of single tokens are filled up to a bucket and replayed as CUDA graphs,
+//! which are captured when a model is loaded (`warm_up`): their inputs lie at addresses that depend on the bucket alone
+//! (`inputs`), and so do their activations (`arena`).
 //!
 //! Owns the device and what belongs to it; nothing is global.
 
