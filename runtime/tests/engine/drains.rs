@@ -2,10 +2,10 @@
 //! ([`EngineError::Stalled`](pagewise_runtime::engine::EngineError::Stalled)), each way built on purpose.
 
 use crate::support::{cache_config, engine, engine_ahead, engine_config};
-use pagewise_kvcache::CacheConfig;
+use pagewise_kvcache::{CacheConfig, CacheManager, KvCacheManager};
 use pagewise_runtime::engine::{Engine, EngineConfig};
-use pagewise_runtime::request::{Event, Request, RequestOutput, SamplingParams, Urgency};
-use pagewise_runtime::scheduler::Preemption;
+use pagewise_runtime::request::{Event, Request, RequestId, RequestOutput, SamplingParams, Urgency};
+use pagewise_runtime::scheduler::{NewGroup, Preemption, Scheduler, SchedulerConfig};
 
 fn request(prompt: impl Iterator<Item = u32>, max_tokens: usize, params: SamplingParams) -> Request {
     Request::new(prompt.collect(), SamplingParams { max_tokens, ignore_eos: true, ..params })
@@ -83,4 +83,46 @@ fn whoever_comes_back_without_a_copy_and_finds_no_block_is_refused() {
     assert_eq!((stats.scheduler.swaps, stats.device_blocks.used), (1, 4));
     let log = log.lock().unwrap();
     assert!(log.plans.iter().all(|plan| plan.block_ops.swap_in.is_empty()), "nothing was copied back");
+}
+
+/// A prompt of one token whose samples part while it is out: it made room in the step that was planned ahead of the one
+/// that they come from. With their first tokens there is something again that they share.
+#[test]
+fn samples_that_part_outside_of_the_cache_come_back() {
+    let mut cache = KvCacheManager::new(cache_config(1, 9)).unwrap();
+    let mut scheduler = Scheduler::new(SchedulerConfig {
+        max_num_seqs: 8,
+        max_batch_tokens: 16,
+        max_model_len: 100,
+        max_prompt_logit_rows: 1,
+        preemption: Preemption::Recompute,
+    });
+    for (id, prompt) in [vec![1, 2], vec![3, 4], vec![5, 6], vec![7]].into_iter().enumerate() {
+        let width = if id == 3 { 2 } else { 1 };
+        let (id, urgency) = (RequestId(id as u64), Urgency::default());
+        let new = NewGroup { id, prompt, width, beams: false, prompt_logits: false, urgency };
+        scheduler.add(new, &cache).unwrap();
+    }
+    let first = scheduler.schedule(&mut cache).unwrap();
+    assert_eq!(first.chunks.len(), 4);
+    scheduler.run_ahead(&first, |_| true);
+    let ahead = scheduler.schedule(&mut cache).unwrap();
+    assert_eq!(ahead.preempted, [RequestId(3)]);
+    cache.confirm_block_ops().unwrap();
+    scheduler.commit(&first, &mut cache).unwrap();
+    scheduler.branch(RequestId(3), &[0, 0], &mut cache).unwrap();
+    scheduler.push_token(RequestId(3), 0, 8);
+    scheduler.push_token(RequestId(3), 1, 9);
+    cache.confirm_block_ops().unwrap();
+    for id in 0..3 {
+        scheduler.remove(RequestId(id), &mut cache).unwrap();
+    }
+    // The prompt is computed once, and then each sample's own token.
+    for chunks in [1, 2] {
+        let step = scheduler.schedule(&mut cache).unwrap();
+        assert_eq!(step.chunks.len(), chunks, "{step:?}");
+        assert!(step.plan.chunks.iter().all(|chunk| chunk.tokens.len() == 1));
+        cache.confirm_block_ops().unwrap();
+        scheduler.commit(&step, &mut cache).unwrap();
+    }
 }
