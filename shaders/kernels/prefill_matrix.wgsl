@@ -4,6 +4,7 @@
 //# next); ahead (whether the cache is read before the scores are there); bits (boolean); workgroup_size.
 //% import "lib/attention.wgsl" as attention_lib
 //% import "lib/elements.wgsl" as elements_lib
+//% import "lib/prefill.wgsl" as prefill_lib
 //% set rows = size * strips
 //% set share = subgroup // size
 //% set part = size // 4
@@ -96,14 +97,6 @@ ${ elements_lib.tanh_exact() }
         }
 //% endfor
 <%- endmacro %>
-<# Where the keys from `first` on lie. #>
-<% macro find_places(first, slot) %>
-        let key = min(${ first }, last);
-        let block = plan[table + (key >> params.block_shift)];
-        let place = key & block_mask;
-        k_places[${ slot }] = k_head + block * params.k_block_stride + place * params.k_token_stride;
-        v_places[${ slot }] = v_head + block * params.v_block_stride + place * params.v_token_stride;
-<%- endmacro %>
 @compute @workgroup_size(${ workgroup_size })
 fn prefill_matrix(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -111,38 +104,9 @@ fn prefill_matrix(
     @builtin(subgroup_id) subgroup: u32,
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
-    // Workgroups continue along y where x has reached the device's limit.
-    let index = workgroup.y * workgroups.x + workgroup.x;
-    let head_tiles = (params.group_size + ${ rows - 1 }u) / ${ rows }u;
-    let tiles = params.kv_heads * head_tiles;
-    if (index >= plan[6] * tiles) {
-        return;
-    }
     let thread = subgroup * ${ subgroup }u + lane;
 
-    // Neighbouring workgroups share an item: its heads lie next to each other in the cache.
-    let item = plan[7] + 12u * (index / tiles);
-    let table = plan[2] + plan[item];
-    let first_row = plan[item + 1u];
-    let queries = plan[item + 2u];
-    let begin = plan[item + 3u];
-    let end = min(plan[item + 4u], 0x7fffffffu); // so that no loop to it can wrap around
-//% if not bits
-    // The keys that every row sees.
-    let plain_begin = plan[item + 5u];
-    let plain_end = plan[item + 6u];
-//% endif
-    let split = plan[item + 7u];
-    let splits = plan[item + 8u];
-    let first_partial = plan[item + 9u];
-    let ranges = plan[item + 10u];
-
-    let kv_head = (index % tiles) % params.kv_heads;
-    let head_tile = (index % tiles) / params.kv_heads;
-    let first_head = kv_head * params.group_size + head_tile * ${ rows }u;
-    let heads = min(${ rows }u, params.group_size - head_tile * ${ rows }u);
-    let q_heads = params.kv_heads * params.group_size;
-    let query_scale = params.scale * terms[params.terms_offset + 2u * q_heads + kv_head];
+${ prefill_lib.item(rows, bits) }
     let score_scale = query_scale * select(LOG2_E, 1.0 / params.softcap, params.softcap > 0.0);
 
     // This lane's row, head row % heads of query row / heads, and what it sees.
@@ -174,7 +138,7 @@ fn prefill_matrix(
     // Places of the first two tiles. Keys past the end are read as the last one, and count for nothing.
     let last = max(end, begin + 1u) - 1u;
     for (var i = thread; i < ${ 2 * keys }u; i += ${ workgroup_size }u) {
-${ find_places("begin + i", "i") }
+${ prefill_lib.find_places("min(begin + i, last)", "i") }
     }
     if (thread < ${ 2 * (keys // 32) }u) {
         atomicStore(&seen[thread], 0u);
@@ -320,7 +284,7 @@ ${ store_tile("k", k_row) }
         // Also a barrier.
         let some_moved = workgroupUniformLoad(&moved);
         if (thread < ${ keys }u) {
-${ find_places("first + " ~ 2 * keys ~ "u + thread", "third_slot + thread") }
+${ prefill_lib.find_places("min(first + " ~ 2 * keys ~ "u + thread, last)", "third_slot + thread") | indent(4, true) }
         }
 
         if (some_moved != 0u) {
@@ -355,11 +319,7 @@ ${ find_places("first + " ~ 2 * keys ~ "u + thread", "third_slot + thread") }
     sum += subgroupShuffleXor(sum, ${ bit }u);
 //% endfor
     let value_scale = terms[params.terms_offset + 2u * q_heads + params.kv_heads + kv_head];
-    let sink = terms[params.terms_offset + q_heads + head];
-    let with_sink = max(maximum, sink);
-    let total = sum * exp2(maximum - with_sink) + exp2(sink - with_sink);
-    // A row that sees no key gives zeros, whatever its sink.
-    let empty = sum == 0.0;
+${ prefill_lib.with_sink("head") }
     if (first_vector == 0u) {
         factors[row] = value_scale * select(select(exp2(maximum - with_sink) / total, 0.0, empty), 1.0, splits > 1u);
         if (there && splits > 1u) {
