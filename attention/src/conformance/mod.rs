@@ -9,6 +9,8 @@
 //!
 //! The oracle shares no code with any backend. It knows nothing of speed.
 
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+mod alteration;
 mod buffer;
 mod case;
 mod check;
@@ -26,6 +28,8 @@ mod table;
 #[cfg(feature = "wgpu")]
 mod wgpu;
 
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+pub(crate) use alteration::Alteration;
 pub use buffer::Buffer;
 pub use case::{Case, CaseMask, Layout, Operation, ParseCaseError, Rows, ScaleKind, SequenceShape, Tables};
 pub use check::{Agreement, Tolerance};

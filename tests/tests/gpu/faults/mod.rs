@@ -7,6 +7,7 @@ mod cache;
 mod decode;
 mod model;
 mod prefill;
+mod wgsl;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,10 +16,11 @@ pub use cache::{COPY_BLOCKS, MERGE_STATES, WRITE_KV};
 pub use decode::DECODE;
 pub use model::CHOICE;
 pub use prefill::{PREFILL, PREFILL_HOPPER};
+pub use wgsl::PREFILL_MATRIX;
 
 /// Every fault of every table.
 pub fn all() -> impl Iterator<Item = Fault> {
-    [WRITE_KV, MERGE_STATES, COPY_BLOCKS, DECODE, PREFILL, PREFILL_HOPPER, CHOICE]
+    [WRITE_KV, MERGE_STATES, COPY_BLOCKS, DECODE, PREFILL, PREFILL_HOPPER, PREFILL_MATRIX, CHOICE]
         .into_iter()
         .flatten()
         .copied()
