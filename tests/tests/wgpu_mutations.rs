@@ -31,10 +31,7 @@ const CASES: &[(&str, Option<u32>)] = &[
         Some(128),
     ),
     ("attention q=f16 kv=f16 heads=4/4 dim=64 block=64 mask=causal scores=60 sequences=2*20:350", None),
-    (
-        "attention q=f16 kv=f16 heads=8/2 dim=64 block=16 mask=bits poison_unseen sequences=50:217,40:90",
-        None,
-    ),
+    ("attention q=f16 kv=f16 heads=8/2 dim=64 block=16 mask=bits poison_unseen sequences=50:217,40:90", None),
 ];
 
 fn check(context: &Context) -> Result<(), String> {
