@@ -40,7 +40,7 @@ pub use cuda::{Cuda, Pinned};
 pub use data::{AttentionData, CopyData, MergeData, SwapData, WriteData};
 pub use oracle::{Reference, RowReference};
 pub use random::{Random, fresh_seed};
-pub use runner::{CaseResult, Outcome, Report, run, run_case, try_case};
+pub use runner::{CaseResult, Observe, Outcome, Report, run, run_case, run_case_observed, try_case};
 pub use subject::{
     AttentionTask, CopyTask, MergePart, MergeTask, ProbabilityRounding, Refusal, Scale, Subject, SwapTask,
     WriteTask,
