@@ -1,4 +1,4 @@
-//! Faults of attention in WGSL: prefill on matrix units, in variants of heads of 64 elements.
+//! Faults of attention in WGSL, in variants for heads of 64 elements.
 
 use super::Fault;
 
@@ -131,5 +131,111 @@ pub const PREFILL_MATRIX: &[Fault] = &[
         line: "let value = bitcast<u32>(LN_2 * (with_sink + log2(total)));",
         instead: "let value = bitcast<u32>(with_sink + log2(total));",
         breaks: "lse is in base 2",
+    },
+];
+
+/// Faults of `prefill` in tiles through workgroup memory.
+pub const PREFILL_TILED: &[Fault] = &[
+    Fault {
+        name: "mask's end",
+        family: "prefill",
+        line: "var sees_0 = (keys >= vec4<u32>(begin_0)) & (keys < vec4<u32>(min(end_0, end)));",
+        instead: "var sees_0 = (keys >= vec4<u32>(begin_0)) & (keys <= vec4<u32>(min(end_0, end)));",
+        breaks: "some rows see one key more than they may",
+    },
+    Fault {
+        name: "plain tile",
+        family: "prefill",
+        line: "let plain = first >= plain_begin && first + 64u <= plain_end;",
+        instead: "let plain = first >= plain_begin && first < plain_end;",
+        breaks: "a tile passes for one that all rows see where they see its first key",
+    },
+    Fault {
+        name: "place in the block",
+        family: "prefill",
+        line: "let place = key & block_mask;",
+        instead: "let place = key & (block_mask >> 2u);",
+        breaks: "rows of K and V come from the first quarter of a block",
+    },
+    Fault {
+        name: "row of a staged key",
+        family: "prefill",
+        line: "let row = (key % 4u) * 16u + key / 4u;",
+        instead: "let row = key;",
+        breaks: "keys are not where their lanes look for them",
+    },
+    Fault {
+        name: "outputs not rescaled",
+        family: "prefill",
+        line: "acc_0_0 *= rescale_0.x;",
+        instead: "",
+        breaks: "an output keeps the weight of an old maximum",
+    },
+    Fault {
+        name: "sum not rescaled",
+        family: "prefill",
+        line: "sum_0 *= rescale_0;",
+        instead: "",
+        breaks: "sums keep the weight of an old maximum",
+    },
+    Fault {
+        name: "keys that nobody sees",
+        family: "prefill",
+        line: "let wanted = ((atomicLoad(&seen[key / 32u]) >> (key % 32u)) & 1u) != 0u;",
+        instead: "let wanted = true;",
+        breaks: "NaN of a key that no row sees reaches the sums",
+    },
+    Fault {
+        name: "partial result's row",
+        family: "prefill",
+        line: "let at = ((first_partial + query_0 * splits + split) * q_heads + head_0) * (params.v_vectors + 1u);",
+        instead: "let at = ((first_partial + query_0 * splits) * q_heads + head_0) * (params.v_vectors + 1u);",
+        breaks: "partial results of a row overlap",
+    },
+];
+
+/// Faults of `decode` in WGSL, where four query heads share a KV head.
+pub const DECODE_WGSL: &[Fault] = &[
+    Fault {
+        name: "place of a key",
+        family: "decode",
+        line: "let place_0 = min(key_0, last) & block_mask;",
+        instead: "let place_0 = min(key_0, last) & (block_mask >> 2u);",
+        breaks: "rows of V come from the first quarter of a block",
+    },
+    Fault {
+        name: "keys past the end",
+        family: "decode",
+        line: "let seen_0 = key_0 < end;",
+        instead: "let seen_0 = true;",
+        breaks: "the last key counts once more for each that is not there",
+    },
+    Fault {
+        name: "sum not rescaled",
+        family: "decode",
+        line: "sum *= rescale;",
+        instead: "",
+        breaks: "a group's sum keeps the weight of an old maximum",
+    },
+    Fault {
+        name: "output not rescaled",
+        family: "decode",
+        line: "acc_0_0 *= rescale_0;",
+        instead: "",
+        breaks: "a group's outputs keep the weight of an old maximum",
+    },
+    Fault {
+        name: "weight of a group",
+        family: "decode",
+        line: "let weight_1 = exp2(states[group * 4u + 1u].x - maximum_1);",
+        instead: "let weight_1 = 1.0;",
+        breaks: "groups count alike, whatever their maxima",
+    },
+    Fault {
+        name: "split's place",
+        family: "decode",
+        line: "let at = ((first_partial + split) * q_heads + head) * (params.v_vectors + 1u);",
+        instead: "let at = (first_partial * q_heads + head) * (params.v_vectors + 1u);",
+        breaks: "all splits of a row store their results in the same place",
     },
 ];
