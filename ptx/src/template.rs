@@ -21,6 +21,8 @@ const LIB: &[(&str, &str)] = &[
     ("model/elementwise.ptx", include_str!("../kernels/model/elementwise.ptx")),
     ("model/block_sum.ptx", include_str!("../kernels/model/block_sum.ptx")),
     ("model/activation.ptx", include_str!("../kernels/model/activation.ptx")),
+    ("model/matvec/copy.ptx", include_str!("../kernels/model/matvec/copy.ptx")),
+    ("model/matvec/norm.ptx", include_str!("../kernels/model/matvec/norm.ptx")),
     ("model/select.ptx", include_str!("../kernels/model/select.ptx")),
     ("model/vocab.ptx", include_str!("../kernels/model/vocab.ptx")),
     ("prefill/bits.ptx", include_str!("../kernels/prefill/bits.ptx")),
