@@ -4,6 +4,7 @@
 //# that are staged at a time), tile (vec4<f32> of workgroup memory); bits (boolean); workgroup_size.
 //% import "lib/attention.wgsl" as attention_lib
 //% import "lib/elements.wgsl" as elements_lib
+//% import "lib/prefill.wgsl" as prefill_lib
 //% set lane_rows = 4 * row_quads
 //% set k_at = rows * q_stride
 //% set v_at = rows * p_stride
@@ -81,39 +82,10 @@ fn prefill(
     @builtin(num_workgroups) workgroups: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
 ) {
-    // Workgroups continue along y where x has reached the device's limit.
-    let index = workgroup.y * workgroups.x + workgroup.x;
-    let head_tiles = (params.group_size + ${ rows - 1 }u) / ${ rows }u;
-    let tiles = params.kv_heads * head_tiles;
-    if (index >= plan[6] * tiles) {
-        return;
-    }
     let lane = thread % 16u;
     let group = thread / 16u;
 
-    // Neighbouring workgroups share an item: its heads lie next to each other in the cache.
-    let item = plan[7] + 12u * (index / tiles);
-    let table = plan[2] + plan[item];
-    let first_row = plan[item + 1u];
-    let queries = plan[item + 2u];
-    let begin = plan[item + 3u];
-    let end = min(plan[item + 4u], 0x7fffffffu); // so that no loop to it can wrap around
-//% if not bits
-    // The keys that every row sees.
-    let plain_begin = plan[item + 5u];
-    let plain_end = plan[item + 6u];
-//% endif
-    let split = plan[item + 7u];
-    let splits = plan[item + 8u];
-    let first_partial = plan[item + 9u];
-    let ranges = plan[item + 10u];
-
-    let kv_head = (index % tiles) % params.kv_heads;
-    let head_tile = (index % tiles) / params.kv_heads;
-    let first_head = kv_head * params.group_size + head_tile * ${ rows }u;
-    let heads = min(${ rows }u, params.group_size - head_tile * ${ rows }u);
-    let q_heads = params.kv_heads * params.group_size;
-    let query_scale = params.scale * terms[params.terms_offset + 2u * q_heads + kv_head];
+${ prefill_lib.item(rows, bits) }
 
     // Row i is head i % heads of query i / heads.
     for (var i = thread; i < ${ rows }u; i += ${ workgroup_size }u) {
@@ -151,11 +123,7 @@ fn prefill(
     for (var first = begin; first < end; first += 64u) {
         // Keys past the end are read as the last one, and count for nothing.
         if (thread < 64u) {
-            let key = min(first + thread, end - 1u);
-            let block = plan[table + (key >> params.block_shift)];
-            let place = key & block_mask;
-            k_places[thread] = k_head + block * params.k_block_stride + place * params.k_token_stride;
-            v_places[thread] = v_head + block * params.v_block_stride + place * params.v_token_stride;
+${ prefill_lib.find_places("min(first + thread, end - 1u)", "thread") | indent(4, true) }
         }
         if (thread < 2u) {
             atomicStore(&seen[thread], 0u);
@@ -337,11 +305,7 @@ fn prefill(
             }
 //% endfor
         } else {
-            // A row that sees no key gives zeros, whatever its sink.
-            let sink = terms[params.terms_offset + q_heads + head_${ i }];
-            let with_sink = max(maximum, sink);
-            let total = sum * exp2(maximum - with_sink) + exp2(sink - with_sink);
-            let empty = sum == 0.0;
+${ prefill_lib.with_sink("head_" ~ i) | indent(8, true) }
             let factor = value_scale * select(exp2(maximum - with_sink) / total, 0.0, empty);
             let row = first_row + query_${ i };
             let at = params.out_offset + row * params.out_row_stride + head_${ i } * params.out_head_stride;

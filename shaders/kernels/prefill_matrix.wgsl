@@ -1,9 +1,10 @@
 //# Variables: name; size (of a matrix: rows and columns), subgroup (its
 //# invocations), strips (subgroups of a workgroup, `size` rows each), keys (of a tile), k_parts and v_parts (matrices that
 //# a row of K and of V takes), stride, s_stride, p_stride (vectors from a row of K or V, of scores, of probabilities to the
-//# next); ahead (whether the cache is read before the scores are there); bits (boolean); workgroup_size.
+//# next); bits (boolean); workgroup_size.
 //% import "lib/attention.wgsl" as attention_lib
 //% import "lib/elements.wgsl" as elements_lib
+//% import "lib/prefill.wgsl" as prefill_lib
 //% set rows = size * strips
 //% set share = subgroup // size
 //% set part = size // 4
@@ -16,6 +17,7 @@
 //% set b = "coop_mat" ~ size ~ "x" ~ size ~ "<f16, B>"
 //% set c = "coop_mat" ~ size ~ "x" ~ size ~ "<f32, C>"
 //% set round = keys // size
+//% set moved = 2 * (keys // 32)
 // ${ name }: many query rows of a sequence attend to a paged cache, on matrix units.
 //
 //   q        [rows, q_heads, head_dim_k]                      f16
@@ -47,6 +49,9 @@ ${ attention_lib.interface("vec4<f16>") }
 const LIMIT: f32 = 12.0;
 const HEADROOM: f32 = 4.0;
 
+// Matrices come from workgroup memory 16 bytes at a time, and WGSL aligns vec4<f16> to 8. Which variable lies where is the
+// driver's choice: so that each begins at a multiple of 16, all are multiples of 16 bytes long.
+//
 // K [${ keys }, ${ stride }], then V [${ keys }, ${ stride }].
 var<workgroup> tile: array<vec4<f16>, ${ 2 * keys * stride }>;
 // Scores [rows, ${ s_stride }]; and outputs, where their rows are to be reached.
@@ -56,10 +61,8 @@ var<workgroup> weights: array<vec4<f16>, ${ rows * p_stride }>;
 // Where the keys of three tiles begin: the one that is worked on, and the next two.
 var<workgroup> k_places: array<u32, ${ 3 * keys }>;
 var<workgroup> v_places: array<u32, ${ 3 * keys }>;
-// A bit for each key of this tile and of the next that some row sees.
-var<workgroup> seen: array<atomic<u32>, ${ 2 * (keys // 32) }>;
-// Whether some row's maximum moved.
-var<workgroup> moved: atomic<u32>;
+// A bit for each key of this tile and of the next that some row sees; then, in word ${ moved }, whether some row's maximum moved.
+var<workgroup> flags: array<atomic<u32>, ${ (moved + 4) // 4 * 4 }>;
 // In the end: what each row's outputs are multiplied with.
 var<workgroup> factors: array<f32, ${ rows }>;
 
@@ -88,21 +91,13 @@ ${ elements_lib.tanh_exact() }
             let key = ${ side }_i_${ n } / ${ vectors }u;
             let at = ${ v_at if side == "v" else 0 }u + key * ${ stride }u + ${ side }_i_${ n } % ${ vectors }u;
 //% if side == "v"
-            let wanted = <% if not bits %>plain || <% endif %>((atomicLoad(&seen[turn + key / 32u]) >> (key % 32u)) & 1u) != 0u;
+            let wanted = <% if not bits %>plain || <% endif %>((atomicLoad(&flags[turn + key / 32u]) >> (key % 32u)) & 1u) != 0u;
             tile[at] = select(vec4<f16>(), v_${ n }, wanted);
 //% else
             tile[at] = k_${ n };
 //% endif
         }
 //% endfor
-<%- endmacro %>
-<# Where the keys from `first` on lie. #>
-<% macro find_places(first, slot) %>
-        let key = min(${ first }, last);
-        let block = plan[table + (key >> params.block_shift)];
-        let place = key & block_mask;
-        k_places[${ slot }] = k_head + block * params.k_block_stride + place * params.k_token_stride;
-        v_places[${ slot }] = v_head + block * params.v_block_stride + place * params.v_token_stride;
 <%- endmacro %>
 @compute @workgroup_size(${ workgroup_size })
 fn prefill_matrix(
@@ -111,38 +106,9 @@ fn prefill_matrix(
     @builtin(subgroup_id) subgroup: u32,
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
-    // Workgroups continue along y where x has reached the device's limit.
-    let index = workgroup.y * workgroups.x + workgroup.x;
-    let head_tiles = (params.group_size + ${ rows - 1 }u) / ${ rows }u;
-    let tiles = params.kv_heads * head_tiles;
-    if (index >= plan[6] * tiles) {
-        return;
-    }
     let thread = subgroup * ${ subgroup }u + lane;
 
-    // Neighbouring workgroups share an item: its heads lie next to each other in the cache.
-    let item = plan[7] + 12u * (index / tiles);
-    let table = plan[2] + plan[item];
-    let first_row = plan[item + 1u];
-    let queries = plan[item + 2u];
-    let begin = plan[item + 3u];
-    let end = min(plan[item + 4u], 0x7fffffffu); // so that no loop to it can wrap around
-//% if not bits
-    // The keys that every row sees.
-    let plain_begin = plan[item + 5u];
-    let plain_end = plan[item + 6u];
-//% endif
-    let split = plan[item + 7u];
-    let splits = plan[item + 8u];
-    let first_partial = plan[item + 9u];
-    let ranges = plan[item + 10u];
-
-    let kv_head = (index % tiles) % params.kv_heads;
-    let head_tile = (index % tiles) / params.kv_heads;
-    let first_head = kv_head * params.group_size + head_tile * ${ rows }u;
-    let heads = min(${ rows }u, params.group_size - head_tile * ${ rows }u);
-    let q_heads = params.kv_heads * params.group_size;
-    let query_scale = params.scale * terms[params.terms_offset + 2u * q_heads + kv_head];
+${ prefill_lib.item(rows, bits) }
     let score_scale = query_scale * select(LOG2_E, 1.0 / params.softcap, params.softcap > 0.0);
 
     // This lane's row, head row % heads of query row / heads, and what it sees.
@@ -174,13 +140,10 @@ fn prefill_matrix(
     // Places of the first two tiles. Keys past the end are read as the last one, and count for nothing.
     let last = max(end, begin + 1u) - 1u;
     for (var i = thread; i < ${ 2 * keys }u; i += ${ workgroup_size }u) {
-${ find_places("begin + i", "i") }
+${ prefill_lib.find_places("min(begin + i, last)", "i") }
     }
-    if (thread < ${ 2 * (keys // 32) }u) {
-        atomicStore(&seen[thread], 0u);
-    }
-    if (thread == 0u) {
-        atomicStore(&moved, 0u);
+    if (thread <= ${ moved }u) {
+        atomicStore(&flags[thread], 0u);
     }
 
     // The queries, ${ round } matri${ "x" if round == 1 else "ces" } of a row at a time.
@@ -217,10 +180,6 @@ ${ store_tile("k", k_row) }
         let next_slot = select(slot + ${ keys }u, 0u, slot == ${ 2 * keys }u);
         let third_slot = select(next_slot + ${ keys }u, 0u, next_slot == ${ 2 * keys }u);
         let next_turn = ${ keys // 32 }u - turn;
-//% if ahead
-${ load_tile("v", "slot", v_row) }
-${ load_tile("k", "next_slot", k_row) }
-//% endif
 
         // Scores.
 //% for n in range(round)
@@ -235,7 +194,7 @@ ${ load_tile("k", "next_slot", k_row) }
         coopStoreT(s_${ n }, &scores[strip_s + ${ n * part }u], ${ s_stride }u);
 //% endfor
         if (thread < ${ keys // 32 }u) {
-            atomicStore(&seen[next_turn + thread], 0u);
+            atomicStore(&flags[next_turn + thread], 0u);
         }
         workgroupBarrier();
 
@@ -278,7 +237,7 @@ ${ load_tile("k", "next_slot", k_row) }
             found_${ share * j // 8 } |= (bits_${ j }.x | bits_${ j }.y | bits_${ j }.z | bits_${ j }.w) << (4u * (first_vector + ${ share * j % 8 }u));
 //% endfor
 //% for word in range(keys // 32)
-            atomicOr(&seen[turn + ${ word }u], found_${ word });
+            atomicOr(&flags[turn + ${ word }u], found_${ word });
 //% endfor
         }
         var peaks = x_0;
@@ -294,7 +253,7 @@ ${ load_tile("k", "next_slot", k_row) }
         let rescale = exp2(maximum - new_maximum);
         sum *= rescale;
         if (moves && maximum != LOWEST) {
-            atomicStore(&moved, 1u);
+            atomicStore(&flags[${ moved }], 1u);
         }
         maximum = new_maximum;
         // A row that has seen no key yet has LOWEST for a maximum, too: its probabilities must become 0.
@@ -310,21 +269,19 @@ ${ load_tile("k", "next_slot", k_row) }
 
         // V of this tile and K of the next. A key that nobody sees may hold anything: 0 * NaN is NaN.
         {
-//% if not ahead
 ${ load_tile("v", "slot", v_row) }
 ${ load_tile("k", "next_slot", k_row) }
-//% endif
 ${ store_tile("v", v_row) }
 ${ store_tile("k", k_row) }
         }
         // Also a barrier.
-        let some_moved = workgroupUniformLoad(&moved);
+        let some_moved = workgroupUniformLoad(&flags[${ moved }]);
         if (thread < ${ keys }u) {
-${ find_places("first + " ~ 2 * keys ~ "u + thread", "third_slot + thread") }
+${ prefill_lib.find_places("min(first + " ~ 2 * keys ~ "u + thread, last)", "third_slot + thread") | indent(4, true) }
         }
 
         if (some_moved != 0u) {
-            atomicStore(&moved, 0u);
+            atomicStore(&flags[${ moved }], 0u);
 //% for from in range(0, v_parts, round)
 //% for d in range(from, [from + round, v_parts] | min)
             coopStoreT(out_${ d }, &scores[strip_s + ${ (d - from) * part }u], ${ s_stride }u);
@@ -355,11 +312,7 @@ ${ find_places("first + " ~ 2 * keys ~ "u + thread", "third_slot + thread") }
     sum += subgroupShuffleXor(sum, ${ bit }u);
 //% endfor
     let value_scale = terms[params.terms_offset + 2u * q_heads + params.kv_heads + kv_head];
-    let sink = terms[params.terms_offset + q_heads + head];
-    let with_sink = max(maximum, sink);
-    let total = sum * exp2(maximum - with_sink) + exp2(sink - with_sink);
-    // A row that sees no key gives zeros, whatever its sink.
-    let empty = sum == 0.0;
+${ prefill_lib.with_sink("head") }
     if (first_vector == 0u) {
         factors[row] = value_scale * select(select(exp2(maximum - with_sink) / total, 0.0, empty), 1.0, splits > 1u);
         if (there && splits > 1u) {

@@ -5,7 +5,8 @@
 
 use minijinja::context;
 
-use crate::decode::{CacheRows, workgroups};
+use crate::decode::CacheRows;
+use crate::dispatch::{Invocations, in_units};
 use crate::shader::{Binding, BindingKind, Shader};
 use crate::{DType, Error, template};
 
@@ -71,13 +72,7 @@ impl CopyBlocksArgs {
     /// [`Error::TooLarge`] when one does not fit 32 bits.
     pub fn uniform(&self, unit: CopyUnit) -> Result<[u32; PARAM_WORDS], Error> {
         let elements = unit.bytes() / self.dtype.size();
-        let units = |field, value: u64| {
-            if !value.is_multiple_of(elements.into()) {
-                return Err(Error::NotDivisible { kernel: FAMILY, field, value, unit: elements });
-            }
-            let in_units = u32::try_from(value / u64::from(elements));
-            in_units.map_err(|_| Error::TooLarge { kernel: FAMILY, field, value })
-        };
+        let units = |field, value| in_units(FAMILY, field, value, elements);
         let (key, value) = (self.key, self.value);
         // No index may wrap around, so the ends of the caches must be addressable too.
         units("key_cache.extent", key.extent.next_multiple_of(elements.into()))?;
@@ -113,13 +108,13 @@ impl CopyBlocksArgs {
         let elements = unit.bytes() / self.dtype.size();
         let row = u64::from(self.head_dim_k.max(self.head_dim_v).div_ceil(elements));
         let rows = u64::from(self.pairs) * u64::from(self.kv_heads) * u64::from(self.block_size);
-        let invocations = rows.saturating_mul(row);
-        let [x, y, z] = workgroups(FAMILY, invocations.div_ceil(WORKGROUP_SIZE.into()), per_dimension)?;
-        // The last row of workgroups runs past the end; its indices must not wrap around either.
-        match u64::from(x) * u64::from(y) <= u64::from(u32::MAX / WORKGROUP_SIZE) {
-            true => Ok([x, y, z]),
-            false => Err(Error::TooLarge { kernel: FAMILY, field: "pairs", value: self.pairs.into() }),
+        Invocations {
+            kernel: FAMILY,
+            field: "pairs * block_size * kv_heads * head_dim",
+            count: rows.saturating_mul(row),
+            workgroup_size: WORKGROUP_SIZE,
         }
+        .workgroups(per_dimension)
     }
 }
 

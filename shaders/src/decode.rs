@@ -9,8 +9,9 @@ mod variant;
 
 use minijinja::context;
 
+pub use crate::dispatch::workgroups;
 use crate::shader::{Binding, BindingKind, Shader};
-use crate::{DType, Error, template};
+use crate::{DType, Error, dispatch, template};
 
 pub use variant::{DecodeNeeds, DecodeSpec, DecodeTuning, Unit};
 
@@ -141,10 +142,7 @@ pub struct DecodeArgs {
 
 /// A value in units, which must fit an index of 32 bits.
 fn in_units(field: &'static str, value: u64, unit: u32) -> Result<u32, Error> {
-    if !value.is_multiple_of(u64::from(unit)) {
-        return Err(Error::NotDivisible { kernel: FAMILY, field, value, unit });
-    }
-    u32::try_from(value / u64::from(unit)).map_err(|_| Error::TooLarge { kernel: FAMILY, field, value })
+    dispatch::in_units(FAMILY, field, value, unit)
 }
 
 impl DecodeArgs {
@@ -232,21 +230,6 @@ impl DecodeArgs {
     /// Whether a variant's units divide every offset, stride and head dimension.
     pub fn fits(&self, spec: DecodeSpec) -> bool {
         self.uniform(spec).is_ok()
-    }
-}
-
-/// Workgroups of `count` on a device that allows `per_dimension` of them along one axis.
-///
-/// # Errors
-/// [`Error::TooManyWorkgroups`] beyond two axes of them.
-pub fn workgroups(kernel: &'static str, count: u64, per_dimension: u32) -> Result<[u32; 3], Error> {
-    let limit = u64::from(per_dimension.max(1));
-    let x = count.min(limit);
-    let y = count.div_ceil(x.max(1));
-    // The last row of workgroups runs past the end; its indices must not wrap around either.
-    match (u32::try_from(x), u32::try_from(y), u32::try_from(x * y)) {
-        (Ok(x), Ok(y), Ok(_)) if u64::from(y) <= limit => Ok([x, y, 1]),
-        _ => Err(Error::TooManyWorkgroups { kernel, needed: count, limit: per_dimension }),
     }
 }
 

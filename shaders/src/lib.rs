@@ -25,6 +25,7 @@
 
 pub mod copy_blocks;
 pub mod decode;
+mod dispatch;
 mod dtype;
 mod error;
 pub mod merge_states;

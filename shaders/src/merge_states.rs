@@ -5,9 +5,10 @@
 
 use minijinja::context;
 
-use crate::decode::{Rows, workgroups};
+use crate::decode::Rows;
+use crate::dispatch::Invocations;
 use crate::shader::{Binding, BindingKind, Shader};
-use crate::{DType, Error, template};
+use crate::{DType, Error, dispatch, template};
 
 /// Family, template name and entry point.
 const FAMILY: &str = "merge_states";
@@ -139,22 +140,19 @@ impl MergeStatesArgs {
     pub fn workgroups(&self, spec: MergeStatesSpec, per_dimension: u32) -> Result<[u32; 3], Error> {
         let pieces = u64::from(self.head_dim.div_ceil(spec.elements));
         let heads = u64::from(self.rows) * u64::from(self.heads);
-        let invocations = heads.saturating_mul(pieces);
-        let [x, y, z] = workgroups(FAMILY, invocations.div_ceil(WORKGROUP_SIZE.into()), per_dimension)?;
-        // The last row of workgroups runs past the end; its indices must not wrap around either.
-        match u64::from(x) * u64::from(y) <= u64::from(u32::MAX / WORKGROUP_SIZE) {
-            true => Ok([x, y, z]),
-            false => Err(Error::TooLarge { kernel: FAMILY, field: "rows", value: self.rows.into() }),
+        Invocations {
+            kernel: FAMILY,
+            field: "rows * heads * head_dim",
+            count: heads.saturating_mul(pieces),
+            workgroup_size: WORKGROUP_SIZE,
         }
+        .workgroups(per_dimension)
     }
 }
 
 /// A value in units, which must fit an index of 32 bits.
 fn in_units(field: &'static str, value: u64, unit: u32) -> Result<u32, Error> {
-    if !value.is_multiple_of(u64::from(unit)) {
-        return Err(Error::NotDivisible { kernel: FAMILY, field, value, unit });
-    }
-    u32::try_from(value / u64::from(unit)).map_err(|_| Error::TooLarge { kernel: FAMILY, field, value })
+    dispatch::in_units(FAMILY, field, value, unit)
 }
 
 /// One variant, rendered.

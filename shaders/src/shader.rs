@@ -56,12 +56,6 @@ impl Shader {
         &self.text
     }
 
-    /// The same kernel with another text, which must have the same entry point and bindings: for planted faults.
-    #[must_use]
-    pub fn with_text(self, text: String) -> Self {
-        Self { text, ..self }
-    }
-
     /// The entry point.
     pub fn entry(&self) -> &str {
         self.family

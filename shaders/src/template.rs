@@ -14,6 +14,7 @@ const LIB: &[(&str, &str)] = &[
     ("lib/attention.wgsl", include_str!("../kernels/lib/attention.wgsl")),
     ("lib/dense.wgsl", include_str!("../kernels/lib/dense.wgsl")),
     ("lib/elements.wgsl", include_str!("../kernels/lib/elements.wgsl")),
+    ("lib/prefill.wgsl", include_str!("../kernels/lib/prefill.wgsl")),
     ("lib/sampling.wgsl", include_str!("../kernels/lib/sampling.wgsl")),
     ("lib/wide.wgsl", include_str!("../kernels/lib/wide.wgsl")),
 ];

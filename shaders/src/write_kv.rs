@@ -5,8 +5,9 @@
 
 use minijinja::context;
 
+use crate::dispatch::Invocations;
 use crate::shader::{Binding, BindingKind, Shader};
-use crate::{DType, Error, template};
+use crate::{DType, Error, dispatch, template};
 
 /// Family, template name and entry point.
 const FAMILY: &str = "write_kv";
@@ -210,10 +211,7 @@ impl WriteKvArgs {
 
 /// Elements as whole units, which must fit a 32-bit index.
 fn in_units(field: &'static str, value: u64, unit: u32) -> Result<u32, Error> {
-    if !value.is_multiple_of(u64::from(unit)) {
-        return Err(Error::NotDivisible { kernel: FAMILY, field, value, unit });
-    }
-    u32::try_from(value / u64::from(unit)).map_err(|_| Error::TooLarge { kernel: FAMILY, field, value })
+    dispatch::in_units(FAMILY, field, value, unit)
 }
 
 /// One variant, rendered.
@@ -314,21 +312,12 @@ impl WriteKv {
             elements,
         )?);
         let rows = u64::from(tokens) * u64::from(kv_heads);
-        let invocations = rows.saturating_mul(u64::from(pieces));
-        let needed = invocations.div_ceil(u64::from(WORKGROUP_SIZE));
-        let x = needed.min(u64::from(per_dimension)).max(1);
-        let y = needed.div_ceil(x);
-        if y > u64::from(per_dimension) {
-            return Err(Error::TooManyWorkgroups { kernel: FAMILY, needed, limit: per_dimension });
+        Invocations {
+            kernel: FAMILY,
+            field: "tokens * kv_heads * head_dim",
+            count: rows.saturating_mul(u64::from(pieces)),
+            workgroup_size: WORKGROUP_SIZE,
         }
-        // The last row of workgroups runs past the end; its indices must not wrap around either.
-        match (x.checked_mul(y), u32::try_from(x), u32::try_from(y)) {
-            (Some(total), Ok(x), Ok(y)) if total <= u64::from(u32::MAX / WORKGROUP_SIZE) => Ok([x, y, 1]),
-            _ => Err(Error::TooLarge {
-                kernel: FAMILY,
-                field: "tokens * kv_heads * head_dim",
-                value: invocations,
-            }),
-        }
+        .workgroups(per_dimension)
     }
 }

@@ -117,6 +117,21 @@ fn the_text_declares_what_the_descriptor_says() {
     }
 }
 
+/// Matrices are read from workgroup memory at multiples of 16 bytes, and a driver lays variables out as it likes.
+#[test]
+fn workgroup_variables_beside_matrices_are_multiples_of_16_bytes() {
+    for shader in all_shaders().unwrap().iter().filter(|shader| shader.needs_matrices()) {
+        let (module, _) = validated(shader);
+        let mut layouter = naga::proc::Layouter::default();
+        layouter.update(module.to_ctx()).unwrap();
+        for (_, variable) in module.global_variables.iter() {
+            let size = layouter[variable.ty].size;
+            let aligned = variable.space != AddressSpace::WorkGroup || size.is_multiple_of(16);
+            assert!(aligned, "{}: {:?} has {size} bytes", shader.name(), variable.name);
+        }
+    }
+}
+
 #[test]
 fn the_text_reads_well() {
     for shader in all_shaders().unwrap() {

@@ -17,103 +17,25 @@ mod random;
 mod wgpu_contexts;
 
 use cuda_subject::subject;
+use pagewise_attention::HostTensor;
 use pagewise_attention::conformance::{
-    AttentionTask, Case, CopyTask, Cpu, MergeTask, Operation, Outcome, ProbabilityRounding, Random, Refusal,
-    ScaleKind, Subject, SwapTask, Wgpu, WriteTask, random_case, run_case,
+    Case, Cpu, Operation, Outcome, Random, ScaleKind, Subject, Wgpu, random_case, run_case_observed,
 };
-use pagewise_attention::{AttentionConfig, HostTensor, HostTensorMut};
 use random::{run_cases, run_seed};
 use wgpu_contexts::contexts;
 
 const CASES: usize = 120;
 
-/// A subject, and the outputs of the first call of a case.
-struct Recorded<'a> {
-    subject: &'a mut dyn Subject,
-    outputs: Vec<Vec<u8>>,
-}
-
-impl Recorded<'_> {
-    fn record(&mut self, outputs: &[HostTensor<'_>]) {
-        if self.outputs.is_empty() {
-            self.outputs = outputs.iter().map(HostTensor::to_bytes).collect();
-        }
-    }
-}
-
-impl Subject for Recorded<'_> {
-    fn name(&self) -> String {
-        self.subject.name()
-    }
-
-    fn probability_rounding(&self, config: &AttentionConfig) -> ProbabilityRounding {
-        self.subject.probability_rounding(config)
-    }
-
-    fn attention(
-        &mut self,
-        task: &AttentionTask<'_>,
-        mut out: HostTensorMut<'_>,
-        mut lse: Option<&mut [f32]>,
-    ) -> Result<(), Refusal> {
-        self.subject.attention(task, out.reborrow(), lse.as_deref_mut())?;
-        self.record(&[out.as_ref(), HostTensor::F32(lse.as_deref().unwrap_or_default())]);
-        Ok(())
-    }
-
-    fn write_kv(
-        &mut self,
-        task: &WriteTask<'_>,
-        mut k: HostTensorMut<'_>,
-        mut v: HostTensorMut<'_>,
-    ) -> Result<(), Refusal> {
-        self.subject.write_kv(task, k.reborrow(), v.reborrow())?;
-        self.record(&[k.as_ref(), v.as_ref()]);
-        Ok(())
-    }
-
-    fn copy_blocks(
-        &mut self,
-        task: &CopyTask<'_>,
-        mut k: HostTensorMut<'_>,
-        mut v: HostTensorMut<'_>,
-    ) -> Result<(), Refusal> {
-        self.subject.copy_blocks(task, k.reborrow(), v.reborrow())?;
-        self.record(&[k.as_ref(), v.as_ref()]);
-        Ok(())
-    }
-
-    fn swap_blocks(
-        &mut self,
-        task: &SwapTask<'_>,
-        mut k: HostTensorMut<'_>,
-        mut v: HostTensorMut<'_>,
-    ) -> Result<(), Refusal> {
-        self.subject.swap_blocks(task, k.reborrow(), v.reborrow())?;
-        self.record(&[k.as_ref(), v.as_ref()]);
-        Ok(())
-    }
-
-    fn merge_states(
-        &mut self,
-        task: &MergeTask<'_>,
-        mut out: HostTensorMut<'_>,
-        lse: &mut [f32],
-    ) -> Result<(), Refusal> {
-        self.subject.merge_states(task, out.reborrow(), lse)?;
-        self.record(&[out.as_ref(), HostTensor::F32(lse)]);
-        Ok(())
-    }
-}
-
 /// Runs a case everywhere. How many backends answered, or what is wrong.
 fn agree(subjects: &mut [Box<dyn Subject + '_>], case: &Case) -> Result<usize, String> {
     let mut answers: Vec<(String, Vec<Vec<u8>>)> = Vec::new();
     for subject in subjects {
-        let mut recorded = Recorded { subject: subject.as_mut(), outputs: Vec::new() };
-        match run_case(&mut recorded, case).outcome {
-            Outcome::Passed(_) => answers.push((recorded.name(), recorded.outputs)),
-            Outcome::Failed(reason) => return Err(format!("{}: {reason}", recorded.name())),
+        let mut outputs = Vec::new();
+        let mut observe =
+            |tensors: &[HostTensor<'_>]| outputs = tensors.iter().map(HostTensor::to_bytes).collect();
+        match run_case_observed(subject.as_mut(), case, &mut observe).outcome {
+            Outcome::Passed(_) => answers.push((subject.name(), outputs)),
+            Outcome::Failed(reason) => return Err(format!("{}: {reason}", subject.name())),
             Outcome::Skipped(_) => {}
         }
     }

@@ -4,15 +4,17 @@
 
 #[path = "gpu/random.rs"]
 mod random;
+#[path = "gpu/wgpu_buffers.rs"]
+mod wgpu_buffers;
 #[path = "gpu/wgpu_contexts.rs"]
 mod wgpu_contexts;
 
 use pagewise_attention::conformance::{Case, Layout, Operation, Outcome, Wgpu, quick, run_case};
-use pagewise_attention::wgpu::{BufferRange, Context, SwapBlocksCall, SwapSide, WgpuError, wgpu};
+use pagewise_attention::wgpu::{BufferRange, SwapBlocksCall, SwapSide, WgpuError, wgpu};
 use pagewise_attention::{AttentionConfig, CacheLayout, DType, KvStrides, ProblemError};
 use random::{Random, run_cases, run_seed};
-use wgpu::util::{BufferInitDescriptor, DeviceExt};
-use wgpu::{Buffer, BufferUsages, MapMode, PollType};
+use wgpu::{Buffer, BufferUsages};
+use wgpu_buffers::{buffer, mapped};
 use wgpu_contexts::{contexts, plain_contexts};
 
 /// Random cases of each operation.
@@ -73,18 +75,6 @@ fn block_bytes(bytes: &[u8], config: &AttentionConfig, layout: &CacheLayout, blo
         bytes[at..at + config.head_dim_qk * size].to_vec()
     })
     .collect()
-}
-
-fn buffer(context: &Context, contents: &[u8], usage: BufferUsages) -> Buffer {
-    context.device().create_buffer_init(&BufferInitDescriptor { label: None, contents, usage })
-}
-
-fn mapped(context: &Context, buffer: &Buffer) -> Vec<u8> {
-    buffer.slice(..).map_async(MapMode::Read, Result::unwrap);
-    context.device().poll(PollType::wait_indefinitely()).unwrap();
-    let bytes = buffer.slice(..).get_mapped_range().unwrap().to_vec();
-    buffer.unmap();
-    bytes
 }
 
 #[test]

@@ -18,6 +18,8 @@ mod encode;
 mod merge;
 #[path = "gpu/random.rs"]
 mod random;
+#[path = "gpu/wgpu_buffers.rs"]
+mod wgpu_buffers;
 #[path = "gpu/wgpu_contexts.rs"]
 mod wgpu_contexts;
 
@@ -28,8 +30,8 @@ use pagewise_attention::conformance::{Operation, Outcome, Wgpu, quick, run_case}
 use pagewise_attention::wgpu::{BufferRange, Context, MergeStatesCall, WgpuError, wgpu};
 use pagewise_attention::{DType, ProblemError};
 use random::{Random, run_cases, run_seed};
-use wgpu::util::{BufferInitDescriptor, DeviceExt};
 use wgpu::{Buffer, BufferUsages};
+use wgpu_buffers::{buffer, read};
 use wgpu_contexts::contexts;
 
 const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
@@ -52,9 +54,7 @@ impl OnDevice {
             let mut contents = vec![0xff; 4 * BEFORE];
             contents.extend(bytes);
             contents.resize(contents.len().max(16).next_multiple_of(4), 0xff);
-            let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC;
-            let descriptor = BufferInitDescriptor { label: None, contents: &contents, usage };
-            context.device().create_buffer_init(&descriptor)
+            buffer(context, &contents, BufferUsages::STORAGE | BufferUsages::COPY_SRC)
         };
         let bytes = |values: &[f32]| -> Vec<u8> { values.iter().flat_map(|x| x.to_le_bytes()).collect() };
         Self {
@@ -92,19 +92,6 @@ impl OnDevice {
     }
 }
 
-fn read(context: &Context, buffer: &Buffer) -> Vec<u8> {
-    let usage = BufferUsages::MAP_READ | BufferUsages::COPY_DST;
-    let size = buffer.size();
-    let descriptor = wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false };
-    let copy = context.device().create_buffer(&descriptor);
-    let mut encoder = context.device().create_command_encoder(&Default::default());
-    encoder.copy_buffer_to_buffer(buffer, 0, &copy, 0, size);
-    context.queue().submit([encoder.finish()]);
-    copy.slice(..).map_async(wgpu::MapMode::Read, Result::unwrap);
-    context.device().poll(wgpu::PollType::wait_indefinitely()).unwrap();
-    copy.slice(..).get_mapped_range().unwrap()[4 * BEFORE..].to_vec()
-}
-
 /// Runs a case: the variant and the error, or what is wrong.
 fn check(context: &Context, case: &MergeCase) -> Result<(String, f64), String> {
     let tensors = case.build();
@@ -112,12 +99,12 @@ fn check(context: &Context, case: &MergeCase) -> Result<(String, f64), String> {
     let mut encoder = context.device().create_command_encoder(&Default::default());
     let prepared = context.merge_states(&mut encoder, &buffers.call(&tensors)).unwrap();
     context.queue().submit([encoder.finish()]);
-    let mut out = read(context, &buffers.out);
+    let behind = |buffer: &Buffer| read(context, buffer)[4 * BEFORE..].to_vec();
+    let mut out = behind(&buffers.out);
     let (expected_len, lse_len) = (tensors.outputs().0.len(), tensors.outputs().1.len());
     assert!(out[expected_len..].iter().all(|&byte| byte == 0xff), "{case}: written past the output");
     out.truncate(expected_len);
-    let lse: Vec<f32> =
-        read(context, &buffers.lse).as_chunks().0.iter().map(|x| f32::from_le_bytes(*x)).collect();
+    let lse: Vec<f32> = behind(&buffers.lse).as_chunks().0.iter().map(|x| f32::from_le_bytes(*x)).collect();
     let error = tensors.compare(&out, &lse[..lse_len])?;
     Ok((prepared.variant().to_owned(), error))
 }

@@ -90,7 +90,7 @@ fn matrix_case(random: &mut Random, context: &Context) -> (Case, MatrixTuning) {
     let case = prefill_case(random, 0);
     let head_dim_v = if random.one_in(4) { 4 * (1 + random.below(room / 4)) } else { room };
     let case = Case { q_dtype: DType::F16, kv_dtype: DType::F16, head_dim_qk: room, head_dim_v, ..case };
-    (case, MatrixTuning { strips: rows / shape.size, ahead: random.one_in(2) })
+    (case, MatrixTuning { strips: rows / shape.size })
 }
 
 #[test]

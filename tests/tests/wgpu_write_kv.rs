@@ -7,6 +7,8 @@
 mod encode;
 #[path = "gpu/random.rs"]
 mod random;
+#[path = "gpu/wgpu_buffers.rs"]
+mod wgpu_buffers;
 #[path = "gpu/wgpu_contexts.rs"]
 mod wgpu_contexts;
 #[path = "gpu/write_kv.rs"]
@@ -16,26 +18,9 @@ use pagewise_attention::wgpu::{BufferRange, Context, WgpuError, WriteKvCall, wgp
 use pagewise_attention::{AttentionConfig, CacheLayout, DType, ProblemError};
 use random::{Random, run_cases, run_seed};
 use wgpu::BufferUsages;
-use wgpu::util::{BufferInitDescriptor, DeviceExt};
+use wgpu_buffers::{buffer, read};
 use wgpu_contexts::contexts;
 use write_kv::{Case, Tensors, wanted_case};
-
-fn buffer(context: &Context, contents: &[u8], usage: BufferUsages) -> wgpu::Buffer {
-    context.device().create_buffer_init(&BufferInitDescriptor { label: None, contents, usage })
-}
-
-fn read(context: &Context, buffer: &wgpu::Buffer) -> Vec<u8> {
-    let usage = BufferUsages::MAP_READ | BufferUsages::COPY_DST;
-    let descriptor =
-        wgpu::BufferDescriptor { label: None, size: buffer.size(), usage, mapped_at_creation: false };
-    let copy = context.device().create_buffer(&descriptor);
-    let mut encoder = context.device().create_command_encoder(&Default::default());
-    encoder.copy_buffer_to_buffer(buffer, 0, &copy, 0, buffer.size());
-    context.queue().submit([encoder.finish()]);
-    copy.slice(..).map_async(wgpu::MapMode::Read, Result::unwrap);
-    context.device().poll(wgpu::PollType::wait_indefinitely()).unwrap();
-    copy.slice(..).get_mapped_range().unwrap().to_vec()
-}
 
 /// The buffers of a case on a device.
 struct OnDevice<'a> {

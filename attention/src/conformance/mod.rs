@@ -9,6 +9,8 @@
 //!
 //! The oracle shares no code with any backend. It knows nothing of speed.
 
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+mod alteration;
 mod buffer;
 mod case;
 mod check;
@@ -26,6 +28,8 @@ mod table;
 #[cfg(feature = "wgpu")]
 mod wgpu;
 
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+pub(crate) use alteration::Alteration;
 pub use buffer::Buffer;
 pub use case::{Case, CaseMask, Layout, Operation, ParseCaseError, Rows, ScaleKind, SequenceShape, Tables};
 pub use check::{Agreement, Tolerance};
@@ -36,7 +40,7 @@ pub use cuda::{Cuda, Pinned};
 pub use data::{AttentionData, CopyData, MergeData, SwapData, WriteData};
 pub use oracle::{Reference, RowReference};
 pub use random::{Random, fresh_seed};
-pub use runner::{CaseResult, Outcome, Report, run, run_case, try_case};
+pub use runner::{CaseResult, Observe, Outcome, Report, run, run_case, run_case_observed, try_case};
 pub use subject::{
     AttentionTask, CopyTask, MergePart, MergeTask, ProbabilityRounding, Refusal, Scale, Subject, SwapTask,
     WriteTask,

@@ -5,7 +5,7 @@ use super::{
     AttentionData, Buffer, Case, CopyData, MergeData, Operation, Random, Reference, Refusal, Subject,
     SwapData, WriteData,
 };
-use crate::{CacheLayout, DType, KvStrides};
+use crate::{CacheLayout, DType, HostTensor, KvStrides};
 use std::fmt;
 
 /// What became of a case.
@@ -120,20 +120,34 @@ pub fn run(subject: &mut dyn Subject, cases: &[Case]) -> Report {
 
 /// Runs one case.
 pub fn run_case(subject: &mut dyn Subject, case: &Case) -> CaseResult {
-    let unanswered = || Outcome::Failed("the subject only says that it is not done yet".to_owned());
-    try_case(subject, case).unwrap_or_else(|| CaseResult { line: case.to_string(), outcome: unanswered() })
+    run_case_observed(subject, case, &mut |_| {})
 }
+
+/// Runs one case and shows the tensors that the subject's first call has written: K and V, or output and log-sum-exp.
+pub fn run_case_observed(subject: &mut dyn Subject, case: &Case, observe: &mut Observe<'_>) -> CaseResult {
+    let unanswered = || Outcome::Failed("the subject only says that it is not done yet".to_owned());
+    let result = answer(subject, case, observe);
+    result.unwrap_or_else(|| CaseResult { line: case.to_string(), outcome: unanswered() })
+}
+
+/// Sees what a subject has written.
+pub type Observe<'a> = dyn FnMut(&[HostTensor<'_>]) + 'a;
 
 /// Runs one case on a subject that may have to be asked again; `None` is "not yet". A case's data are made from its
 /// line, so that it asks the same each time.
 pub fn try_case(subject: &mut dyn Subject, case: &Case) -> Option<CaseResult> {
-    let result = match case.operation {
-        Operation::Attention => attention(subject, case),
-        Operation::WriteKv => write_kv(subject, case),
-        Operation::CopyBlocks => copy_blocks(subject, case),
-        Operation::SwapBlocks => swap_blocks(subject, case),
-        Operation::MergeStates => merge_states(subject, case),
+    answer(subject, case, &mut |_| {})
+}
+
+fn answer(subject: &mut dyn Subject, case: &Case, observe: &mut Observe<'_>) -> Option<CaseResult> {
+    let run = match case.operation {
+        Operation::Attention => attention,
+        Operation::WriteKv => write_kv,
+        Operation::CopyBlocks => copy_blocks,
+        Operation::SwapBlocks => swap_blocks,
+        Operation::MergeStates => merge_states,
     };
+    let result = run(subject, case, observe);
     let outcome = match result {
         Ok(agreement) => Outcome::Passed(agreement),
         Err(Refusal::Failed(reason)) => Outcome::Failed(reason),
@@ -147,12 +161,17 @@ fn failed(reason: impl fmt::Display) -> Refusal {
     Refusal::Failed(reason.to_string())
 }
 
-fn attention(subject: &mut dyn Subject, case: &Case) -> Result<Agreement, Refusal> {
+fn attention(
+    subject: &mut dyn Subject,
+    case: &Case,
+    observe: &mut Observe<'_>,
+) -> Result<Agreement, Refusal> {
     let data = AttentionData::generate(case);
     let task = data.task().map_err(failed)?;
     let before = data.poisoned_out();
     let (mut out, mut lse) = (before.clone(), data.poisoned_lse());
     subject.attention(&task, out.as_mut(), Some(&mut lse))?;
+    observe(&[out.as_ref(), HostTensor::F32(&lse)]);
     let reference = Reference::attention(&data);
     let rounding = subject.probability_rounding(&data.config);
     let agreement = Agreement::of_attention(&data, &reference, rounding, &before, &out, Some(&lse));
@@ -190,13 +209,14 @@ fn block_elements(
     elements
 }
 
-fn write_kv(subject: &mut dyn Subject, case: &Case) -> Result<Agreement, Refusal> {
+fn write_kv(subject: &mut dyn Subject, case: &Case, observe: &mut Observe<'_>) -> Result<Agreement, Refusal> {
     let data = WriteData::generate(case);
     let mut random = Random::new(!case.seed);
     let mut cache = |len: u64| Buffer::poisoned(case.kv_dtype, len as usize, &mut random);
     let before = (cache(data.layout.k_extent(&data.config)), cache(data.layout.v_extent(&data.config)));
     let mut after = before.clone();
     subject.write_kv(&data.task(), after.0.as_mut(), after.1.as_mut())?;
+    observe(&[after.0.as_ref(), after.1.as_ref()]);
     let mut agreement = Agreement::default();
     let sides = [
         ("K", &data.source.0, data.strides.0, data.layout.k, data.config.head_dim_qk, &data.scales.0),
@@ -247,10 +267,15 @@ fn stored(value: f64, scale: f64, cache: &Buffer, after: &Buffer, at: usize) -> 
     }
 }
 
-fn copy_blocks(subject: &mut dyn Subject, case: &Case) -> Result<Agreement, Refusal> {
+fn copy_blocks(
+    subject: &mut dyn Subject,
+    case: &Case,
+    observe: &mut Observe<'_>,
+) -> Result<Agreement, Refusal> {
     let data = CopyData::generate(case);
     let mut after = data.cache.clone();
     subject.copy_blocks(&data.task(), after.0.as_mut(), after.1.as_mut())?;
+    observe(&[after.0.as_ref(), after.1.as_ref()]);
     let heads = data.config.kv_heads;
     for (what, strides, dim, before, after) in [
         ("K", data.layout.k, data.config.head_dim_qk, &data.cache.0, &after.0),
@@ -263,10 +288,15 @@ fn copy_blocks(subject: &mut dyn Subject, case: &Case) -> Result<Agreement, Refu
     Ok(Agreement::default())
 }
 
-fn swap_blocks(subject: &mut dyn Subject, case: &Case) -> Result<Agreement, Refusal> {
+fn swap_blocks(
+    subject: &mut dyn Subject,
+    case: &Case,
+    observe: &mut Observe<'_>,
+) -> Result<Agreement, Refusal> {
     let data = SwapData::generate(case);
     let mut after = data.target.clone();
     subject.swap_blocks(&data.task(), after.0.as_mut(), after.1.as_mut())?;
+    observe(&[after.0.as_ref(), after.1.as_ref()]);
     let (heads, from, to) = (data.config.kv_heads, &data.source_layout, &data.target_layout);
     for (what, strides, dim, source, before, after) in [
         ("K", (from.k, to.k), data.config.head_dim_qk, &data.source.0, &data.target.0, &after.0),
@@ -300,12 +330,17 @@ fn check_moves(
     unchanged(what, before, after, |i| !written[i]).map_err(failed)
 }
 
-fn merge_states(subject: &mut dyn Subject, case: &Case) -> Result<Agreement, Refusal> {
+fn merge_states(
+    subject: &mut dyn Subject,
+    case: &Case,
+    observe: &mut Observe<'_>,
+) -> Result<Agreement, Refusal> {
     let data = MergeData::generate(case);
     let parts = data.merge_parts();
     let rows = data.rows * data.heads;
     let mut out = Buffer::poisoned(case.q_dtype, rows * data.head_dim, &mut Random::new(!case.seed));
     let mut lse = vec![f32::NAN; rows];
     subject.merge_states(&data.task(&parts), out.as_mut(), &mut lse)?;
+    observe(&[out.as_ref(), HostTensor::F32(&lse)]);
     Agreement::of_merge(&data, &Reference::merge(&data), &out, &lse).map_err(failed)
 }

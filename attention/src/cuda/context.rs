@@ -34,22 +34,7 @@ pub struct Context {
     pub(super) prefill: Cache<PrefillSpec, Prefill>,
     pub(super) prefill_merge: Cache<PrefillSpec, PrefillMerge>,
     #[cfg(feature = "conformance")]
-    alteration: Option<Alteration>,
-}
-
-/// Changes a kernel's text before it is loaded: gets the entry point and the text, gives the text to load.
-#[cfg(feature = "conformance")]
-struct Alteration(Box<AlterText>);
-
-/// From an entry point and its text to the text to load.
-#[cfg(feature = "conformance")]
-type AlterText = dyn Fn(&str, &str) -> String + Send + Sync;
-
-#[cfg(feature = "conformance")]
-impl std::fmt::Debug for Alteration {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Alteration")
-    }
+    alteration: Option<crate::conformance::Alteration>,
 }
 
 /// A context handle, which any thread may use.
@@ -143,15 +128,16 @@ impl Context {
         alter: impl Fn(&str, &str) -> String + Send + Sync + 'static,
     ) -> Self {
         self.unload();
-        self.alteration = Some(Alteration(Box::new(alter)));
+        self.alteration = Some(crate::conformance::Alteration::new(alter));
         self
     }
 
     /// Compiles and loads a kernel into this context, which is current.
     pub(super) fn load(&self, kernel: &Kernel) -> Result<LoadedKernel, CudaError> {
         #[cfg(feature = "conformance")]
-        if let Some(Alteration(alter)) = &self.alteration {
-            return LoadedKernel::load(kernel, &alter(kernel.entry(), kernel.text()), &self.device);
+        if let Some(alteration) = &self.alteration {
+            let text = alteration.text(kernel.entry(), kernel.text());
+            return LoadedKernel::load(kernel, &text, &self.device);
         }
         LoadedKernel::load(kernel, kernel.text(), &self.device)
     }

@@ -1,5 +1,6 @@
 //! The caller's device, and the pipelines that were built for it.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -37,6 +38,8 @@ pub struct Context {
     pub(super) decode_merge: Pipelines<pagewise_shaders::DType, DecodeMerge>,
     pub(super) prefill: Pipelines<PrefillKernel, Prefill>,
     pub(super) merge_states: Pipelines<MergeStatesSpec, MergeStates>,
+    #[cfg(feature = "conformance")]
+    alteration: Option<crate::conformance::Alteration>,
 }
 
 impl Context {
@@ -89,6 +92,8 @@ impl Context {
             decode_merge: Pipelines::default(),
             prefill: Pipelines::default(),
             merge_states: Pipelines::default(),
+            #[cfg(feature = "conformance")]
+            alteration: None,
         })
     }
 
@@ -106,6 +111,23 @@ impl Context {
     /// The matrices that prefill makes use of.
     pub fn matrices(&self) -> Option<MatrixShape> {
         self.matrices
+    }
+
+    /// The same context, whose kernels are compiled with the text that `alter` makes of each entry point and text, which
+    /// must have the same bindings: for tests that plant faults. Kernels compiled before are forgotten.
+    #[cfg(feature = "conformance")]
+    #[must_use]
+    pub fn with_altered_kernels(self, alter: impl Fn(&str, &str) -> String + Send + Sync + 'static) -> Self {
+        Self {
+            alteration: Some(crate::conformance::Alteration::new(alter)),
+            write_kv: Pipelines::default(),
+            copy_blocks: Pipelines::default(),
+            decode: Pipelines::default(),
+            decode_merge: Pipelines::default(),
+            prefill: Pipelines::default(),
+            merge_states: Pipelines::default(),
+            ..self
+        }
     }
 
     /// What the device keeps of the pipelines that were built so far, to be stored and given to
@@ -129,7 +151,12 @@ impl Context {
 
     /// What pipelines are built with.
     pub(super) fn builder(&self) -> Builder<'_> {
-        Builder { device: &self.device, cache: self.cache.as_ref() }
+        Builder {
+            device: &self.device,
+            cache: self.cache.as_ref(),
+            #[cfg(feature = "conformance")]
+            alteration: self.alteration.as_ref(),
+        }
     }
 
     /// The device.
@@ -183,6 +210,19 @@ impl Context {
 pub(super) struct Builder<'a> {
     device: &'a Device,
     cache: Option<&'a PipelineCache>,
+    #[cfg(feature = "conformance")]
+    alteration: Option<&'a crate::conformance::Alteration>,
+}
+
+impl Builder<'_> {
+    /// The text to compile.
+    fn text<'s>(self, shader: &'s Shader) -> Cow<'s, str> {
+        #[cfg(feature = "conformance")]
+        if let Some(alteration) = self.alteration {
+            return alteration.text(shader.entry(), shader.text()).into();
+        }
+        shader.text().into()
+    }
 }
 
 /// A kernel, ready to be bound and dispatched.
@@ -239,10 +279,10 @@ fn build(
     shader: &Shader,
     uniform: UniformOffset,
 ) -> Result<(ComputePipeline, BindGroupLayout), WgpuError> {
-    let Builder { device, cache } = builder;
+    let Builder { device, cache, .. } = builder;
     let scope = device.push_error_scope(ErrorFilter::Validation);
     let name = Some(shader.name());
-    let descriptor = ShaderModuleDescriptor { label: name, source: ShaderSource::Wgsl(shader.text().into()) };
+    let descriptor = ShaderModuleDescriptor { label: name, source: ShaderSource::Wgsl(builder.text(shader)) };
     // Bounds stay checked. What goes is a counter in every loop that ends those that do not end by themselves.
     let mut checks = ShaderRuntimeChecks::checked();
     checks.force_loop_bounding = false;

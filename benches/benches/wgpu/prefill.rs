@@ -109,11 +109,9 @@ pub fn sweep(gpu: &Gpu<'_>, wanted: impl Fn(&str) -> bool) -> Vec<Value> {
             }
         }
         for strips in [2, 4, 8] {
-            for ahead in [false, true] {
-                let prefill = PrefillChoice::Matrix(Some(MatrixTuning { strips, ahead }));
-                let options = PlanOptions { prefill, ..PlanOptions::default() };
-                try_one("split as by default".to_owned(), options);
-            }
+            let prefill = PrefillChoice::Matrix(Some(MatrixTuning { strips }));
+            let options = PlanOptions { prefill, ..PlanOptions::default() };
+            try_one("split as by default".to_owned(), options);
         }
         for workgroups in [512, 2048, 4096] {
             let options = PlanOptions { workgroups, ..PlanOptions::default() };

@@ -1,4 +1,28 @@
-//# What the dense kernels share: rows of f32 four at a time, weights as they are stored, sums over a workgroup.
+//# What the dense kernels share: products' parameters, rows of f32 four at a time, weights as they are stored, sums over a workgroup.
+
+//# Parameters and bindings of a product, whose weight is read by this WGSL type: so many elements or bytes.
+<% macro product_interface(vector, amount) %>
+struct Params {
+    rows: u32,
+    in_features: u32,
+    out_features: u32,
+    x_offset: u32,       // vectors
+    x_stride: u32,
+    weight_offset: u32,  // vectors of ${ amount }
+    weight_stride: u32,
+    bias_offset: u32,
+    out_offset: u32,     // elements
+    out_stride: u32,
+    flags: u32,
+    unused: u32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read> weight: array<${ vector }>;
+@group(0) @binding(3) var<storage, read> bias: array<f32>;
+@group(0) @binding(4) var<storage, read_write> out: array<f32>;
+<%- endmacro %>
 
 //# Four elements of a row of `x`, those past `in_features` as zeros.
 <% macro load_x() %>

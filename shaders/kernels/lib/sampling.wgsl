@@ -1,6 +1,27 @@
 //# What the kernels share that read rows of logits. Logits are read as their bits: NaN and infinities, which WGSL lets a
 //# compiler assume away, are told apart as integers.
 
+//# Parameters and the first bindings of kernels whose jobs say which rows they read; `own`: one more parameter's name.
+<% macro interface(own="") %>
+struct Params {
+    count: u32,
+    width: u32,
+    x_offset: u32,
+    x_stride: u32,
+    jobs_offset: u32,
+//% if own
+    ${ own }: u32,
+//% endif
+//% for i in range(6 if own else 7)
+    unused_${ i }: u32,
+//% endfor
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> x: array<u32>;
+@group(0) @binding(2) var<storage, read> jobs: array<u32>;
+<%- endmacro %>
+
 //# Numbers and integers of the same order.
 <% macro ordered() %>
 // Rises with the number: 0 for NaN and negative infinity, at least 1 for all others. The two zeros are equal.

@@ -11,24 +11,7 @@
 // A workgroup has a row. NaN and negative infinity are no candidates. Nothing is sorted: where the set ends is found by a
 // radix descent over the logits' bits, which reads the row up to seven times; whoever wants an order has few to sort.
 
-struct Params {
-    count: u32,
-    width: u32,
-    x_offset: u32,
-    x_stride: u32,
-    jobs_offset: u32,
-    unused_0: u32,
-    unused_1: u32,
-    unused_2: u32,
-    unused_3: u32,
-    unused_4: u32,
-    unused_5: u32,
-    unused_6: u32,
-}
-
-@group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> x: array<u32>;
-@group(0) @binding(2) var<storage, read> jobs: array<u32>;
+${ sampling.interface() }
 @group(0) @binding(3) var<storage, read> saved: array<u32>;
 @group(0) @binding(4) var<storage, read_write> out: array<u32>;
 

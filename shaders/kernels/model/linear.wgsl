@@ -18,26 +18,7 @@
 //
 // It must move the weight once for each ${ tile_rows } rows.
 
-struct Params {
-    rows: u32,
-    in_features: u32,
-    out_features: u32,
-    x_offset: u32,       // vectors
-    x_stride: u32,
-    weight_offset: u32,  // vectors of 4 elements
-    weight_stride: u32,
-    bias_offset: u32,
-    out_offset: u32,     // elements
-    out_stride: u32,
-    flags: u32,
-    unused: u32,
-}
-
-@group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
-@group(0) @binding(2) var<storage, read> weight: array<${ "vec4<u32>" if wide else "vec2<u32>" }>;
-@group(0) @binding(3) var<storage, read> bias: array<f32>;
-@group(0) @binding(4) var<storage, read_write> out: array<f32>;
+${ dense_lib.product_interface("vec4<u32>" if wide else "vec2<u32>", "4 elements") }
 
 var<workgroup> x_tile: array<vec4<f32>, ${ tile_rows * 5 }>;
 var<workgroup> weight_tile: array<vec4<f32>, ${ tile_features * 5 }>;

@@ -12,24 +12,7 @@
 // of whole numbers is the same in any order. Of a row of nothing but NaN and negative infinity the sum is 0; infinite
 // logits share all of the probability.
 
-struct Params {
-    count: u32,
-    width: u32,
-    x_offset: u32,
-    x_stride: u32,
-    jobs_offset: u32,
-    unused_0: u32,
-    unused_1: u32,
-    unused_2: u32,
-    unused_3: u32,
-    unused_4: u32,
-    unused_5: u32,
-    unused_6: u32,
-}
-
-@group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> x: array<u32>;
-@group(0) @binding(2) var<storage, read> jobs: array<u32>;
+${ sampling.interface() }
 @group(0) @binding(3) var<storage, read_write> out: array<u32>;
 
 var<workgroup> sums: array<vec2<u32>, ${ workgroup_size }>;

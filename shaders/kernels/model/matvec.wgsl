@@ -15,26 +15,7 @@
 //
 // It must move the weight once; x comes from the caches.
 
-struct Params {
-    rows: u32,
-    in_features: u32,
-    out_features: u32,
-    x_offset: u32,       // vectors
-    x_stride: u32,
-    weight_offset: u32,  // vectors of 16 bytes
-    weight_stride: u32,
-    bias_offset: u32,
-    out_offset: u32,     // elements
-    out_stride: u32,
-    flags: u32,
-    unused: u32,
-}
-
-@group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
-@group(0) @binding(2) var<storage, read> weight: array<vec4<u32>>;
-@group(0) @binding(3) var<storage, read> bias: array<f32>;
-@group(0) @binding(4) var<storage, read_write> out: array<f32>;
+${ dense_lib.product_interface("vec4<u32>", "16 bytes") }
 
 var<workgroup> sums: array<f32, ${ workgroup_size * features }>;
 var<workgroup> parts: array<f32, ${ workgroup_size }>;

@@ -15,20 +15,7 @@
 // al. 2011, section 3.3) of seed, sample and position; it walks ids upwards. A row is read once for its largest logit,
 // four to seven times for top-k and for top-p, and twice for the choice.
 
-struct Params {
-    count: u32,
-    width: u32,
-    x_offset: u32,
-    x_stride: u32,
-    jobs_offset: u32,
-    ids_offset: u32,
-    unused_0: u32,
-    unused_1: u32,
-    unused_2: u32,
-    unused_3: u32,
-    unused_4: u32,
-    unused_5: u32,
-}
+${ sampling.interface("ids_offset") }
 
 struct Job {
     row: u32,
@@ -49,9 +36,6 @@ struct Job {
     out: u32,             // 0xffffffff: not asked for
 }
 
-@group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> x: array<u32>;
-@group(0) @binding(2) var<storage, read> jobs: array<u32>;
 @group(0) @binding(3) var<storage, read> saved: array<u32>;
 @group(0) @binding(4) var<storage, read_write> ids: array<u32>;
 @group(0) @binding(5) var<storage, read_write> out: array<u32>;

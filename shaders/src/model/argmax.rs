@@ -3,7 +3,7 @@
 use minijinja::context;
 
 use super::{PARAM_WORDS, Rows, WORKGROUP_SIZE, read, uniform, write};
-use crate::decode::workgroups;
+use crate::dispatch::workgroups;
 use crate::shader::Shader;
 use crate::{Error, template};
 

@@ -33,7 +33,7 @@ pub mod product;
 pub mod rotary;
 pub mod sample;
 
-use crate::decode::workgroups;
+use crate::dispatch::{Invocations, in_units, workgroups};
 use crate::shader::{Binding, BindingKind, Shader};
 use crate::{DType, Error};
 
@@ -60,22 +60,15 @@ impl Rows {
         [offset, stride]: [&'static str; 2],
         unit: u32,
     ) -> Result<[u32; 2], Error> {
-        let in_units = |field, value: u32| match value.is_multiple_of(unit) {
-            true => Ok(value / unit),
-            false => Err(Error::NotDivisible { kernel, field, value: value.into(), unit }),
-        };
+        let in_units = |field, value: u32| in_units(kernel, field, value.into(), unit);
         Ok([in_units(offset, self.offset)?, in_units(stride, self.stride)?])
     }
 }
 
 /// Workgroups of a kernel whose invocations have an element each.
 fn element_workgroups(kernel: &'static str, elements: u64, per_dimension: u32) -> Result<[u32; 3], Error> {
-    let [x, y, z] = workgroups(kernel, elements.div_ceil(WORKGROUP_SIZE.into()), per_dimension)?;
-    // The last row of workgroups runs past the end; its indices must not wrap around either.
-    match u64::from(x) * u64::from(y) <= u64::from(u32::MAX / WORKGROUP_SIZE) {
-        true => Ok([x, y, z]),
-        false => Err(Error::TooLarge { kernel, field: "rows * width", value: elements }),
-    }
+    let field = "rows * width";
+    Invocations { kernel, field, count: elements, workgroup_size: WORKGROUP_SIZE }.workgroups(per_dimension)
 }
 
 /// A dispatch with a workgroup a job, each of which reads a row.

@@ -22,8 +22,6 @@ pub struct MatrixShape {
 pub struct MatrixTuning {
     /// Subgroups of a workgroup; each has as many rows as a matrix.
     pub strips: u32,
-    /// Whether the cache is read before the scores are there, rather than when its place is free.
-    pub ahead: bool,
 }
 
 /// Which variant: fixed when the text is rendered. Queries, outputs and cache are f16.
@@ -78,7 +76,7 @@ impl MatrixSpec {
                 k_parts: head_dim_k.div_ceil(size).max(1),
                 v_parts: head_dim_v.div_ceil(size).max(1),
                 bits,
-                tuning: MatrixTuning { strips, ahead: false },
+                tuning: MatrixTuning { strips },
             };
             (spec.exists() && spec.workgroup_memory() <= workgroup_memory).then_some(spec)
         })
@@ -108,13 +106,13 @@ impl MatrixSpec {
         let keys = KEYS;
         8 * 2 * keys * row
             + (16 * scores + 8 * weights + 4) * self.rows()
-            + 4 * (6 * keys + 2 * (keys / 32) + 1)
+            + 4 * (6 * keys + (2 * (keys / 32) + 1).next_multiple_of(4))
     }
 
     /// Whether there is such a variant.
     pub fn exists(self) -> bool {
         let MatrixShape { size, subgroup } = self.shape;
-        let MatrixTuning { strips, .. } = self.tuning;
+        let MatrixTuning { strips } = self.tuning;
         [8, 16].contains(&size)
             && subgroup.is_power_of_two()
             && (size..=128).contains(&subgroup)
@@ -125,20 +123,19 @@ impl MatrixSpec {
             && (KEYS..=256).contains(&self.workgroup_size())
     }
 
-    /// The variant's name: `prefill_matrix_16_k8_v8_r64_s32`, with `_ahead` and `_bits`.
+    /// The variant's name: `prefill_matrix_16_k8_v8_r64_s32`, with `_bits`.
     pub fn name(self) -> String {
-        let Self { shape, k_parts, v_parts, bits, tuning } = self;
+        let Self { shape, k_parts, v_parts, bits, .. } = self;
         format!(
-            "{FAMILY}_{}_k{k_parts}_v{v_parts}_r{}_s{}{}{}",
+            "{FAMILY}_{}_k{k_parts}_v{v_parts}_r{}_s{}{}",
             shape.size,
             self.rows(),
             shape.subgroup,
-            if tuning.ahead { "_ahead" } else { "" },
             if bits { "_bits" } else { "" },
         )
     }
 
-    /// The variants that configurations find, and those with other tunings.
+    /// Variants that configurations find.
     pub(super) fn all() -> Vec<Self> {
         let mut found = Vec::new();
         let shapes = [(16, 32), (8, 8)].map(|(size, subgroup)| MatrixShape { size, subgroup });
@@ -146,9 +143,7 @@ impl MatrixSpec {
             for (head_dim_k, head_dim_v) in [(64, 64), (80, 80), (128, 128), (96, 20)] {
                 for bits in [false, true] {
                     let needs = MatrixNeeds { shape, head_dim_k, head_dim_v, bits, workgroup_memory: 49_152 };
-                    let Some(spec) = Self::for_needs(needs) else { continue };
-                    let ahead = Self { tuning: MatrixTuning { ahead: true, ..spec.tuning }, ..spec };
-                    found.extend([spec, ahead]);
+                    found.extend(Self::for_needs(needs));
                 }
             }
         }
@@ -172,7 +167,6 @@ impl MatrixSpec {
             s_stride,
             p_stride,
             share_bits,
-            ahead => self.tuning.ahead,
             bits => self.bits,
             workgroup_size => self.workgroup_size(),
         }

@@ -170,7 +170,7 @@ pub fn every_fault_is_found(context: &Context, seed: u64) {
     for &(fault, cases) in FAULTS {
         let (alter, count) = fault.planted();
         let device = Context::new(context.device().clone(), context.queue().clone()).unwrap();
-        let mut machine = Machine::new(device).altered(alter);
+        let mut machine = Machine::new(device.with_altered_kernels(alter));
         let result = catch_unwind(AssertUnwindSafe(|| cases(&mut machine, seed)));
         let said = result.err().map(|panic| {
             let text = panic.downcast_ref::<String>().cloned();

@@ -13,25 +13,15 @@ use pagewise_attention::wgpu::{Context, UniformOffset, wgpu};
 use std::collections::HashMap;
 use std::num::NonZeroU64;
 
-/// What is done to a kernel's text before it is compiled.
-type Alter = Box<dyn Fn(&str, &str) -> String>;
-
 /// A device and the kernels that were compiled for it.
 pub struct Machine {
     context: Context,
     pipelines: HashMap<String, (ComputePipeline, wgpu::BindGroupLayout)>,
-    alter: Option<Alter>,
 }
 
 impl Machine {
     pub fn new(context: Context) -> Self {
-        Self { context, pipelines: HashMap::new(), alter: None }
-    }
-
-    /// Compiles what a function makes of a kernel's name and text instead of the text.
-    #[allow(dead_code, reason = "for planted faults alone")]
-    pub fn altered(self, alter: impl Fn(&str, &str) -> String + 'static) -> Self {
-        Self { alter: Some(Box::new(alter)), pipelines: HashMap::new(), ..self }
+        Self { context, pipelines: HashMap::new() }
     }
 
     fn buffer(&self, words: &[u32]) -> Buffer {
@@ -71,14 +61,7 @@ impl Machine {
         let (pipeline, layout) = self
             .pipelines
             .entry(shader.name().to_owned())
-            .or_insert_with(|| {
-                let altered = self.alter.as_ref().map(|alter| {
-                    let text = alter(shader.name(), shader.text());
-                    shader.clone().with_text(text)
-                });
-                let shader = altered.as_ref().unwrap_or(shader);
-                self.context.compile(shader, UniformOffset::Dynamic).unwrap()
-            })
+            .or_insert_with(|| self.context.compile(shader, UniformOffset::Dynamic).unwrap())
             .clone();
         let params = self.buffer(&uniform);
         let buffers: Vec<Buffer> = tensors.iter().map(|words| self.buffer(words)).collect();

@@ -7,6 +7,7 @@ mod cache;
 mod decode;
 mod model;
 mod prefill;
+mod wgsl;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,13 +16,13 @@ pub use cache::{COPY_BLOCKS, MERGE_STATES, WRITE_KV};
 pub use decode::DECODE;
 pub use model::CHOICE;
 pub use prefill::{PREFILL, PREFILL_HOPPER};
+pub use wgsl::{DECODE_WGSL, PREFILL_MATRIX, PREFILL_TILED};
 
 /// Every fault of every table.
 pub fn all() -> impl Iterator<Item = Fault> {
-    [WRITE_KV, MERGE_STATES, COPY_BLOCKS, DECODE, PREFILL, PREFILL_HOPPER, CHOICE]
-        .into_iter()
-        .flatten()
-        .copied()
+    let ptx = [WRITE_KV, MERGE_STATES, COPY_BLOCKS, DECODE, PREFILL, PREFILL_HOPPER, CHOICE];
+    let wgsl = [DECODE_WGSL, PREFILL_TILED, PREFILL_MATRIX];
+    ptx.into_iter().chain(wgsl).flatten().copied()
 }
 
 /// One line of a kernel family's text that becomes another.

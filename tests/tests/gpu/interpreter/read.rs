@@ -106,13 +106,12 @@ impl Reader {
         Ok((self.source(base.trim())?, offset.trim().parse().map_err(|_| "offset")?))
     }
 
-    /// What [`Kind::CopyAsync`] says; without a size of the source, it is that of the target.
-    fn copy_operands(&mut self, operands: &[String]) -> Result<Vec<Source>, String> {
-        let [to, from, size, read @ ..] = operands else { return Err("operands".to_owned()) };
-        let ((to, to_offset), (from, from_offset)) = (self.address(to)?, self.address(from)?);
-        let size = self.source(size)?;
-        let read = read.first().map_or_else(|| Ok(size.clone()), |read| self.source(read))?;
-        Ok(vec![to, Source::Immediate(to_offset), from, Source::Immediate(from_offset), size, read])
+    fn registers(&mut self, operand: &str) -> Vec<usize> {
+        list(operand).map(|name| self.register(name)).collect()
+    }
+
+    fn sources(&mut self, operands: &[String]) -> Result<Vec<Source>, String> {
+        operands.iter().flat_map(|operand| list(operand)).map(|name| self.source(name)).collect()
     }
 
     fn instruction(&mut self, text: &str) -> Result<Instruction, String> {
@@ -127,156 +126,153 @@ impl Reader {
         let (opcode, operands) = rest.split_once(' ').unwrap_or((rest, ""));
         // `L1::no_allocate` is one word.
         let words: Vec<String> = opcode.split('.').map(str::to_owned).collect();
-        let ty = words.last().map_or("", String::as_str).to_owned();
-        let is_float = ty.starts_with('f');
-        let operands = split_operands(operands);
-        let mut instruction = Instruction {
-            guard,
-            kind: Kind::Nothing,
-            targets: Vec::new(),
-            sources: Vec::new(),
-            number: 0,
-            size: ty.trim_start_matches(|c: char| c.is_alphabetic()).parse::<usize>().unwrap_or(32) / 8,
-            text: text.to_owned(),
-            words,
-        };
-        let list = |operand: &str| -> Vec<String> {
-            operand.trim_matches(['{', '}']).split(',').map(|name| name.trim().to_owned()).collect()
-        };
-        let arithmetic = |integer: Integer, float: Option<Float>| match (is_float, float) {
-            (true, Some(float)) => Ok(Kind::Float(float)),
-            (true, None) => Err("not a float instruction".to_owned()),
-            (false, _) => Ok(Kind::Integer(integer)),
-        };
-        let first = instruction.words[0].clone();
-        instruction.kind = match first.as_str() {
-            "createpolicy" | "griddepcontrol" | "fence" | "prefetch" => return Ok(instruction),
-            "cp" if instruction.words.iter().any(|word| word == "prefetch") => return Ok(instruction),
-            "cp" if instruction.words[1] == "async" => {
-                instruction.kind = match instruction.words[2].as_str() {
-                    "ca" | "cg" => {
-                        instruction.sources = self.copy_operands(&operands)?;
-                        Kind::CopyAsync
-                    }
-                    "commit_group" => Kind::CommitCopies,
-                    "wait_group" => {
-                        instruction.number = operands[0].parse().map_err(|_| "number of groups")?;
-                        Kind::WaitCopies
-                    }
-                    other => return Err(format!("cp.async.{other}")),
-                };
-                return Ok(instruction);
-            }
-            "bar" => {
-                instruction.kind = Kind::Together;
-                return Ok(instruction);
-            }
-            "shfl" | "mma" => {
-                for name in list(&operands[0]) {
-                    let register = self.register(&name);
-                    instruction.targets.push(register);
-                }
-                for operand in &operands[1..] {
-                    for name in list(operand) {
-                        let source = self.source(&name)?;
-                        instruction.sources.push(source);
-                    }
-                }
-                Kind::Together
-            }
-            "atom" => {
-                instruction.targets = vec![self.register(&operands[0])];
-                instruction.sources =
-                    vec![self.source(operands[1].trim_matches(['[', ']']))?, self.source(&operands[2])?];
-                Kind::Atomic
-            }
-            "ret" => Kind::Return,
+        let ty = words.last().map_or("", String::as_str);
+        let size = ty.trim_start_matches(|c: char| c.is_alphabetic()).parse::<usize>().unwrap_or(32) / 8;
+        let Meaning { kind, targets, sources, number } = self.meaning(&words, &split_operands(operands))?;
+        Ok(Instruction { guard, kind, targets, sources, number, size, text: text.to_owned(), words })
+    }
+
+    fn meaning(&mut self, words: &[String], operands: &[String]) -> Result<Meaning, String> {
+        let plain = |kind| Ok(Meaning { kind, ..Meaning::default() });
+        match words[0].as_str() {
+            "createpolicy" | "griddepcontrol" | "fence" | "prefetch" => plain(Kind::Nothing),
+            "bar" => plain(Kind::Together),
+            "ret" => plain(Kind::Return),
+            "cp" => self.copy(words, operands),
+            "shfl" | "mma" => Ok(Meaning {
+                kind: Kind::Together,
+                targets: self.registers(&operands[0]),
+                sources: self.sources(&operands[1..])?,
+                number: 0,
+            }),
+            "atom" => Ok(Meaning {
+                kind: Kind::Atomic,
+                targets: self.registers(&operands[0]),
+                sources: vec![self.source(operands[1].trim_matches(['[', ']']))?, self.source(&operands[2])?],
+                number: 0,
+            }),
             "bra" => {
                 self.branches.push((self.instructions.len(), operands[0].clone()));
-                Kind::Branch
+                plain(Kind::Branch)
             }
-            "ld" if instruction.words[1] == "param" => {
-                let name = operands[1].trim_matches(['[', ']']).to_owned();
-                instruction.number = *self.parameters.get(&name).ok_or("no such parameter")?;
-                instruction.targets = vec![self.register(&operands[0])];
-                Kind::Parameter
+            "ld" if words[1] == "param" => Ok(Meaning {
+                kind: Kind::Parameter,
+                targets: self.registers(&operands[0]),
+                sources: Vec::new(),
+                number: *self
+                    .parameters
+                    .get(operands[1].trim_matches(['[', ']']))
+                    .ok_or("no such parameter")?,
+            }),
+            "ld" => {
+                let (base, number) = self.address(&operands[1])?;
+                let targets = self.registers(&operands[0]);
+                Ok(Meaning { kind: Kind::Load, targets, sources: vec![base], number })
             }
-            "ld" | "st" => {
-                let is_load = first == "ld";
-                let (address, values) = if is_load { (1, 0) } else { (0, 1) };
-                let (base, offset) = self.address(&operands[address])?;
-                instruction.number = offset;
-                instruction.sources.push(base);
-                for name in list(&operands[values]) {
-                    match is_load {
-                        true => {
-                            let register = self.register(&name);
-                            instruction.targets.push(register);
-                        }
-                        false => {
-                            let source = self.source(&name)?;
-                            instruction.sources.push(source);
-                        }
-                    }
-                }
-                if is_load { Kind::Load } else { Kind::Store }
+            "st" => {
+                let (base, number) = self.address(&operands[0])?;
+                let mut sources = vec![base];
+                sources.extend(self.sources(&operands[1..2])?);
+                Ok(Meaning { kind: Kind::Store, targets: Vec::new(), sources, number })
             }
-            "mov" if operands[0].starts_with('{') => {
-                instruction.targets = list(&operands[0]).iter().map(|name| self.register(name)).collect();
-                instruction.sources = vec![self.source(&operands[1])?];
-                Kind::Unpack
+            opcode => {
+                let is_float = words.last().is_some_and(|ty| ty.starts_with('f'));
+                let kind = match opcode {
+                    "mov" if operands[0].starts_with('{') => Kind::Unpack,
+                    "mov" if operands[1].starts_with('{') => Kind::Pack,
+                    _ => computation(opcode, is_float)?,
+                };
+                let targets = self.registers(&operands[0]);
+                Ok(Meaning { kind, targets, sources: self.sources(&operands[1..])?, number: 0 })
             }
-            "mov" if operands[1].starts_with('{') => {
-                instruction.targets = vec![self.register(&operands[0])];
-                instruction.sources =
-                    list(&operands[1]).iter().map(|name| self.source(name)).collect::<Result<_, _>>()?;
-                Kind::Pack
-            }
-            "mov" => Kind::Move,
-            "add" => arithmetic(Integer::Add, Some(Float::Add))?,
-            "sub" => arithmetic(Integer::Sub, Some(Float::Sub))?,
-            "mul" => arithmetic(Integer::Mul, Some(Float::Mul))?,
-            "mad" => arithmetic(Integer::Mad, None)?,
-            "fma" => Kind::Float(Float::Fma),
-            "neg" => Kind::Float(Float::Neg),
-            "abs" => Kind::Float(Float::Abs),
-            "rcp" => Kind::Float(Float::Rcp),
-            "sqrt" => Kind::Float(Float::Sqrt),
-            "copysign" => Kind::Float(Float::CopySign),
-            "ex2" => Kind::Float(Float::Exp2),
-            "lg2" => Kind::Float(Float::Log2),
-            "div" => arithmetic(Integer::Div, Some(Float::Div))?,
-            "rem" => arithmetic(Integer::Rem, None)?,
-            "min" => arithmetic(Integer::Min, Some(Float::Min))?,
-            "max" => arithmetic(Integer::Max, Some(Float::Max))?,
-            "shl" => Kind::Integer(Integer::Shl),
-            "shr" => Kind::Integer(Integer::Shr),
-            "and" => Kind::Integer(Integer::And),
-            "or" => Kind::Integer(Integer::Or),
-            "xor" => Kind::Integer(Integer::Xor),
-            "setp" => Kind::Compare,
-            "selp" => Kind::Select,
-            "not" => Kind::Not,
-            "cvt" => Kind::Convert,
-            other => return Err(format!("instruction {other}")),
-        };
-        let ordinary = matches!(
-            instruction.kind,
-            Kind::Move
-                | Kind::Integer(_)
-                | Kind::Float(_)
-                | Kind::Compare
-                | Kind::Select
-                | Kind::Not
-                | Kind::Convert
-        );
-        if ordinary {
-            instruction.targets = vec![self.register(&operands[0])];
-            instruction.sources =
-                operands[1..].iter().map(|text| self.source(text)).collect::<Result<_, _>>()?;
         }
-        Ok(instruction)
     }
+
+    /// `cp.async` and what belongs to it. Without a size of the source, it is that of the target.
+    fn copy(&mut self, words: &[String], operands: &[String]) -> Result<Meaning, String> {
+        if words.iter().any(|word| word == "prefetch") {
+            return Ok(Meaning::default());
+        }
+        let mut meaning = Meaning::default();
+        meaning.kind = match (words[1].as_str(), words[2].as_str()) {
+            ("async", "ca" | "cg") => {
+                let [to, from, size, read @ ..] = operands else { return Err("operands".to_owned()) };
+                let ((to, to_offset), (from, from_offset)) = (self.address(to)?, self.address(from)?);
+                let size = self.source(size)?;
+                let read = read.first().map_or_else(|| Ok(size.clone()), |read| self.source(read))?;
+                let (to_offset, from_offset) = (Source::Immediate(to_offset), Source::Immediate(from_offset));
+                meaning.sources = vec![to, to_offset, from, from_offset, size, read];
+                Kind::CopyAsync
+            }
+            ("async", "commit_group") => Kind::CommitCopies,
+            ("async", "wait_group") => {
+                meaning.number = operands[0].parse().map_err(|_| "number of groups")?;
+                Kind::WaitCopies
+            }
+            _ => return Err(format!("instruction {}", words.join("."))),
+        };
+        Ok(meaning)
+    }
+}
+
+/// What an instruction does with its operands: parts of an [`Instruction`].
+struct Meaning {
+    kind: Kind,
+    targets: Vec<usize>,
+    sources: Vec<Source>,
+    number: u64,
+}
+
+impl Default for Meaning {
+    fn default() -> Self {
+        Self { kind: Kind::Nothing, targets: Vec::new(), sources: Vec::new(), number: 0 }
+    }
+}
+
+/// What computes one register from others.
+fn computation(opcode: &str, is_float: bool) -> Result<Kind, String> {
+    let either = |integer, float| match is_float {
+        true => Kind::Float(float),
+        false => Kind::Integer(integer),
+    };
+    let integer = |integer| match is_float {
+        true => Err("not a float instruction".to_owned()),
+        false => Ok(Kind::Integer(integer)),
+    };
+    Ok(match opcode {
+        "mov" => Kind::Move,
+        "add" => either(Integer::Add, Float::Add),
+        "sub" => either(Integer::Sub, Float::Sub),
+        "mul" => either(Integer::Mul, Float::Mul),
+        "div" => either(Integer::Div, Float::Div),
+        "min" => either(Integer::Min, Float::Min),
+        "max" => either(Integer::Max, Float::Max),
+        "mad" => integer(Integer::Mad)?,
+        "rem" => integer(Integer::Rem)?,
+        "fma" => Kind::Float(Float::Fma),
+        "neg" => Kind::Float(Float::Neg),
+        "abs" => Kind::Float(Float::Abs),
+        "rcp" => Kind::Float(Float::Rcp),
+        "sqrt" => Kind::Float(Float::Sqrt),
+        "copysign" => Kind::Float(Float::CopySign),
+        "ex2" => Kind::Float(Float::Exp2),
+        "lg2" => Kind::Float(Float::Log2),
+        "shl" => Kind::Integer(Integer::Shl),
+        "shr" => Kind::Integer(Integer::Shr),
+        "and" => Kind::Integer(Integer::And),
+        "or" => Kind::Integer(Integer::Or),
+        "xor" => Kind::Integer(Integer::Xor),
+        "setp" => Kind::Compare,
+        "selp" => Kind::Select,
+        "not" => Kind::Not,
+        "cvt" | "cvta" => Kind::Convert,
+        other => return Err(format!("instruction {other}")),
+    })
+}
+
+/// The names of `{%r_a, %r_b}`; one name is a list of one.
+fn list(operand: &str) -> impl Iterator<Item = &str> {
+    operand.trim_matches(['{', '}']).split(',').map(str::trim)
 }
 
 /// Cuts at the commas outside of braces.
