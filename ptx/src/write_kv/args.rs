@@ -41,7 +41,7 @@ pub struct Scales {
 /// What one launch works on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct WriteKvArgs {
-    /// Sizes; the same as given to [`WriteKv::launch`].
+    /// Sizes; the same as given to [`WriteKv::launch`](super::WriteKv::launch).
     pub shape: WriteKvShape,
     /// New K rows.
     pub key: SourceRows,

@@ -19,7 +19,8 @@ impl Scheduler {
 
     /// Puts others in the place of a group's sequences: the new one at index `i` continues the old one at index
     /// `parents[i]`. An old sequence that nobody continues is freed, and one that several continue is forked: they
-    /// share all of its blocks. Each is then given its own next token.
+    /// share all of its blocks. Each is then given its own next token. Where the group is still being rebuilt it gives up
+    /// its blocks and waits to be rebuilt anew.
     ///
     /// # Errors
     /// What the cache manager answers; see [`schedule`](Self::schedule).
@@ -61,8 +62,24 @@ impl Scheduler {
                 freed = freed.and(sequence.release(cache));
             }
         }
-        rebuild_if_out(group);
+        // Where some had their continuations before they were preempted, and the others had theirs before these were
+        // computed again, there is nobody whom these could be forked from any more.
+        if group.resident && group.rebuilding() {
+            freed = freed.and(group.release(cache));
+            // A step under way may hold chunks of what is no longer there.
+            for (sequence, id) in group.sequences.iter_mut().zip(next_sequence..) {
+                sequence.id = SequenceId(id);
+            }
+            next_sequence += group.sequences.len() as u64;
+            group.resident = false;
+            let (rank, seats) = (group.rank, group.seats);
+            self.resident.remove(&rank);
+            self.resident_sequences -= seats;
+            self.waiting.insert(rank);
+            tracing::debug!(request = request.0, "its beams went on before all were back: to be recomputed");
+        }
         self.next_sequence = next_sequence;
+        self.group_mut(request).into_iter().for_each(rebuild_if_out);
         freed
     }
 

@@ -85,10 +85,9 @@ fn whoever_comes_back_without_a_copy_and_finds_no_block_is_refused() {
     assert!(log.plans.iter().all(|plan| plan.block_ops.swap_in.is_empty()), "nothing was copied back");
 }
 
-/// A prompt of one token whose samples part while it is out: it made room in the step that was planned ahead of the one
-/// that they come from. With their first tokens there is something again that they share.
-#[test]
-fn samples_that_part_outside_of_the_cache_come_back() {
+/// A prompt of one token with two continuations that parted while it was out: it made room in the step that was planned
+/// ahead of the one that they come from. All others are gone.
+fn parted() -> (Scheduler, KvCacheManager) {
     let mut cache = KvCacheManager::new(cache_config(1, 9)).unwrap();
     let mut scheduler = Scheduler::new(SchedulerConfig {
         max_num_seqs: 8,
@@ -100,29 +99,60 @@ fn samples_that_part_outside_of_the_cache_come_back() {
     for (id, prompt) in [vec![1, 2], vec![3, 4], vec![5, 6], vec![7]].into_iter().enumerate() {
         let width = if id == 3 { 2 } else { 1 };
         let (id, urgency) = (RequestId(id as u64), Urgency::default());
-        let new = NewGroup { id, prompt, width, beams: false, prompt_logits: false, urgency };
+        let new = NewGroup { id, prompt, width, beams: width == 2, prompt_logits: false, urgency };
         scheduler.add(new, &cache).unwrap();
     }
     let first = scheduler.schedule(&mut cache).unwrap();
     assert_eq!(first.chunks.len(), 4);
     scheduler.run_ahead(&first, |_| true);
     let ahead = scheduler.schedule(&mut cache).unwrap();
-    assert_eq!(ahead.preempted, [RequestId(3)]);
+    assert_eq!(ahead.preempted, [PARTED]);
     cache.confirm_block_ops().unwrap();
     scheduler.commit(&first, &mut cache).unwrap();
-    scheduler.branch(RequestId(3), &[0, 0], &mut cache).unwrap();
-    scheduler.push_token(RequestId(3), 0, 8);
-    scheduler.push_token(RequestId(3), 1, 9);
+    scheduler.branch(PARTED, &[0, 0], &mut cache).unwrap();
+    scheduler.push_token(PARTED, 0, 8);
+    scheduler.push_token(PARTED, 1, 9);
     cache.confirm_block_ops().unwrap();
     for id in 0..3 {
         scheduler.remove(RequestId(id), &mut cache).unwrap();
     }
+    (scheduler, cache)
+}
+
+const PARTED: RequestId = RequestId(3);
+
+/// Plans a step and computes it. Returns the tokens of its chunks.
+fn step(scheduler: &mut Scheduler, cache: &mut KvCacheManager) -> Vec<usize> {
+    let step = scheduler.schedule(cache).unwrap();
+    cache.confirm_block_ops().unwrap();
+    scheduler.commit(&step, cache).unwrap();
+    step.plan.chunks.iter().map(|chunk| chunk.tokens.len()).collect()
+}
+
+/// With their first tokens there is something again that they share.
+#[test]
+fn samples_that_part_outside_of_the_cache_come_back() {
+    let (mut scheduler, mut cache) = parted();
     // The prompt is computed once, and then each sample's own token.
-    for chunks in [1, 2] {
-        let step = scheduler.schedule(&mut cache).unwrap();
-        assert_eq!(step.chunks.len(), chunks, "{step:?}");
-        assert!(step.plan.chunks.iter().all(|chunk| chunk.tokens.len() == 1));
-        cache.confirm_block_ops().unwrap();
-        scheduler.commit(&step, &mut cache).unwrap();
-    }
+    assert_eq!(step(&mut scheduler, &mut cache), [1]);
+    assert_eq!(step(&mut scheduler, &mut cache), [1, 1]);
+}
+
+/// Of some beams the continuations may have come before a preemption, so that the search goes on before these are back:
+/// nobody could fork them any more.
+#[test]
+fn beams_that_go_on_while_they_are_rebuilt_are_rebuilt_anew() {
+    let (mut scheduler, mut cache) = parted();
+    let shared = scheduler.schedule(&mut cache).unwrap();
+    assert_eq!((shared.returned.as_slice(), shared.chunks.len()), ([PARTED].as_slice(), 1));
+    cache.confirm_block_ops().unwrap();
+    scheduler.branch(PARTED, &[1, 0], &mut cache).unwrap();
+    scheduler.push_token(PARTED, 0, 10);
+    scheduler.push_token(PARTED, 1, 11);
+    // What it computed belongs to nobody now.
+    scheduler.commit(&shared, &mut cache).unwrap();
+    assert_eq!(scheduler.stats().running_sequences, 0);
+    assert_eq!(step(&mut scheduler, &mut cache), [1]);
+    assert_eq!(step(&mut scheduler, &mut cache), [2, 2]);
+    assert_eq!(scheduler.stats().running_sequences, 2);
 }
