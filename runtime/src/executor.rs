@@ -123,6 +123,12 @@ impl<B: Backend> ModelExecutor<B> {
         Ok(Self { backend, model, cache, spec, vocab_size, begun: VecDeque::new(), last_step: None })
     }
 
+    /// What it computes with, and the cache that it computes in.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn parts(&mut self) -> (&B, &dyn Model<B>, &AttentionSpec, &mut B::Cache) {
+        (&self.backend, &*self.model, &self.spec, &mut self.cache)
+    }
+
     fn try_begin(&mut self, plan: &StepPlan, wanted: &[RowWanted]) -> Result<B::Output, ExecutorError> {
         let Self { backend, model, cache, spec, vocab_size, .. } = self;
         let spec = &*spec;

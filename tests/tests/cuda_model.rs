@@ -78,6 +78,10 @@ impl Device for Gpu {
         self.slices.clear();
     }
 
+    fn shared_memory(&self) -> u32 {
+        self.context.device().shared_memory_per_block
+    }
+
     fn can_run(&self, kernel: &Kernel) -> bool {
         let capability = self.context.device().compute_capability;
         kernel.target().runs_on(capability.major * 10 + capability.minor)
@@ -144,14 +148,16 @@ fn dependent_launches_wait_for_what_they_read() {
     };
     let mut found = Vec::new();
     for dependent in [false, true] {
-        let matvec = Matvec::new(spec(dependent)).unwrap();
+        let matvec =
+            Matvec::new(spec(dependent)).unwrap().with_shared(context.device().shared_memory_per_block);
         if !gpu.can_run(matvec.kernel()) {
             continue;
         }
         let weights: Vec<u64> = weights.iter().map(|bytes| gpu.upload(bytes)).collect();
         let state = gpu.upload(&start);
         let half = state + 4 * (rows * width) as u64;
-        let launch = matvec.launch(shape, context.device().multiprocessors).unwrap();
+        let geometry = matvec.geometry(shape, context.device().multiprocessors, false);
+        let launch = matvec.launch(shape, geometry).unwrap();
         for step in 0..60 {
             let (x, out) = if step % 2 == 0 { (state, half) } else { (half, state) };
             let stride = u64::from(shape.width);
@@ -164,9 +170,8 @@ fn dependent_launches_wait_for_what_they_read() {
                 activation: Activation::None,
                 store: if step % 3 == 0 { Store::F32 } else { Store::Add },
                 out: Rows { address: out, stride },
-                early: if step % 4 == 0 { 2048 } else { 0 },
             };
-            gpu.launch(matvec.kernel(), launch, &args.values()).unwrap();
+            gpu.launch(matvec.kernel(), launch, &args.values(geometry)).unwrap();
         }
         gpu.stream.synchronize().unwrap();
         found.push(gpu.download(state));

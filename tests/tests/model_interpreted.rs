@@ -43,6 +43,9 @@ use model::{Device, Run};
 use pagewise_attention::cuda::ptx::{Arg, Kernel, Launch, all_kernels};
 use random::{run_cases, run_seed};
 
+/// What a thread block may have on sm_90.
+const SHARED_MEMORY: u32 = 227 << 10;
+
 impl Device for Interpreter {
     fn upload(&mut self, bytes: &[u8]) -> u64 {
         Machine::upload(self, bytes)
@@ -54,6 +57,10 @@ impl Device for Interpreter {
 
     fn clear(&mut self) {
         Machine::clear(self);
+    }
+
+    fn shared_memory(&self) -> u32 {
+        SHARED_MEMORY
     }
 
     fn can_run(&self, _: &Kernel) -> bool {
@@ -105,6 +112,10 @@ impl Device for OfFamily {
 
     fn clear(&mut self) {
         Machine::clear(&mut self.machine);
+    }
+
+    fn shared_memory(&self) -> u32 {
+        SHARED_MEMORY
     }
 
     fn can_run(&self, kernel: &Kernel) -> bool {

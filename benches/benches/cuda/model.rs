@@ -166,12 +166,10 @@ impl<'a, 'b> Bench<'a, 'b> {
         normed: bool,
         geometry: Option<Geometry>,
     ) -> Option<(f64, Matvec, Launch, f64)> {
-        let matvec = Matvec::new(spec).unwrap();
-        let multiprocessors = self.gpu.context.device().multiprocessors;
-        let launch = match geometry {
-            None => matvec.launch(shape, multiprocessors).ok()?,
-            Some(geometry) => matvec.launch_as(shape, geometry).ok()?,
-        };
+        let device = self.gpu.context.device();
+        let matvec = Matvec::new(spec).unwrap().with_shared(device.shared_memory_per_block);
+        let geometry = geometry.unwrap_or_else(|| matvec.geometry(shape, device.multiprocessors, false));
+        let launch = matvec.launch(shape, geometry).ok()?;
         let function = self.function(matvec.kernel());
         let halves = if spec.gated { 2 } else { 1 };
         let size = spec.dtype.size() as usize;
@@ -195,9 +193,8 @@ impl<'a, 'b> Bench<'a, 'b> {
                 activation: if spec.gated { Activation::Silu } else { Activation::None },
                 store,
                 out: Rows { address: out, stride: u64::from(shape.features) },
-                early: 0,
             };
-            self.launch(&function, spec.dependent, launch, &args.values());
+            self.launch(&function, spec.dependent, launch, &args.values(geometry));
         });
         Some((us, matvec, launch, bytes as f64))
     }
@@ -475,20 +472,22 @@ impl<'a, 'b> Bench<'a, 'b> {
                     vector: 8,
                     dependent: true,
                 };
-                for warps in [4, 8, 12, 16] {
+                let all = |warps| [2, 4].map(move |slots| [false, true].map(|copies| (warps, slots, copies)));
+                for (warps, slots, copies) in [4, 8, 12, 16].into_iter().flat_map(all).flatten() {
                     let mut tried = Vec::new();
-                    for resident in [1, 2, 3, 4, 5, 1000] {
+                    for resident in [1, 2, 3, 1000] {
                         let turns = tiles.div_ceil(multiprocessors * resident).max(1);
                         let blocks = tiles.div_ceil(turns);
                         if tried.contains(&blocks) {
                             continue;
                         }
                         tried.push(blocks);
-                        let geometry = Geometry { warps, blocks };
+                        let geometry = Geometry { warps, blocks, slots, copies };
                         if let Some((us, matvec, _, bytes)) =
                             self.product(spec, shape, Store::Compute, false, Some(geometry))
                         {
-                            let more = json!({ "warps": warps, "blocks": blocks });
+                            let more =
+                                json!({ "warps": warps, "blocks": blocks, "slots": slots, "copies": copies });
                             self.note(full.clone(), matvec.kernel(), us, bytes, more);
                         }
                     }

@@ -30,9 +30,6 @@ const STEPS: usize = 4;
 /// Keys that the sequence has.
 const CONTEXT: usize = 192;
 
-/// As in the engine.
-const EARLY: u32 = 1024;
-
 const BLOCK: usize = 16;
 const HEAD_DIM: usize = 128;
 
@@ -97,8 +94,6 @@ pub struct Way {
     /// When `write_kv` and attention begin.
     order: Order,
     geometry: [Option<Geometry>; 5],
-    /// Bytes of a row of weights that a product brings to the L2 before it may begin.
-    early: [u32; 5],
     /// What is changed in the text of the products' kernels: for tuning.
     edit: Edit,
 }
@@ -112,7 +107,6 @@ const WHOLE: Way = Way {
     argmax: true,
     order: Order::Dependent,
     geometry: [None; 5],
-    early: [0, EARLY, 0, 0, 0],
     edit: Edit::None,
 };
 
@@ -269,12 +263,15 @@ impl<'a, 'b, 'c> Step<'a, 'b, 'c> {
             vector: 8,
             dependent: true,
         };
-        let matvec = self.matvecs.entry(spec).or_insert_with(|| Matvec::new(spec).unwrap()).clone();
-        let multiprocessors = self.bench.gpu.context.device().multiprocessors;
-        let launch = match way.geometry[index] {
-            None => matvec.launch(shape, multiprocessors).unwrap(),
-            Some(geometry) => matvec.launch_as(shape, geometry).unwrap(),
-        };
+        let device = self.bench.gpu.context.device();
+        let new = || Matvec::new(spec).unwrap().with_shared(device.shared_memory_per_block);
+        let matvec = self.matvecs.entry(spec).or_insert_with(new).clone();
+        let mut geometry = matvec.geometry(shape, device.multiprocessors, product == Product::O);
+        if let Some(other) = way.geometry[index] {
+            // Staged rows are not copied.
+            geometry = Geometry { copies: other.copies && !normed, ..other };
+        }
+        let launch = matvec.launch(shape, geometry).unwrap();
         let before: u64 = PRODUCTS[..index].iter().map(|one| model.shape(*one).1).sum();
         let weights = self.bench.gpu.address(&self.memory.weights);
         let weight = match product {
@@ -304,12 +301,11 @@ impl<'a, 'b, 'c> Step<'a, 'b, 'c> {
             },
             store,
             out: Rows { address: self.at(out), stride: u64::from(shape.features) },
-            early: way.early[index],
         };
         let function = self
             .bench
             .edited_function(matvec.kernel(), &format!("{:?}", way.edit), |text| way.edit.apply(text));
-        self.bench.launch(&function, true, launch, &args.values());
+        self.bench.launch(&function, true, launch, &args.values(geometry));
     }
 
     fn caches(&self, layer: usize) -> (u64, u64) {
@@ -478,7 +474,6 @@ impl<'a, 'b, 'c> Step<'a, 'b, 'c> {
         let whole = self.note("whole", &WHOLE, None);
         let mut without = |what: &str, way: Way| self.note(&format!("without {what}"), &way, Some(whole));
         without("early write_kv and attention", Way { order: Order::Stream, ..WHOLE });
-        without("early weights behind attention", Way { early: [0; 5], ..WHOLE });
         without("argmax", Way { argmax: false, ..WHOLE });
         without("embedding and the last row", Way { ends: false, ..WHOLE });
         without("write_kv", Way { write_kv: false, ..WHOLE });
@@ -499,19 +494,6 @@ impl<'a, 'b, 'c> Step<'a, 'b, 'c> {
     /// Every geometry of every product in the step, and changes of the kernel.
     pub fn sweep(&mut self) {
         let whole = self.note("whole", &WHOLE, None);
-        for (index, product) in PRODUCTS.iter().enumerate() {
-            for bytes in [0, 1024, 2048, 4096, 6144] {
-                let mut early = WHOLE.early;
-                if early[index] != bytes {
-                    early[index] = bytes;
-                    self.note(
-                        &format!("{product:?}, {bytes} bytes early"),
-                        &Way { early, ..WHOLE },
-                        Some(whole),
-                    );
-                }
-            }
-        }
         for edit in [Edit::LaunchLate, Edit::LaunchLast, Edit::Beside(".L2::128B"), Edit::Beside("")] {
             self.note(&format!("{edit:?}"), &Way { edit, ..WHOLE }, Some(whole));
         }
@@ -520,22 +502,17 @@ impl<'a, 'b, 'c> Step<'a, 'b, 'c> {
         let multiprocessors = self.bench.gpu.context.device().multiprocessors;
         for (index, product) in PRODUCTS.iter().enumerate() {
             let (shape, _) = self.model.shape(*product);
-            let tiles = shape.features.div_ceil(16);
-            for warps in [4, 8, 12, 16] {
-                let mut tried = Vec::new();
-                for resident in [1, 2, 3, 4, 5] {
-                    if warps * resident > 20 {
-                        continue;
-                    }
-                    let turns = tiles.div_ceil(multiprocessors * resident).max(1);
-                    for blocks in [tiles.div_ceil(turns), (multiprocessors * resident).min(tiles)] {
-                        if tried.contains(&blocks) {
-                            continue;
-                        }
-                        tried.push(blocks);
+            let tiles = shape.features.div_ceil(8);
+            for (warps, slots) in [(8, 4), (12, 4), (16, 2), (16, 4)] {
+                for turns in [tiles.div_ceil(multiprocessors), 0] {
+                    // As many tiles for each block, or a block on every multiprocessor.
+                    let blocks = if turns == 0 { multiprocessors } else { tiles.div_ceil(turns) };
+                    for copies in [false, true] {
                         let mut geometry = [None; 5];
-                        geometry[index] = Some(Geometry { warps, blocks });
-                        let what = format!("{product:?} by {blocks} blocks of {warps} warps");
+                        geometry[index] = Some(Geometry { warps, blocks, slots, copies });
+                        let what = format!(
+                            "{product:?} by {blocks} blocks of {warps} warps, {slots} slots, copies {copies}"
+                        );
                         self.note(&what, &Way { geometry, ..WHOLE }, Some(whole));
                     }
                 }

@@ -15,7 +15,7 @@ use crate::{DType, Error};
 const FAMILY: &str = "matvec";
 
 /// Features of a tile.
-pub const TILE: u32 = 16;
+pub const TILE: u32 = 8;
 
 /// Rows that one pass over the weights serves.
 pub const ROWS: u32 = 8;
@@ -27,10 +27,22 @@ const MAX_WARPS: u32 = 16;
 const WARP_STEP: u32 = 4;
 
 /// Bytes of a warp's sums of a tile.
-const SUM_BYTES: u32 = ROWS * 20 * 4;
+const SUM_BYTES: u32 = ROWS * TILE * 4;
 
-/// Dynamic shared memory of a block at most: what every GPU from sm_80 on has.
-const MAX_SHARED: u32 = 96 << 10;
+/// Bytes of a step of a warp, of both halves of a gated matrix together.
+const STEP_BYTES: u32 = 2048;
+
+/// How many steps of a warp may be on their way: what the memory needs, and what it is worth where there is room.
+const DEPTHS: [u32; 2] = [2, 4];
+
+/// Loads of x that a thread holds at once when its thread block brings it to shared memory.
+const CHUNKS: u32 = 4;
+
+/// Bytes of x up to which a thread block copies it: more takes longer than it saves.
+const COPIED_BYTES: u64 = 16 << 10;
+
+/// Dynamic shared memory of a block if nothing else is said: what every GPU from sm_80 on has.
+const COMMON_SHARED: u32 = 96 << 10;
 
 /// Which variant: fixed when the text is rendered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -50,7 +62,7 @@ pub struct MatvecSpec {
 /// Where a product's rows come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Input {
-    /// Rows of the weights' type, read where they lie.
+    /// Rows of the weights' type, copied to shared memory where there is room, else read where they lie.
     Direct,
     /// f32 rows, normed or not, which each thread block rounds to the weights' type in shared memory. Worth it for one
     /// or two rows; for more, a kernel of its own norms them faster. [`Matvec::launch`] refuses what does not fit.
@@ -81,27 +93,32 @@ impl MatvecSpec {
         format!("{FAMILY}_{}_{input}_{gated}_v{}{}", self.dtype, self.vector, suffix(self.dependent))
     }
 
-    /// Loads of each row that a thread has on their way. Both halves of a gated matrix count.
-    const fn stages(self) -> u32 {
+    /// Loads of a row that a lane takes in a step.
+    const fn parts(self) -> u32 {
         if self.gated { 2 } else { 4 }
     }
 
-    /// Elements of a row that a warp takes in a round.
-    const fn warp_round(self) -> u32 {
-        self.stages() * 4 * self.vector
+    /// Elements of a row that a warp takes in a step.
+    const fn warp_step(self) -> u32 {
+        self.parts() * 4 * self.vector
+    }
+
+    /// Whether the weights come through shared memory. What is less than 16 bytes is loaded when it is needed.
+    const fn has_ring(self) -> bool {
+        self.vector > 1
     }
 
     /// Dynamic shared memory of a block.
-    fn shared(self, shape: MatvecShape, warps: u32) -> u64 {
+    fn shared(self, shape: MatvecShape, geometry: Geometry) -> u64 {
+        let Geometry { warps, slots, copies, .. } = geometry;
         let halves = if self.gated { 2 } else { 1 };
-        let sums = u64::from(2 * halves * warps * SUM_BYTES);
-        let padded = u64::from(shape.width).next_multiple_of(u64::from(warps * self.warp_round()));
+        let ring = if self.has_ring() { warps * slots * STEP_BYTES } else { 0 };
+        let padded = u64::from(shape.width).next_multiple_of(u64::from(warps * self.warp_step()));
         let size = u64::from(self.dtype.size());
         let gap = if size == 2 { 64 } else { 16 };
-        match self.input {
-            Input::Direct => sums,
-            Input::Staged => sums + u64::from(shape.rows.min(ROWS)) * (padded * size + gap),
-        }
+        let staged = copies || self.input == Input::Staged;
+        let x = if staged { u64::from(shape.rows.min(ROWS)) * (padded * size + gap) } else { 0 };
+        u64::from(ring) + x + u64::from(2 * halves * warps * SUM_BYTES)
     }
 }
 
@@ -160,10 +177,6 @@ pub struct MatvecArgs {
     pub store: Store,
     /// `[rows, features]`, of the type that `store` says.
     pub out: Rows,
-    /// Bytes of every row of a thread block's first tile that a dependent launch brings to the L2 while the kernel before
-    /// it still runs, beside those that it loads at once; a multiple of 16. Worth it behind a kernel that leaves the
-    /// memory idle; elsewhere it takes the memory from that kernel, and what the L2 does not hold is read twice.
-    pub early: u32,
 }
 
 const SOURCE: Source = Source {
@@ -188,17 +201,18 @@ const SOURCE: Source = Source {
             param("activation", U32),
             param("store", U32),
             param("eps", F32),
-            param("early", U32),
+            param("slots", U32),
+            param("copies", U32),
         ]
     },
     max_threads: 32 * MAX_WARPS,
     static_shared: 0,
-    dynamic_shared: MAX_SHARED,
+    dynamic_shared: COMMON_SHARED,
 };
 
 impl MatvecArgs {
     /// The values of the parameters, in launch order.
-    pub fn values(&self) -> [Arg; 17] {
+    pub fn values(&self, geometry: Geometry) -> [Arg; 18] {
         let (kind, norm) = match self.norm {
             None => (0, MatvecNorm { kind: NormKind::Rms, eps: 0.0, weight: 0, bias: 0 }),
             Some(norm) if norm.kind == NormKind::Rms => (1, norm),
@@ -226,7 +240,8 @@ impl MatvecArgs {
             Arg::u32(self.activation.code()),
             Arg::u32(store),
             Arg::f32(norm.eps),
-            Arg::u32(self.early & !15),
+            Arg::u32(geometry.slots),
+            Arg::u32(u32::from(geometry.copies)),
         ]
     }
 }
@@ -236,13 +251,17 @@ descriptor! {
     Matvec of MatvecSpec
 }
 
-/// How a launch is laid out; [`Matvec::launch`] chooses.
+/// How a launch is laid out; [`Matvec::geometry`] chooses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Geometry {
     /// Warps of a block, a multiple of 4 up to 16.
     pub warps: u32,
     /// Blocks, which share the tiles.
     pub blocks: u32,
+    /// Steps of a warp that are on their way, 2 or 4.
+    pub slots: u32,
+    /// Whether rows of [`Input::Direct`] are copied to shared memory.
+    pub copies: bool,
 }
 
 impl Matvec {
@@ -259,47 +278,71 @@ impl Matvec {
             dtype => dtype.name(),
             size => dtype.size(),
             vector,
-            stages => spec.stages(),
+            parts => spec.parts(),
+            depths => DEPTHS,
+            chunks => CHUNKS,
             staged,
             gated,
             mma => dtype.size() == 2 && vector == 8,
-            // A load takes half a line of each row: the L2 fetches what the next ones take along.
-            weight_how => if vector > 1 { "ld.global.nc.L1::no_allocate.L2::256B" } else { "ld.global.nc.L1::no_allocate" },
-            weight_policy => "",
         };
-        let source = Source {
-            static_shared: if staged { 256 } else { 0 },
-            dynamic_shared: if staged { MAX_SHARED } else { 4 * MAX_WARPS * SUM_BYTES },
-            ..SOURCE
-        };
+        let source = Source { static_shared: if staged { 256 } else { 0 }, ..SOURCE };
         Ok(Self { spec, kernel: source.kernel(spec.entry(), dependent, variables)? })
     }
 
-    /// Grid and block for a shape on a GPU of so many multiprocessors.
+    /// The same for a GPU whose thread blocks can have so many bytes of shared memory, when they ask for it.
+    #[must_use]
+    pub fn with_shared(mut self, bytes: u32) -> Self {
+        self.kernel.dynamic_shared = bytes.saturating_sub(self.kernel.static_shared()).max(COMMON_SHARED);
+        self
+    }
+
+    /// The geometry for a shape on a GPU of so many multiprocessors. `beside` is for a dependent launch behind a kernel whose
+    /// thread blocks leave half of a multiprocessor, as attention's do: blocks of fewer warps find room beside them, and
+    /// what they ask for first arrives meanwhile.
+    pub fn geometry(&self, shape: MatvecShape, multiprocessors: u32, beside: bool) -> Geometry {
+        let tiles = shape.features.div_ceil(TILE).max(1);
+        // One block a multiprocessor, even where some then have a tile less to do than others.
+        let blocks = tiles.min(multiprocessors.max(1));
+        // No more warps than have something to do.
+        let busy = shape.width.div_ceil(self.spec.warp_step()).next_multiple_of(WARP_STEP).max(WARP_STEP);
+        let geometry = |(warps, slots, copies): (u32, u32, bool)| Geometry {
+            warps: warps.min(busy),
+            blocks,
+            slots,
+            copies,
+        };
+        let x_bytes =
+            u64::from(shape.rows.min(ROWS)) * u64::from(shape.width) * u64::from(self.spec.dtype.size());
+        let may_copy = self.spec.input == Input::Direct && self.spec.has_ring() && x_bytes <= COPIED_BYTES;
+        let [short, long] = DEPTHS;
+        let fits = |(_, geometry): &(bool, Geometry)| {
+            self.spec.shared(shape, *geometry) <= u64::from(self.kernel.dynamic_shared)
+        };
+        // Many warps and long rings; where staged rows leave no room for those, shorter rings, then fewer warps.
+        [
+            (beside && may_copy, (MAX_WARPS / 2, long, true)),
+            (may_copy, (MAX_WARPS, long, true)),
+            (may_copy, (MAX_WARPS, short, true)),
+            (true, (MAX_WARPS, long, false)),
+            (true, (MAX_WARPS, short, false)),
+            (true, (MAX_WARPS / 2, short, false)),
+        ]
+        .map(|(allowed, choice)| (allowed, geometry(choice)))
+        .into_iter()
+        .filter(|(allowed, _)| *allowed)
+        .find(fits)
+        .map_or(geometry((WARP_STEP, short, false)), |(_, geometry)| geometry)
+    }
+
+    /// Grid and block for a shape.
     ///
     /// # Errors
     /// [`Error::Zero`] for an empty dimension, [`Error::NotDivisible`] when the vector does not divide the width,
     /// [`Error::TooLarge`] beyond 2³¹ of anything, and where staged rows do not fit into shared memory,
-    /// [`Error::GridTooLarge`] beyond half a million rows.
-    pub fn launch(&self, shape: MatvecShape, multiprocessors: u32) -> Result<Launch, Error> {
-        let tiles = shape.features.div_ceil(TILE);
-        // One block of many warps a multiprocessor: two of half as many take 1 to 2% longer in a step, four of a quarter 2
-        // to 4%. Fewer where staged rows leave no room for the sums of so many, or a row has nothing to do for them.
-        let fits = |warps: &u32| self.spec.shared(shape, *warps) <= u64::from(self.kernel.dynamic_shared);
-        let busy = shape.width.div_ceil(self.spec.warp_round()).next_multiple_of(WARP_STEP).max(WARP_STEP);
-        let warps = [MAX_WARPS, MAX_WARPS / 2].into_iter().find(fits).unwrap_or(WARP_STEP).min(busy);
-        // As many blocks as can run at once, if each has as many tiles to do as the others.
-        let turns = tiles.div_ceil((multiprocessors * MAX_WARPS / warps).max(1)).max(1);
-        self.launch_as(shape, Geometry { warps, blocks: tiles.div_ceil(turns) })
-    }
-
-    /// The same with a geometry of the caller's choice, for tuning.
-    ///
-    /// # Errors
-    /// As of [`launch`](Self::launch), and [`Error::UnsupportedTuning`].
-    pub fn launch_as(&self, shape: MatvecShape, geometry: Geometry) -> Result<Launch, Error> {
+    /// [`Error::GridTooLarge`] beyond half a million rows, [`Error::UnsupportedTuning`] for a geometry out of bounds.
+    pub fn launch(&self, shape: MatvecShape, geometry: Geometry) -> Result<Launch, Error> {
         let MatvecShape { rows, features, width } = shape;
-        let Geometry { warps, blocks } = geometry;
+        let Geometry { warps, blocks, slots, copies } = geometry;
         let limit = i32::MAX as u32;
         for (field, value) in [("rows", rows), ("features", features), ("width", width), ("blocks", blocks)] {
             if value == 0 {
@@ -317,7 +360,18 @@ impl Matvec {
             let (what, bounds) = ("warps of a block", "4, 8, 12 or 16");
             return Err(Error::UnsupportedTuning { kernel: FAMILY, what, bounds });
         }
-        let shared = self.spec.shared(shape, warps);
+        if !DEPTHS.contains(&slots) {
+            return Err(Error::UnsupportedTuning {
+                kernel: FAMILY,
+                what: "steps on their way",
+                bounds: "2 or 4",
+            });
+        }
+        if copies && !(self.spec.has_ring() && self.spec.input == Input::Direct) {
+            let (what, bounds) = ("a copy of x", "rows of the weights' type in loads of 16 bytes");
+            return Err(Error::UnsupportedTuning { kernel: FAMILY, what, bounds });
+        }
+        let shared = self.spec.shared(shape, geometry);
         if shared > u64::from(self.kernel.dynamic_shared) {
             let value = u32::try_from(shared).unwrap_or(u32::MAX);
             let limit = self.kernel.dynamic_shared;

@@ -8,7 +8,8 @@ use crate::sampling::beam::{BeamRules, BeamSearch, BeamStep, Candidate, Continua
 use crate::sampling::{LogSoftmax, NoUsableLogit, Sampler, TokenCounts};
 use std::sync::Arc;
 
-/// The search, and the candidates of those beams whose logits have come. They may come in different steps.
+/// The search, and the candidates of those beams whose logits have come. They may come in different steps, and where the
+/// request was recomputed in between the logits of some come again: those are not asked for, and not read.
 pub(super) struct BeamState {
     search: BeamSearch<Beam>,
     offers: Vec<Option<Offer>>,
@@ -81,9 +82,14 @@ impl BeamState {
         Ok(Some(Offer { candidates, logprobs }))
     }
 
+    /// Whether a beam's candidates have come already.
+    pub(super) fn has_offered(&self, index: usize) -> bool {
+        self.offers.get(index).is_some_and(Option::is_some)
+    }
+
     /// What is wanted of a beam's logits.
     pub(super) fn wanted(&self, index: usize, params: &SamplingParams) -> Option<CandidatesWanted> {
-        let beam = self.search.beam(index)?;
+        let beam = self.search.beam(index).filter(|_| !self.has_offered(index))?;
         Some(CandidatesWanted {
             count: self.search.rules().candidates(),
             changes: beam.counts.changes(params),

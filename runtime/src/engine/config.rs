@@ -71,6 +71,11 @@ pub enum EngineError {
     #[error("the scheduler and the KV cache disagree: {0}; this is a bug, please report it")]
     Cache(#[from] CacheError),
     /// There are requests, and nothing can be done for any of them.
-    #[error("no request can go on, yet none can be refused; this is a bug, please report it")]
-    Stalled,
+    #[error(
+        "no request can go on, yet none can be refused; this is a bug, please report it with this: {state}"
+    )]
+    Stalled {
+        /// Where every request stands, and what is in the cache.
+        state: String,
+    },
 }

@@ -209,6 +209,11 @@ impl RequestState {
         sampler: &mut Sampler,
     ) -> Result<Option<Choice>, NoUsableLogit> {
         if let Some(beams) = &self.beams {
+            // Its row would be read after the beams that are still missing have made the next step of the search, in
+            // which another beam may stand in its place.
+            if beams.has_offered(index) {
+                return Ok(None);
+            }
             let offer = match row {
                 Row::Logits(row) => beams.read(index, row, &self.params, sampler)?,
                 Row::Candidates(found) => Some(Offer::found(found.ok_or(NoUsableLogit)?)),
@@ -334,5 +339,57 @@ impl Text {
         }
         self.shown.push_str(&text);
         (text, released.stopped)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scheduler::Preemption;
+
+    /// A row whose likeliest tokens are these, in this order.
+    fn row(likeliest: &[usize]) -> Vec<f32> {
+        let mut row = vec![0.0; 16];
+        likeliest.iter().enumerate().for_each(|(rank, &token)| row[token] = 8.0 - rank as f32);
+        row
+    }
+
+    fn choice(state: &RequestState, index: usize, row: &[f32]) -> Option<Offer> {
+        match state.choose(index, Row::Logits(row), &mut Sampler::default()).ok().flatten() {
+            Some(Choice::Beam(offer)) => Some(offer),
+            _ => None,
+        }
+    }
+
+    /// Where a beam has offered before its request was recomputed, its row comes again with those of the others. All rows
+    /// of a step are read before the first of them counts.
+    #[test]
+    fn a_beam_that_comes_again_does_not_offer_for_its_successor() {
+        let params = SamplingParams { beam_width: Some(2), n: 2, max_tokens: 5, ..Default::default() };
+        let config = EngineConfig {
+            max_num_seqs: 4,
+            max_batch_tokens: 16,
+            max_model_len: 64,
+            vocab_size: 16,
+            eos_token_ids: vec![],
+            preemption: Preemption::Recompute,
+        };
+        let request = Request::new(vec![1, 2], params);
+        let mut state = RequestState::new(request, &config, None, RequestMetrics::default());
+        let first = choice(&state, 0, &row(&[3, 4]));
+        let give = |state: &mut RequestState, index: usize, offer: Option<Offer>| {
+            offer.and_then(|offer| state.beams.as_mut().and_then(|beams| beams.offer(index, offer))).is_some()
+        };
+        assert!(give(&mut state, 0, first), "one beam makes the first step");
+
+        let early = choice(&state, 1, &row(&[5, 6]));
+        assert!(early.is_some() && !give(&mut state, 1, early), "the other beam is missing");
+        assert!(state.wanted(1, 3) == RowWanted::Nothing && state.wanted(0, 3) != RowWanted::Nothing);
+        let both = [choice(&state, 0, &row(&[7, 8])), choice(&state, 1, &row(&[5, 6]))];
+        let [missing, again] = both;
+        assert!(again.is_none(), "it has offered");
+        assert!(give(&mut state, 0, missing), "both have offered");
+        let beams = state.beams.as_ref();
+        assert!(beams.is_some_and(|beams| !beams.has_offered(0) && !beams.has_offered(1)));
     }
 }

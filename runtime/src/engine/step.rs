@@ -74,8 +74,13 @@ impl Engine {
                 return Ok(None);
             }
             self.cache.confirm_block_ops()?;
-            let stuck = !expired && schedule.refused.is_empty() && self.scheduler.has_work();
-            return if stuck { Err(Failure::Engine(EngineError::Stalled)) } else { Ok(None) };
+            let moved = expired || !schedule.refused.is_empty() || !schedule.returned.is_empty();
+            let stuck = !moved && self.scheduler.has_work();
+            if stuck {
+                let state = self.scheduler.report(&*self.cache);
+                return Err(Failure::Engine(EngineError::Stalled { state }));
+            }
+            return Ok(None);
         }
         let (wanted, all_chosen) = self.wanted(&schedule);
         self.executor.begin(&schedule.plan, &wanted).map_err(|error| Failure::Executor(error.to_string()))?;

@@ -202,7 +202,11 @@ impl Wanted<'_> {
         };
         spec.host_blocks = host_blocks(self.options, &spec)?;
         let line = format!("{line}, cuBLASLt {}", backend.library_version());
-        let executor = ModelExecutor::new(backend, model, spec.clone(), self.config.vocab_size)?;
+        let mut executor = ModelExecutor::new(backend, model, spec.clone(), self.config.vocab_size)?;
+        if self.options.cuda_graphs {
+            progress(LoadProgress::Stage("capturing CUDA graphs"));
+            executor.capture_graphs()?;
+        }
         Ok(Ready { executor: Box::new(executor), spec, line, max_batch_tokens })
     }
 

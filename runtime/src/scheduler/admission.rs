@@ -90,7 +90,9 @@ impl Scheduler {
                 head.resident = true;
                 self.resident.insert(head.rank);
                 self.resident_sequences += head.seats;
-                if !std::mem::replace(&mut head.admitted_before, true) {
+                if std::mem::replace(&mut head.admitted_before, true) {
+                    schedule.returned.push(id);
+                } else {
                     schedule.admitted.push((id, cached_tokens));
                 }
                 Ok(Admitted::Yes(id))

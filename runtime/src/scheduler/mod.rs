@@ -26,12 +26,14 @@
 //! | `rebuild` | the sharing inside a group, made again after recomputation |
 //! | `steps` | one step: its chunks, and what follows when it is computed |
 //! | `tokens` | what sampling makes of the sequences |
+//! | `report` | where every group stands, in words |
 
 mod admission;
 mod group;
 mod order;
 mod preemption;
 mod rebuild;
+mod report;
 mod steps;
 mod tokens;
 
@@ -71,6 +73,9 @@ pub struct Schedule {
     pub chunks: Vec<ScheduledChunk>,
     /// Groups that came into the cache for the first time, with the prompt tokens that were there already.
     pub admitted: Vec<(RequestId, usize)>,
+    /// Groups that came back after they had made room. Where they find no slots for their next tokens the next step
+    /// decides what becomes of them.
+    pub returned: Vec<RequestId>,
     /// Groups that had to make room and wait again.
     pub preempted: Vec<RequestId>,
     /// Groups that can never fit. They are out of the scheduler.

@@ -9,10 +9,12 @@ impl Scheduler {
     /// Appends a sampled token to a sequence; it is computed in the next step. Where a step was planned ahead, this
     /// is the token that its placeholder stands for.
     pub fn push_token(&mut self, request: RequestId, index: usize, token: u32) {
-        if let Some(sequence) = self.group_mut(request).and_then(|group| group.sequences.get_mut(index)) {
+        let Some(group) = self.group_mut(request) else { return };
+        if let Some(sequence) = group.sequences.get_mut(index) {
             sequence.placeholder = None;
             sequence.tokens.push(token);
         }
+        rebuild_if_out(group);
     }
 
     /// Puts others in the place of a group's sequences: the new one at index `i` continues the old one at index
@@ -103,7 +105,8 @@ impl Scheduler {
     }
 }
 
-/// Whoever loses or gains sequences outside of the cache (where steps are planned ahead) comes back by another plan.
+/// Whoever loses or gains sequences or tokens outside of the cache (where steps are planned ahead) comes back by another
+/// plan.
 fn rebuild_if_out(group: &mut Group) {
     if group.held().is_empty() {
         rebuild::plan(group);

@@ -6,9 +6,11 @@
 mod ahead;
 mod beams;
 mod behaviour;
+mod drains;
 mod prefixes;
 mod real_model;
 mod scheduling;
+mod settings;
 mod simulation;
 mod support;
 mod urgency;

@@ -4,17 +4,17 @@
 //! takes.
 //!
 //! A failing case names its number; run it alone with
-//! `PAGEWISE_CASE=<number> cargo test -p pagewise-runtime --test engine simulation`.
+//! `PAGEWISE_CASE=<number> cargo test -p pagewise-runtime --test engine <test>`, or more of them with
+//! `PAGEWISE_CASES=<first>..<end>`.
 
-use crate::support::{Numbers, Streams, VOCAB, cache_config, engine, engine_ahead, engine_config, text_of};
-use pagewise_kvcache::{CacheConfig, KvGroup};
-use pagewise_runtime::engine::{EngineConfig, Outcome, RequestMetrics};
+use crate::settings::Setting;
+use crate::support::{Streams, cache_config, engine, engine_ahead, engine_config, text_of};
+use pagewise_kvcache::CacheConfig;
+use pagewise_runtime::engine::{Outcome, RequestMetrics};
 use pagewise_runtime::plan::LogitRows;
-use pagewise_runtime::request::{
-    EarlyStopping, Event, Request, RequestId, RequestOutput, SamplingParams, Urgency,
-};
-use pagewise_runtime::scheduler::Preemption;
+use pagewise_runtime::request::{Event, Request, RequestId, RequestOutput};
 use std::collections::{BTreeMap, HashSet};
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,46 +23,8 @@ use std::time::Duration;
 /// Of each kind: the cases from here on run on an executor that chooses tokens itself, a step ahead.
 const CASES: u64 = 4000;
 
-fn random_request(numbers: &mut Numbers, shared: &[u32]) -> Request {
-    let mut prompt: Vec<u32> =
-        if numbers.chance(50) { shared[..numbers.below(shared.len())].to_vec() } else { vec![] };
-    let more = numbers.from(1, 20);
-    prompt.extend((0..more).map(|_| numbers.below(VOCAB) as u32));
-    let samples = if numbers.chance(70) { 1 } else { numbers.from(2, 4) };
-    let n = if numbers.chance(70) { samples } else { numbers.from(1, samples) };
-    let beams = numbers.chance(25);
-    let params = SamplingParams {
-        max_tokens: numbers.from(1, 50),
-        temperature: numbers.pick(&[0.0, 1.0, 1.0, 3.0]),
-        top_p: numbers.pick(&[1.0, 0.8]),
-        top_k: numbers.pick(&[0, 0, 5]),
-        min_p: numbers.pick(&[0.0, 0.1]),
-        seed: Some(numbers.below(1000) as u64),
-        n,
-        best_of: (n != samples && !beams).then_some(samples),
-        beam_width: beams.then_some(samples),
-        length_penalty: numbers.pick(&[1.0, 0.0, 2.0, -1.0]),
-        early_stopping: numbers.pick(&[EarlyStopping::False, EarlyStopping::True, EarlyStopping::Never]),
-        ignore_eos: numbers.chance(70),
-        stop: if !beams && numbers.chance(20) { vec!["ab".into(), "q".into(), "xyz".into()] } else { vec![] },
-        logprobs: numbers.pick(&[None, None, Some(2)]),
-        prompt_logprobs: numbers.pick(&[None, None, None, Some(1)]),
-        repetition_penalty: numbers.pick(&[1.0, 1.3]),
-        presence_penalty: numbers.pick(&[0.0, 0.5]),
-        logit_bias: if numbers.chance(20) {
-            vec![(numbers.below(VOCAB - 1) as u32, 1.5), (VOCAB as u32 - 1, -2.0)]
-        } else {
-            vec![]
-        },
-        ..Default::default()
-    };
-    Request::new(prompt, params)
-}
-
-/// Without what must be known before the next token can be described.
-fn can_run_ahead(params: SamplingParams) -> SamplingParams {
-    SamplingParams { beam_width: None, repetition_penalty: 1.0, presence_penalty: 0.0, ..params }
-}
+/// Cases of crowded caches.
+const CROWDED: u64 = 1000;
 
 fn alone(request: &Request) -> RequestOutput {
     let (mut engine, _) = engine(engine_config(), cache_config(16, 200));
@@ -96,6 +58,7 @@ fn steps_at_most(request: &Request) -> usize {
 /// How often the interesting things happened, so that the cases cannot quietly become tame.
 #[derive(Debug, Default)]
 struct Coverage {
+    cases: u64,
     finished: u64,
     refused: u64,
     cancelled: u64,
@@ -111,61 +74,15 @@ struct Coverage {
     answered: [u64; 5],
 }
 
-fn run(case: u64, coverage: &mut Coverage) {
-    let mut numbers = Numbers::new(case);
-    let shared: Vec<u32> = (0..60).map(|_| numbers.below(VOCAB) as u32).collect();
-    let block_size = numbers.pick(&[1, 2, 4, 16]);
-    let windows = if case % 5 == 4 { vec![None, Some(numbers.from(1, 12))] } else { vec![None] };
-    // Half of the caches are anything, half hold the largest requests but not many of them.
-    let tight = windows.len() * (70 / block_size + numbers.below(40 / block_size + 1));
-    let device_blocks = if numbers.chance(50) { numbers.from(1, 40) } else { tight };
-    let cache = CacheConfig {
-        watermark: numbers.pick(&[0.0, 0.0, 0.01, 0.2]),
-        prefix_cache: numbers.chance(60),
-        host_blocks: numbers.pick(&[0, 3, 40, 200]),
-        groups: windows.into_iter().map(|window| KvGroup { window }).collect(),
-        ..cache_config(block_size, device_blocks)
-    };
-    let config = EngineConfig {
-        max_num_seqs: numbers.from(1, 10),
-        max_batch_tokens: numbers.pick(&[1, 4, 8, 16, 64]),
-        preemption: numbers.pick(&[
-            Preemption::Auto,
-            Preemption::Recompute,
-            Preemption::Swap,
-            Preemption::Swap,
-        ]),
-        ..engine_config()
-    };
-    let ahead = case >= CASES;
+/// Runs a setting to its end.
+fn run(setting: Setting, coverage: &mut Coverage) {
+    let Setting { mut numbers, cache, config, ahead, ordered, arrivals, cancellations } = setting;
     let make = if ahead { engine_ahead } else { engine };
     let (mut engine, log) = make(config.clone(), cache.clone());
-    // With one request whose penalties follow its tokens, or of beams, nothing runs ahead.
-    let plain = ahead && numbers.chance(70);
     // A millisecond a step.
     let clock = Arc::new(AtomicU64::new(0));
     let read = clock.clone();
     engine.set_clock(Box::new(move || Duration::from_millis(read.load(Ordering::Relaxed))));
-    let ordered = numbers.chance(60);
-    let mut arrivals: Vec<(usize, Request)> = (0..numbers.from(1, 12))
-        .map(|_| {
-            let at = if numbers.chance(50) { 0 } else { numbers.below(60) };
-            let mut request = random_request(&mut numbers, &shared);
-            if plain {
-                request.params = can_run_ahead(request.params);
-            }
-            if !ordered {
-                request.urgency = Urgency {
-                    priority: numbers.below(3) as i32 - 1,
-                    deadline: numbers
-                        .chance(20)
-                        .then(|| Duration::from_millis((at + numbers.below(200)) as u64)),
-                };
-            }
-            (at, request)
-        })
-        .collect();
-    arrivals.sort_by_key(|(step, _)| *step);
     let mut arrivals = arrivals.into_iter().peekable();
 
     let mut requests: BTreeMap<RequestId, (usize, Request)> = BTreeMap::new();
@@ -190,7 +107,7 @@ fn run(case: u64, coverage: &mut Coverage) {
                 }
             }
         }
-        if numbers.chance(1)
+        if numbers.chance(cancellations)
             && let Some(&id) = requests.keys().nth(numbers.below(requests.len().max(1)))
             && !ended.contains_key(&id)
         {
@@ -280,44 +197,64 @@ fn run(case: u64, coverage: &mut Coverage) {
     }
 }
 
-#[test]
-fn random_schedules_give_every_request_its_own_tokens() {
-    let only = std::env::var("PAGEWISE_CASE").ok().map(|case| case.parse().unwrap());
-    let cases = only.map_or(0..2 * CASES, |case| case..case + 1);
-    let mut coverage = Coverage::default();
+/// Runs these cases of a kind, or those that the environment names.
+fn run_cases(test: &str, cases: Range<u64>, make: fn(u64) -> Setting) -> Coverage {
+    let named = |name: &str| std::env::var(name).ok();
+    let cases = match (named("PAGEWISE_CASE"), named("PAGEWISE_CASES")) {
+        (Some(case), _) => case.parse().map(|case| case..case + 1).unwrap(),
+        (None, Some(range)) => {
+            let (first, end) = range.split_once("..").unwrap();
+            first.parse().unwrap()..end.parse().unwrap()
+        }
+        (None, None) => cases,
+    };
+    let mut coverage = Coverage { cases: cases.end - cases.start, ..Coverage::default() };
     for case in cases {
-        if catch_unwind(AssertUnwindSafe(|| run(case, &mut coverage))).is_err() {
-            panic!("PAGEWISE_CASE={case} cargo test -p pagewise-runtime --test engine simulation");
+        if catch_unwind(AssertUnwindSafe(|| run(make(case), &mut coverage))).is_err() {
+            panic!("PAGEWISE_CASE={case} cargo test -p pagewise-runtime --test engine {test}");
         }
     }
     println!("{coverage:?}");
-    if only.is_none() {
-        let Coverage { finished, refused, cancelled, expired, beams, preemptions, swaps, .. } = coverage;
-        let Coverage {
-            copied_blocks,
-            cached_tokens,
-            chunked_prompts,
-            stop_strings,
-            placeholders,
-            answered,
-            ..
-        } = coverage;
-        let often = [
-            finished,
-            refused,
-            beams,
-            preemptions,
-            swaps,
-            copied_blocks,
-            cached_tokens,
-            chunked_prompts,
-            placeholders,
-        ];
-        let seldom = [cancelled, expired, stop_strings];
-        assert!(
-            often.iter().chain(&answered).all(|&count| count > 500)
-                && seldom.iter().all(|&count| count > 100),
-            "{coverage:?}"
-        );
+    coverage
+}
+
+#[test]
+fn random_schedules_give_every_request_its_own_tokens() {
+    let cases = 2 * CASES;
+    let make = |case| Setting::any(case, case >= CASES);
+    let coverage = run_cases("random_schedules", 0..cases, make);
+    if coverage.cases < cases {
+        return;
     }
+    let Coverage { finished, refused, cancelled, expired, beams, preemptions, swaps, .. } = coverage;
+    let Coverage { copied_blocks, cached_tokens, chunked_prompts, stop_strings, placeholders, .. } = coverage;
+    let often = [
+        finished,
+        refused,
+        beams,
+        preemptions,
+        swaps,
+        copied_blocks,
+        cached_tokens,
+        chunked_prompts,
+        placeholders,
+    ];
+    let seldom = [cancelled, expired, stop_strings];
+    assert!(
+        often.iter().chain(&coverage.answered).all(|&count| count > 500)
+            && seldom.iter().all(|&count| count > 100),
+        "{coverage:?}"
+    );
+}
+
+/// Where an engine could be left with requests that nothing can be done for: see [`Setting::crowded`].
+#[test]
+fn crowded_caches_are_drained() {
+    let coverage = run_cases("crowded_caches", 0..CROWDED, Setting::crowded);
+    if coverage.cases < CROWDED {
+        return;
+    }
+    let Coverage { finished, cancelled, expired, preemptions, swaps, placeholders, .. } = coverage;
+    let often = [finished, preemptions, swaps, preemptions - swaps, placeholders, cancelled];
+    assert!(often.iter().all(|&count| count > CROWDED / 4) && expired > 50, "{coverage:?}");
 }

@@ -18,6 +18,18 @@ pub(super) fn bucket(rows: usize, most: usize) -> Option<usize> {
     (rows <= most).then_some(up.min(most))
 }
 
+/// All buckets of steps of at most `rows` sequences, the largest first.
+pub(super) fn all_buckets(rows: usize, most: usize) -> Vec<usize> {
+    let mut all = Vec::new();
+    let mut rows = rows;
+    while let Some(largest) = bucket(rows, most) {
+        all.push(largest);
+        // The first that is a bucket's own, from above, is the next.
+        rows = (1..rows.min(largest)).rev().find(|&fewer| bucket(fewer, most) != Some(largest)).unwrap_or(0);
+    }
+    all
+}
+
 /// The next power of two, which launches that grow with the lengths are filled up to.
 pub(super) fn launch_size(items: usize, least: usize) -> Option<u32> {
     u32::try_from(items.max(least).max(1)).ok()?.checked_next_power_of_two()
@@ -70,6 +82,18 @@ mod tests {
         let number =
             (1..=256).filter_map(|rows| bucket(rows, 256)).collect::<std::collections::BTreeSet<_>>();
         assert_eq!(number.len(), 4 + 7 + 12);
+    }
+
+    #[test]
+    fn all_buckets_are_those_of_all_steps() {
+        for most in [0, 1, 3, 8, 100, 256, 1000] {
+            for rows in [0, 1, 5, 9, 64, 99, 100, 256, 700] {
+                let rows = rows.min(most);
+                let each: std::collections::BTreeSet<_> =
+                    (1..=rows).filter_map(|rows| bucket(rows, most)).collect();
+                assert_eq!(all_buckets(rows, most), each.into_iter().rev().collect::<Vec<_>>());
+            }
+        }
     }
 
     #[test]

@@ -24,9 +24,6 @@ const FEW_ROWS: usize = 8;
 /// Rows that our own kernel norms on the way: with more, a kernel of its own does it quicker.
 const NORMED_ROWS: usize = 2;
 
-/// Bytes of a row of weights that the product behind attention fetches meanwhile.
-const EARLY_BYTES: u32 = 1024;
-
 /// Elements of a row of a stream that our own kernel converts: what eight rows of take the shared memory that it has.
 const MAX_STREAM: usize = 4096;
 
@@ -67,8 +64,8 @@ struct Behind {
     gated: bool,
     /// Whether to add to what is there.
     adds: bool,
-    /// Whether the kernel before leaves the memory idle: attention of few sequences does.
-    early: bool,
+    /// Whether attention's thread blocks are on the multiprocessors meanwhile.
+    beside: bool,
 }
 
 /// A weight, or several that lie one behind the other, and where the product goes.
@@ -205,7 +202,7 @@ impl CudaBackend {
                 None => factors.push(next),
             }
         }
-        let plain = Behind { activation: Function::None, gated: false, adds: false, early: false };
+        let plain = Behind { activation: Function::None, gated: false, adds: false, beside: false };
         factors.iter().try_for_each(|factor| self.multiply(&mut operand, factor, plain))
     }
 
@@ -218,8 +215,12 @@ impl CudaBackend {
         if sum.rows != x.rows || sum.dtype != DType::F32 {
             return Err(shape_error("a sum", &[sum.rows, sum.width], &[x.rows, linear.out_features]));
         }
-        let early = x.address == self.attended();
-        let adds = Behind { activation: Function::None, gated: false, adds: true, early };
+        let adds = Behind {
+            activation: Function::None,
+            gated: false,
+            adds: true,
+            beside: x.address == self.attended(),
+        };
         self.multiply(&mut self.operand(Input::Rows(x))?, &Factor::new(linear, sum, x.width)?, adds)
     }
 
@@ -281,10 +282,9 @@ impl CudaBackend {
                 _ => Store::Compute,
             },
             out: Rows { address: out, stride: stride as u64 },
-            early: if behind.early { EARLY_BYTES } else { 0 },
         };
         // SAFETY: weights and tensors are as large as their shapes, which were compared.
-        unsafe { self.kernels().matvec(self.dtype(), input, behind.gated, &args) }
+        unsafe { self.kernels().matvec(self.dtype(), input, behind.gated, behind.beside, &args) }
     }
 
     fn matvec_norm(&self, norm: &Norm<CudaWeight>, width: usize) -> Result<MatvecNorm, BackendError> {
@@ -413,12 +413,12 @@ impl CudaBackend {
         match activated {
             Activated::Plain { activation, up } => {
                 let behind =
-                    Behind { activation: function(*activation), gated: false, adds: false, early: false };
+                    Behind { activation: function(*activation), gated: false, adds: false, beside: false };
                 Ok(Some((Factor::new(up, out, width)?, behind)))
             }
             Activated::Gated { activation, gate, up } => {
                 let behind =
-                    Behind { activation: function(*activation), gated: true, adds: false, early: false };
+                    Behind { activation: function(*activation), gated: true, adds: false, beside: false };
                 let size = self.dtype().size();
                 // As if the output had room for both halves: the kernel writes but one.
                 let wide = 2 * out.width;

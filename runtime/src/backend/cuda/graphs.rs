@@ -1,7 +1,8 @@
 //! Steps that are done again: the launches of a decode of a shape, captured once as a CUDA graph and replayed.
 //!
-//! A shape's first step runs as it is, which loads every kernel and chooses every algorithm; its second is captured.
-//! Owns the graphs; that addresses and launches of a shape are always the same is `inputs.rs`'s, `arena.rs`'s and
+//! The shapes that are to be expected are captured when a model is loaded (`warm_up.rs`). Of any other the first step runs
+//! as it is, which loads every kernel and chooses every algorithm, and the second is captured: shapes beyond what was
+//! foreseen, and those whose graphs were forgotten because the memory behind them moved. Owns the graphs; that addresses and launches of a shape are always the same is `inputs.rs`'s, `arena.rs`'s and
 //! `step.rs`'s.
 
 use std::collections::HashMap;
@@ -61,15 +62,38 @@ impl Graphs {
                 Ok(logits)
             }
             Some(State::Seen) => {
-                // Until it has worked the shape counts as one that was never seen.
-                self.of.remove(key);
-                let (graph, logits) = capture(gpu, forward)?;
+                let (graph, logits) = self.capture(gpu, key, forward)?;
                 checked("cuGraphLaunch", graph.0.launch())?;
-                tracing::debug!(?key, "captured a CUDA graph");
-                let again = logits.again();
-                self.of.insert(key.clone(), State::Captured { graph, logits });
-                Ok(again)
+                tracing::debug!(?key, "captured a CUDA graph that was not foreseen");
+                Ok(logits.again())
             }
+        }
+    }
+
+    /// Captures a step, whose kernels are loaded, and brings its graph to the device; it does not run.
+    pub(super) fn foresee(
+        &mut self,
+        gpu: &Arc<Gpu>,
+        key: &GraphKey,
+        forward: impl FnOnce() -> Result<CudaTensor, BackendError>,
+    ) -> Result<(), BackendError> {
+        let (graph, _) = self.capture(gpu, key, forward)?;
+        checked("cuGraphUpload", graph.0.upload())
+    }
+
+    fn capture(
+        &mut self,
+        gpu: &Arc<Gpu>,
+        key: &GraphKey,
+        forward: impl FnOnce() -> Result<CudaTensor, BackendError>,
+    ) -> Result<(&Graph, &CudaTensor), BackendError> {
+        // Until it has worked the shape counts as one that was never seen.
+        self.of.remove(key);
+        let (graph, logits) = capture(gpu, forward)?;
+        let state = self.of.entry(key.clone()).insert_entry(State::Captured { graph, logits }).into_mut();
+        match state {
+            State::Captured { graph, logits } => Ok((graph, logits)),
+            State::Seen => Err(BackendError::Library("a captured graph was lost".to_owned())),
         }
     }
 

@@ -259,6 +259,7 @@ impl Kernels {
         dtype: DType,
         input: matvec::Input,
         gated: bool,
+        beside: bool,
         args: &MatvecArgs,
     ) -> Result<bool, BackendError> {
         let dtype = ptx_type(dtype);
@@ -270,13 +271,20 @@ impl Kernels {
             &[args.x.address, args.weight.address, norm[0], norm[1]],
         );
         let spec = MatvecSpec { dtype, input, gated, vector, dependent: self.dependent };
-        let entry = self.matvec.get(&self.gpu, spec, Matvec::new, Matvec::kernel)?;
-        let launch = entry.descriptor.launch(args.shape, self.gpu.device().multiprocessors);
+        let shared = self.gpu.device().shared_memory_per_block;
+        let new = |spec| Ok(Matvec::new(spec)?.with_shared(shared));
+        let entry = self.matvec.get(&self.gpu, spec, new, Matvec::kernel)?;
+        let geometry = entry.descriptor.geometry(
+            args.shape,
+            self.gpu.device().multiprocessors,
+            beside && self.dependent,
+        );
+        let launch = entry.descriptor.launch(args.shape, geometry);
         if let (Err(ptx::Error::TooLarge { .. }), matvec::Input::Staged) = (&launch, input) {
             return Ok(false);
         }
         // SAFETY: the caller's; the arguments are the descriptor's.
-        unsafe { self.launch(&entry.kernel, launch, &args.values(), self.dependent) }?;
+        unsafe { self.launch(&entry.kernel, launch, &args.values(geometry), self.dependent) }?;
         Ok(true)
     }
 

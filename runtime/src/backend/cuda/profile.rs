@@ -57,8 +57,12 @@ fn largest_prompts(spec: &AttentionSpec) -> StepBatch {
 /// A token of as many sequences as can be, each as long as can be.
 fn largest_decode(spec: &AttentionSpec) -> StepBatch {
     let StepLimits { max_rows, max_sequences, max_seq_len } = spec.limits;
-    let lens = vec![max_seq_len.max(1); max_sequences.min(max_rows).max(1)];
-    let mut batch = made_up(spec, &lens, |_| 1);
+    decode(spec, &vec![max_seq_len.max(1); max_sequences.min(max_rows).max(1)])
+}
+
+/// A token of each of these sequences.
+pub(super) fn decode(spec: &AttentionSpec, lens: &[usize]) -> StepBatch {
+    let mut batch = made_up(spec, lens, |_| 1);
     batch.logit_rows = (0..batch.rows()).collect();
     batch
 }

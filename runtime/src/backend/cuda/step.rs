@@ -5,9 +5,9 @@
 use std::borrow::Cow;
 
 use pagewise_attention::cuda::{
-    AttentionOptions, AttentionPlan, DecodePlan, PlanOptions, StepLimits as DecodeLimits,
+    AttentionOptions, AttentionPlan, DecodePlan, Device, Order, PlanOptions, StepLimits as DecodeLimits,
 };
-use pagewise_attention::{AttentionConfig, CacheLayout, Problem, ProblemError, RowStrides};
+use pagewise_attention::{AttentionConfig, CacheLayout, PagedBatch, Problem, ProblemError, RowStrides};
 
 use super::CudaBackend;
 use super::buckets::{bucket, fill_up, is_decode, launch_size};
@@ -109,10 +109,13 @@ pub(super) fn sizes(backend: &CudaBackend, spec: &AttentionSpec) -> Result<Sizes
 }
 
 impl CudaBackend {
+    /// Makes a step ready. Where it is a decode, each group's attention is launched with as many work items as it has
+    /// work for, or with those of `grids` where that is more.
     pub(super) fn prepare_step<'a>(
         &'a self,
         spec: &'a AttentionSpec,
         batch: &StepBatch,
+        grids: &[u32],
     ) -> Result<CudaStep<'a>, BackendError> {
         self.gpu().bind()?;
         let asked_logit_rows = batch.logit_rows.len();
@@ -122,14 +125,21 @@ impl CudaBackend {
             fill_up(batch.to_mut(), rows);
         }
         let batch = &*batch;
+        let planner = self.planner(spec);
         let planned = spec
             .groups
             .iter()
             .zip(&batch.groups)
-            .map(|(config, group)| self.plan_group(spec, config, batch.paged(group), filled.is_some()))
+            .enumerate()
+            .map(|(index, (config, group))| {
+                let least = filled.map(|_| grids.get(index).copied().unwrap_or(0));
+                let planned = planner.plan_group(config, batch.paged(group), least)?;
+                self.gpu().context.prepare(&planned.plan)?;
+                Ok(planned)
+            })
             .collect::<Result<Vec<_>, BackendError>>()?;
 
-        let works: Vec<Vec<u32>> = planned.iter().map(|(_, plan, _)| plan.work()).collect();
+        let works: Vec<Vec<u32>> = planned.iter().map(|group| group.plan.work()).collect();
         let words: Vec<usize> = works.iter().map(Vec::len).collect();
         let layout = Layout::new(batch.rows(), batch.logit_rows.len(), &words);
         let mut bytes = vec![0u8; layout.bytes];
@@ -150,8 +160,8 @@ impl CudaBackend {
         }
 
         let mut workspace = Workspace::default();
-        for (_, plan, _) in &planned {
-            let own = plan.workspace();
+        for group in &planned {
+            let own = group.plan.workspace();
             workspace.partial_out = workspace.partial_out.max(own.partial_out);
             workspace.partial_max = workspace.partial_max.max(own.partial_max);
             workspace.tickets = workspace.tickets.max(own.tickets);
@@ -171,12 +181,12 @@ impl CudaBackend {
         // SAFETY: the tokens are part of what was just made room for, one a row.
         unsafe { self.place_earlier(&batch.earlier, inputs.part(layout.tokens)) }?;
 
-        let grids = planned.iter().map(|(_, _, grid)| *grid).collect();
+        let grids = planned.iter().map(|group| group.grid).collect();
         let key = filled.map(|rows| GraphKey { rows, grids });
         let groups = planned
             .into_iter()
             .enumerate()
-            .map(|(index, (q, plan, _))| GroupStep {
+            .map(|(index, Planned { q, plan, .. })| GroupStep {
                 layout: self.cache_layout(spec, spec.groups.get(index)),
                 plan,
                 q,
@@ -205,33 +215,56 @@ impl CudaBackend {
         CacheLayout::nhd(spec.num_blocks, spec.block_size, config.unwrap_or(&fallback))
     }
 
-    /// Plans a group's attention: strides of the queries, the plan, and the size of its launch. Those of a decode are
-    /// filled up, so that few graphs serve sequences of all lengths.
-    fn plan_group(
+    /// What plans are made for.
+    pub(super) fn planner<'a>(&'a self, spec: &'a AttentionSpec) -> Planner<'a> {
+        Planner { spec, device: self.gpu().device(), order: self.gpu().order() }
+    }
+}
+
+/// Plans the attention of steps. Host arithmetic alone.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Planner<'a> {
+    pub(super) spec: &'a AttentionSpec,
+    pub(super) device: &'a Device,
+    pub(super) order: Order,
+}
+
+/// A group's attention.
+pub(super) struct Planned {
+    /// Strides of the queries.
+    q: RowStrides,
+    plan: AttentionPlan,
+    /// Work items of a decode's launch.
+    pub(super) grid: u32,
+}
+
+impl Planner<'_> {
+    /// Plans a group's attention. The launch of a decode, which has a `least` size, is filled up, so that few graphs
+    /// serve sequences of all lengths.
+    pub(super) fn plan_group(
         &self,
-        spec: &AttentionSpec,
         config: &AttentionConfig,
-        batch: pagewise_attention::PagedBatch<'_>,
-        is_decode: bool,
-    ) -> Result<(RowStrides, AttentionPlan, u32), BackendError> {
-        let layout = self.cache_layout(spec, Some(config));
+        batch: PagedBatch<'_>,
+        least: Option<u32>,
+    ) -> Result<Planned, BackendError> {
+        let layout = CacheLayout::nhd(self.spec.num_blocks, self.spec.block_size, config);
         let q = RowStrides { token: query_stride(config) as u64, head: config.head_dim_qk as u64 };
         let out = RowStrides::packed(config.q_heads, config.head_dim_v);
         let rows = batch.total_queries();
         let problem = Problem::with_strides(config, layout, q, out, batch)?;
-        let device = self.gpu().device();
         // With a fixed grid every plan has the same kernel.
-        let grid_items = is_decode.then_some(u32::MAX);
-        let decode = PlanOptions { grid_items, order: self.gpu().order(), ..PlanOptions::default() };
+        let grid_items = least.map(|_| u32::MAX);
+        let decode = PlanOptions { grid_items, order: self.order, ..PlanOptions::default() };
         let options = AttentionOptions { decode, ..AttentionOptions::default() };
-        let mut plan = AttentionPlan::new(&problem, device, options)?;
+        let mut plan = AttentionPlan::new(&problem, self.device, options)?;
         let mut grid = 0;
-        if is_decode && let Some(size) = launch_size(plan.decode_items(), rows) {
+        if let Some(least) = least
+            && let Some(size) = launch_size(plan.decode_items(), rows.max(least as usize))
+        {
             grid = size;
             plan = plan.with_decode_grid(size)?;
         }
-        self.gpu().context.prepare(&plan)?;
-        Ok((q, plan, grid))
+        Ok(Planned { q, plan, grid })
     }
 }
 

@@ -4,7 +4,7 @@ use pagewise_attention::DType;
 use pagewise_attention::cuda::ptx::Arg;
 
 use super::super::encode::encode;
-use super::memory::Memory;
+use super::memory::{Memory, SHARED_WINDOW};
 use super::program::{Float, Instruction, Integer, Kind, Source};
 
 pub(super) fn execute(
@@ -138,7 +138,9 @@ pub(super) fn execute(
         }
         Kind::Load => {
             let address = value(0).wrapping_add(*number);
-            let bytes = match is_shared(words) {
+            // Without a space in its name a load takes either's addresses.
+            let is_generic = !words.iter().any(|word| word == "shared" || word == "global");
+            let bytes = match is_shared(words) || (is_generic && address & SHARED_WINDOW != 0) {
                 true => memory.shared_slice(address, size * targets.len())?,
                 false => memory.slice(address, size * targets.len())?,
             };
@@ -205,6 +207,9 @@ pub(super) fn is_shared(words: &[String]) -> bool {
 }
 
 fn convert(words: &[String], value: u64, second: impl FnOnce() -> u64) -> Result<u64, String> {
+    if words[0] == "cvta" {
+        return Ok(value | SHARED_WINDOW);
+    }
     let [.., to, from] = words else { return Err("cvt".to_owned()) };
     let two = |dtype: DType, second: u64| {
         let code = |value: u64| encode(dtype, f32::from_bits(value as u32));

@@ -11,6 +11,9 @@ pub struct Memory {
 /// Address bits within an allocation.
 const SPAN: u32 = 36;
 
+/// What shared memory's addresses have among all of them.
+pub(super) const SHARED_WINDOW: u64 = 1 << 63;
+
 impl Memory {
     /// Copies bytes into a new allocation; its address.
     pub fn upload(&mut self, bytes: &[u8]) -> u64 {

@@ -265,7 +265,7 @@ fn computation(opcode: &str, is_float: bool) -> Result<Kind, String> {
         "setp" => Kind::Compare,
         "selp" => Kind::Select,
         "not" => Kind::Not,
-        "cvt" => Kind::Convert,
+        "cvt" | "cvta" => Kind::Convert,
         other => return Err(format!("instruction {other}")),
     })
 }

@@ -1,7 +1,6 @@
 //! Products of few rows with a matrix.
 
 use pagewise_attention::DType;
-use pagewise_attention::cuda::ptx::Error;
 use pagewise_attention::cuda::ptx::model::Activation;
 use pagewise_attention::cuda::ptx::model::matvec::{
     Geometry, Input, Matvec, MatvecArgs, MatvecNorm, MatvecShape, MatvecSpec, Store,
@@ -15,9 +14,11 @@ use super::tensor::{F32, Tensor, dtype, numbers, vector};
 
 pub fn run(run: &mut Run<'_>) {
     let small = run.small;
+    let shared = run.device.shared_memory();
     for spec in MatvecSpec::all() {
-        let matvec = Matvec::new(spec).unwrap();
-        run.variant(matvec.kernel(), |device, random| {
+        let small_matvec = Matvec::new(spec).unwrap();
+        let matvec = small_matvec.clone().with_shared(shared);
+        run.variant(small_matvec.kernel(), |device, random| {
             let (unit, weight_type) = (spec.vector as usize, dtype(spec.dtype));
             let staged = spec.input == Input::Staged;
             let rows = random.pick(&[1, 1, 2, 3, 7, 8, 11]);
@@ -63,24 +64,24 @@ pub fn run(run: &mut Run<'_>) {
                 activation,
                 store,
                 out: out.upload(device),
-                early: random.pick(&[0, 16, 1024, 1 << 20]),
             };
-            // As it is launched, and with any other geometry.
-            let launch = if random.one_in(2) {
-                matvec.launch(shape, random.pick(&[1, 3, 132])).map_err(|error| error.to_string())?
-            } else {
-                let geometry = Geometry {
+            // As it is launched on a GPU with much shared memory or little, and with any other geometry.
+            let chooses = random.pick(&[&matvec, &small_matvec]);
+            let mut geometry = chooses.geometry(shape, random.pick(&[1, 3, 132]), random.one_in(2));
+            if random.one_in(2) {
+                let other = Geometry {
                     warps: if small { 4 } else { random.pick(&[4, 8, 12, 16]) },
                     blocks: 1 + random.below(5) as u32,
+                    slots: random.pick(&[2, 3, 4]),
+                    copies: spec.input == Input::Direct && spec.vector > 1 && random.one_in(2),
                 };
-                match matvec.launch_as(shape, geometry) {
-                    // Staged rows leave no room for the sums of so many warps; the launch that chooses takes fewer.
-                    Err(Error::TooLarge { .. }) if staged => matvec.launch(shape, 132),
-                    launch => launch,
+                // Staged rows may leave no room for that.
+                if matvec.launch(shape, other).is_ok() {
+                    geometry = other;
                 }
-                .map_err(|error| error.to_string())?
-            };
-            device.run(matvec.kernel(), launch, &args.values())?;
+            }
+            let launch = matvec.launch(shape, geometry).map_err(|error| error.to_string())?;
+            device.run(matvec.kernel(), launch, &args.values(geometry))?;
 
             let rounded = |value: f64| decode(weight_type, &encode(weight_type, value as f32));
             // The rows as the products see them, and how far off an element may be that lies between two numbers.

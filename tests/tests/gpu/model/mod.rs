@@ -39,6 +39,8 @@ pub trait Device {
     fn download(&self, address: u64) -> Vec<u8>;
     /// Frees everything.
     fn clear(&mut self);
+    /// Bytes of shared memory that a thread block can have.
+    fn shared_memory(&self) -> u32;
     /// Whether it can run a kernel.
     fn can_run(&self, kernel: &Kernel) -> bool;
     /// Runs a kernel.
