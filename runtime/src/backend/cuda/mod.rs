@@ -1,5 +1,5 @@
-//! NVIDIA GPUs as a [`Backend`]: weights and activations of one type (f32, f16, bf16), sums and the residual stream in
-//! f32; attention and all that is small by kernels written by hand, large products by cuBLASLt.
+//! NVIDIA GPUs as a [`Backend`](super::Backend): weights and activations of one type (f32, f16, bf16), sums and the residual
+//! stream in f32; attention and all that is small by kernels written by hand, large products by cuBLASLt.
 //!
 //! Everything goes on one stream in the order of the calls; the host waits when it wants logits, and before it fills a
 //! pinned piece whose copy is still under way. Steps of single tokens are filled up to a bucket and replayed as CUDA graphs,
