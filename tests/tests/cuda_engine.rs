@@ -17,6 +17,8 @@
 #[path = "gpu/cuda.rs"]
 #[allow(dead_code, reason = "shared with the kernels' tests")]
 mod cuda;
+#[path = "gpu/engine_beams.rs"]
+mod engine_beams;
 #[path = "gpu/engine_machine.rs"]
 mod engine_machine;
 #[path = "gpu/engine_sampling.rs"]
@@ -145,6 +147,7 @@ fn scale(dir: &Path, texts: &[Vec<u32>]) -> f64 {
 /// What the CPU gives for requests, with the log-probabilities that show how sure it was.
 struct Oracle {
     engine: Engine,
+    machine: Machine,
     /// How close two logits may be for either to be right.
     margin: f64,
 }
@@ -153,7 +156,11 @@ impl Oracle {
     fn new(dir: &Path, dtype: DType) -> Self {
         let texts = texts(config(dir).vocab_size, 7, 30, 3);
         let margin = 2.0 * bound(dir, dtype, &texts) * scale(dir, &texts);
-        Self { engine: engine(dir, way(BackendChoice::Cpu, dtype)), margin }
+        Self {
+            engine: engine(dir, way(BackendChoice::Cpu, dtype)),
+            machine: Machine::cpu(dir, dtype),
+            margin,
+        }
     }
 
     fn answer(&mut self, request: &Request) -> RequestOutput {
@@ -170,10 +177,21 @@ impl Oracle {
         let mut same = true;
         for (found, expected) in found.outputs.iter().zip(&expected.outputs) {
             if let (Some(x), Some(y)) = (found.score, expected.score) {
-                // Beams: other ones are as good, or nearly.
-                let len = expected.token_ids.len() as f64;
-                let apart = f64::from((x - y).abs()) * len;
-                assert!(apart <= margin * len, "{label}: a beam scores {x}, on the CPU {y}");
+                // Beams: other ones are as good, or nearly; or a search had to choose between two that were, and what
+                // came of the one is better than what came of the other. The beam's own score is right in any case.
+                let own = engine_beams::score(&mut self.machine, &request.prompt, &found.token_ids);
+                let off = (f64::from(x) - own).abs();
+                assert!(off <= margin, "{label}: a beam scores {x}, on the CPU its tokens score {own}");
+                if f64::from((x - y).abs()) > margin {
+                    let gap = engine_beams::least_gap(&mut self.machine, request);
+                    println!(
+                        "{label}: a beam scores {x}, on the CPU {y}: two were {gap:.2e} apart on the way"
+                    );
+                    assert!(
+                        gap <= margin,
+                        "{label}: a beam scores {x}, on the CPU {y}; none was near, {gap:.3e}"
+                    );
+                }
                 same &= found.token_ids == expected.token_ids;
                 continue;
             }

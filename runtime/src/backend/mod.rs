@@ -233,11 +233,11 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn block_ops(&self, cache: &mut Self::Cache, ops: &BlockOps) -> Result<(), BackendError>;
 
     /// Computes a step by `forward`, which calls the operations below. A device may keep what they were, and later do
-    /// the same again for a step of the same shape without calling it.
+    /// the same again for a step of the same shape without calling it; it calls it once more where keeping them failed.
     fn record(
         &self,
         step: &Self::Step<'_>,
-        forward: impl FnOnce() -> Result<Self::Tensor, BackendError>,
+        mut forward: impl FnMut() -> Result<Self::Tensor, BackendError>,
     ) -> Result<Self::Tensor, BackendError> {
         let _ = step;
         forward()

@@ -108,7 +108,9 @@ pub fn rows_alone(machine: &mut Machine, texts: &[Vec<u32>]) -> Vec<Vec<Vec<f32>
         let mut sequence = machine.sequence(id as u64, text);
         machine.step(&mut [(&mut sequence, text.len())], LogitRows::All)
     };
-    texts.iter().enumerate().map(rows).collect()
+    let rows = texts.iter().enumerate().map(rows).collect();
+    machine.free = free;
+    rows
 }
 
 /// The same through chunks of random lengths in mixed batches, the last tokens of each one by one.

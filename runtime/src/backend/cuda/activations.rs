@@ -44,6 +44,15 @@ impl CudaBackend {
         Ok(())
     }
 
+    /// `forward`, each time with the memory that it had the first time: it may be called again when its capture failed.
+    pub(super) fn repeatable<T>(&self, mut forward: impl FnMut() -> T) -> impl FnMut() -> T {
+        let used = lock(&self.shared.activations).arena.used();
+        move || {
+            lock(&self.shared.activations).arena.rewind(used);
+            forward()
+        }
+    }
+
     /// Keeps the memory of activations as it is from now on: what a later step needs beyond it (the logits of a whole
     /// prompt) is allocated for that step alone.
     pub(super) fn seal(&self) -> Result<(), BackendError> {

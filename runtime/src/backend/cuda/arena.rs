@@ -37,6 +37,16 @@ impl Arena {
         self.used = 0;
     }
 
+    /// Bytes that are given out.
+    pub(super) fn used(&self) -> u64 {
+        self.used
+    }
+
+    /// Takes back what was given out since `used` was so much.
+    pub(super) fn rewind(&mut self, used: u64) {
+        self.used = self.used.min(used);
+    }
+
     /// Whether the largest step so far would not fit.
     pub(super) fn is_too_small(&self) -> bool {
         self.peak > self.capacity
@@ -62,6 +72,14 @@ mod tests {
             let mut arena = Arena::default();
             arena.replace(1 << 20, capacity);
             let first: Vec<Option<u64>> = sizes.iter().map(|&bytes| arena.take(bytes)).collect();
+            let half = sizes.len() / 2;
+            arena.reset();
+            let _: Vec<_> = sizes[..half].iter().map(|&bytes| arena.take(bytes)).collect();
+            let used = arena.used();
+            let rest = |arena: &mut Arena| -> Vec<_> { sizes[half..].iter().map(|&bytes| arena.take(bytes)).collect() };
+            let again = rest(&mut arena);
+            arena.rewind(used);
+            prop_assert_eq!(again, rest(&mut arena));
             arena.reset();
             let second: Vec<Option<u64>> = sizes.iter().map(|&bytes| arena.take(bytes)).collect();
             prop_assert_eq!(&first, &second);

@@ -2,12 +2,13 @@
 //!
 //! The shapes that are to be expected are captured when a model is loaded (`warm_up.rs`). Of any other the first step runs
 //! as it is, which loads every kernel and chooses every algorithm, and the second is captured: shapes beyond what was
-//! foreseen, and those whose graphs were forgotten because the memory behind them moved. Owns the graphs; that addresses and launches of a shape are always the same is `inputs.rs`'s, `arena.rs`'s and
-//! `step.rs`'s.
+//! foreseen, and those whose graphs were forgotten because the memory behind them moved. Owns the graphs; that addresses
+//! and launches of a shape are always the same is `inputs.rs`'s, `arena.rs`'s and `step.rs`'s.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use pagewise_attention::cuda::CudaError;
 use pagewise_attention::cuda::cudarc::driver::CudaGraph;
 use pagewise_attention::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 
@@ -49,7 +50,7 @@ impl Graphs {
         &mut self,
         gpu: &Arc<Gpu>,
         key: &GraphKey,
-        forward: impl FnOnce() -> Result<CudaTensor, BackendError>,
+        mut forward: impl FnMut() -> Result<CudaTensor, BackendError>,
     ) -> Result<CudaTensor, BackendError> {
         match self.of.get(key) {
             Some(State::Captured { graph, logits }) => {
@@ -62,7 +63,7 @@ impl Graphs {
                 Ok(logits)
             }
             Some(State::Seen) => {
-                let (graph, logits) = self.capture(gpu, key, forward)?;
+                let Some((graph, logits)) = self.capture(gpu, key, &mut forward)? else { return forward() };
                 checked("cuGraphLaunch", graph.0.launch())?;
                 tracing::debug!(?key, "captured a CUDA graph that was not foreseen");
                 Ok(logits.again())
@@ -75,24 +76,39 @@ impl Graphs {
         &mut self,
         gpu: &Arc<Gpu>,
         key: &GraphKey,
-        forward: impl FnOnce() -> Result<CudaTensor, BackendError>,
+        mut forward: impl FnMut() -> Result<CudaTensor, BackendError>,
     ) -> Result<(), BackendError> {
-        let (graph, _) = self.capture(gpu, key, forward)?;
-        checked("cuGraphUpload", graph.0.upload())
+        match self.capture(gpu, key, &mut forward)? {
+            Some((graph, _)) => checked("cuGraphUpload", graph.0.upload()),
+            None => Ok(()),
+        }
     }
 
+    /// Captures a shape's graph. `None` if somebody else who uses the GPU from this process disturbed it every time: the
+    /// shape then waits for its next step.
     fn capture(
         &mut self,
         gpu: &Arc<Gpu>,
         key: &GraphKey,
-        forward: impl FnOnce() -> Result<CudaTensor, BackendError>,
-    ) -> Result<(&Graph, &CudaTensor), BackendError> {
+        forward: &mut impl FnMut() -> Result<CudaTensor, BackendError>,
+    ) -> Result<Option<(&Graph, &CudaTensor)>, BackendError> {
         // Until it has worked the shape counts as one that was never seen.
         self.of.remove(key);
-        let (graph, logits) = capture(gpu, forward)?;
+        let mut tries = 0;
+        let (graph, logits) = loop {
+            match capture(gpu, forward) {
+                Err(error) if was_disturbed(&error) && tries < TRIES => tries += 1,
+                Err(error) if was_disturbed(&error) => {
+                    tracing::warn!(?key, %error, "a CUDA graph could not be captured; its steps are launched as they are");
+                    self.of.insert(key.clone(), State::Seen);
+                    return Ok(None);
+                }
+                captured => break captured?,
+            }
+        };
         let state = self.of.entry(key.clone()).insert_entry(State::Captured { graph, logits }).into_mut();
         match state {
-            State::Captured { graph, logits } => Ok((graph, logits)),
+            State::Captured { graph, logits } => Ok(Some((graph, logits))),
             State::Seen => Err(BackendError::Library("a captured graph was lost".to_owned())),
         }
     }
@@ -107,10 +123,18 @@ impl Graphs {
     }
 }
 
+/// How often a capture that was disturbed is tried again.
+const TRIES: usize = 3;
+
+/// Whether a capture was made invalid from outside: some calls of other threads that use the same context do so.
+fn was_disturbed(error: &BackendError) -> bool {
+    matches!(error, BackendError::Cuda(CudaError::Driver { name, .. }) if name == "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED")
+}
+
 /// Captures what `forward` puts on the computing stream, which does not run.
 fn capture(
     gpu: &Arc<Gpu>,
-    forward: impl FnOnce() -> Result<CudaTensor, BackendError>,
+    forward: &mut impl FnMut() -> Result<CudaTensor, BackendError>,
 ) -> Result<(Graph, CudaTensor), BackendError> {
     let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
     checked("cuStreamBeginCapture", gpu.stream.begin_capture(mode))?;

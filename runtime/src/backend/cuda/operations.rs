@@ -46,10 +46,10 @@ impl Backend for CudaBackend {
     fn record(
         &self,
         step: &CudaStep<'_>,
-        forward: impl FnOnce() -> Result<CudaTensor, BackendError>,
+        mut forward: impl FnMut() -> Result<CudaTensor, BackendError>,
     ) -> Result<CudaTensor, BackendError> {
         let logits = match step.key.as_ref().filter(|_| self.shared.options.graphs) {
-            Some(key) => lock(&self.shared.graphs).run(self.gpu(), key, forward),
+            Some(key) => lock(&self.shared.graphs).run(self.gpu(), key, self.repeatable(forward)),
             None => forward(),
         };
         Ok(logits?.first_rows(step.asked_logit_rows))

@@ -63,7 +63,8 @@ impl CudaBackend {
                 let step = self.prepare_step(spec, &batch, &grids)?;
                 let Some(key) = &step.key else { continue };
                 debug_assert_eq!(key, &GraphKey { rows, grids });
-                lock(&self.shared.graphs).foresee(self.gpu(), key, || model.forward(self, &step, cache))?;
+                let forward = self.repeatable(|| model.forward(self, &step, cache));
+                lock(&self.shared.graphs).foresee(self.gpu(), key, forward)?;
             }
         }
         self.gpu().synchronize()?;
