@@ -14,13 +14,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use cache::{COPY_BLOCKS, MERGE_STATES, WRITE_KV};
 pub use decode::DECODE;
-pub use model::CHOICE;
+pub use model::MODEL;
 pub use prefill::{PREFILL, PREFILL_HOPPER};
 pub use wgsl::{DECODE_WGSL, PREFILL_MATRIX, PREFILL_TILED};
 
 /// Every fault of every table.
 pub fn all() -> impl Iterator<Item = Fault> {
-    let ptx = [WRITE_KV, MERGE_STATES, COPY_BLOCKS, DECODE, PREFILL, PREFILL_HOPPER, CHOICE];
+    let ptx = [WRITE_KV, MERGE_STATES, COPY_BLOCKS, DECODE, PREFILL, PREFILL_HOPPER, MODEL];
     let wgsl = [DECODE_WGSL, PREFILL_TILED, PREFILL_MATRIX];
     ptx.into_iter().chain(wgsl).flatten().copied()
 }

@@ -3,8 +3,8 @@
 
 use super::Fault;
 
-/// Faults of what is made of logits.
-pub const CHOICE: &[Fault] = &[
+/// Faults of the kernels that are not about the cache.
+pub const MODEL: &[Fault] = &[
     Fault {
         name: "NaN in the sum",
         family: "log_softmax",
@@ -109,5 +109,47 @@ pub const CHOICE: &[Fault] = &[
         line: "mad.wide.u32 %rd_x, %r_from, 4, %rd_tokens;",
         instead: "mad.wide.u32 %rd_x, 0, 4, %rd_tokens;",
         breaks: "every sequence goes on with the first one's token",
+    },
+    Fault {
+        name: "arrival of a step",
+        family: "matvec_f32_direct_plain_v4",
+        line: "@%p_depth4 cp.async.wait_group 3;",
+        instead: "@%p_depth4 cp.async.wait_group 4;",
+        breaks: "weights are read before they have arrived",
+    },
+    Fault {
+        name: "copied row's place",
+        family: "matvec_f32_direct_plain_v4",
+        line: "mad.lo.u32 %r_x, %r_x, %r_sx_pitch, %r_sums;",
+        instead: "mad.lo.u32 %r_x, %r_x, 0, %r_sums;",
+        breaks: "all rows of x are copied to the first one's place",
+    },
+    Fault {
+        name: "last feature",
+        family: "matvec_f32_direct_plain_v4",
+        line: "setp.lt.u32 %p_mine, %r_x, %r_features;",
+        instead: "setp.lt.u32 %p_mine, %r_x, %r_last;",
+        breaks: "the last feature is never stored",
+    },
+    Fault {
+        name: "words of a lane",
+        family: "matvec_bf16_staged_plain_v8",
+        line: "{%r_a0_0, %r_a0_1}, {%f_a0_0, %f_a0_1, %f_a0_2, %f_a0_3};",
+        instead: "{%r_a0_1, %r_a0_0}, {%f_a0_0, %f_a0_1, %f_a0_2, %f_a0_3};",
+        breaks: "weights meet the elements of x beside their own",
+    },
+    Fault {
+        name: "variance past the row",
+        family: "matvec_bf16_staged_plain_v8",
+        line: "@%p_in fma.rn.f32 %f_sum, %f_t, %f_t, %f_sum;",
+        instead: "fma.rn.f32 %f_sum, %f_t, %f_t, %f_sum;",
+        breaks: "zeros behind the row are as far from the mean as it is from zero",
+    },
+    Fault {
+        name: "neighbour's sum",
+        family: "matvec_bf16_staged_plain_v8",
+        line: "st.shared.v2.f32 [%r_at], {%f_a0_0, %f_a0_1};",
+        instead: "st.shared.v2.f32 [%r_at], {%f_a0_0, %f_a0_0};",
+        breaks: "a feature takes its neighbour's sum",
     },
 ];
