@@ -22,7 +22,7 @@ pub fn score(machine: &mut Machine, prompt: &[u32], tokens: &[u32]) -> f64 {
 /// The least distance between the last beam that a search without end-of-sequence tokens kept and the first that it
 /// dropped, over all of its steps.
 pub fn least_gap(machine: &mut Machine, request: &Request) -> f64 {
-    let width = request.params.beam_width.map_or(1, |width| width as usize);
+    let width = request.params.beam_width.unwrap_or(1);
     let mut beams = vec![(0.0, request.prompt.clone())];
     let mut least = f64::INFINITY;
     for _ in 0..request.params.max_tokens {
