@@ -18,6 +18,10 @@ const FAMILY: &str = "decode";
 /// Keys that a warp takes at a time. Items end at multiples of it, or at the end of a row's keys.
 pub const TILE_KEYS: u32 = 16;
 
+/// Keys at the end of a row that the kernel before a dependent launch may write: a dependent variant reads the others
+/// while that kernel still runs.
+pub const FRESH_KEYS: u32 = 16;
+
 /// Query heads of a thread block.
 pub const TILE_QUERIES: u32 = 8;
 
@@ -327,6 +331,7 @@ impl Decode {
                 merge_flight => (64 * 32 / head_dim).min(16),
                 prefetch => tuning.prefetch.ptx(),
                 dependent,
+                fresh_keys => FRESH_KEYS,
                 q_load => if dependent { "ld.global" } else { "ld.global.nc" },
             },
         )?;

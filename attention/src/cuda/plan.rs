@@ -4,7 +4,7 @@
 //! the items [`pagewise_ptx::decode`]'s.
 
 use pagewise_ptx::decode::{
-    Decode, DecodeShape, DecodeSpec, DecodeTuning, Ring, TILE_KEYS, WorkItem, WorkspaceSizes,
+    Decode, DecodeShape, DecodeSpec, DecodeTuning, FRESH_KEYS, Ring, TILE_KEYS, WorkItem, WorkspaceSizes,
 };
 
 use super::balance::{Choice, Step, choose};
@@ -32,9 +32,12 @@ pub struct PlanOptions {
     /// different lengths share one captured CUDA graph. Every plan then has the same kernel, with one KV head to
     /// a thread block unless `block_heads` says otherwise.
     pub grid_items: Option<u32>,
-    /// When the launch begins. [`Order::Dependent`] is for work items and block tables that were there before the kernel
-    /// before this one began, and for a GPU and a driver that know such launches; where there is no variant for it, the
-    /// launch is an ordinary one.
+    /// When the launch begins. [`Order::Dependent`] is for a GPU and a driver that know such launches: the kernel asks for
+    /// its first keys while those before it still run. What it reads so early must be complete when the last ordinary
+    /// launch before it begins: work items, block tables, and all keys and values of a row but the last [`FRESH_KEYS`],
+    /// which may be a [`write_kv`](Context::write_kv_raw)'s of the same step. Queries and masks may come from the kernel
+    /// right before. Where there is no variant for it, or a sequence has more query rows than that (and then as many
+    /// fresh keys), the launch is an ordinary one.
     pub order: Order,
 }
 
@@ -124,6 +127,7 @@ impl DecodePlan {
         options: PlanOptions,
     ) -> Result<Self, CudaError> {
         let (config, layout) = (problem.config(), *problem.layout());
+        let options = PlanOptions { order: order_for(rows, options)?, ..options };
         let choices = Kind::choices(config, device, options)?;
         // The heads of a thread block are part of a launch, which a captured graph repeats.
         let heads = options.block_heads.or(options.grid_items.map(|_| 1));
@@ -228,6 +232,21 @@ impl DecodePlan {
     /// Bytes of the workspace that a run of this plan needs.
     pub fn workspace(&self) -> WorkspaceSizes {
         Decode::workspace_of(self.spec, self.partials, self.shape)
+    }
+}
+
+/// The order of a launch for these rows: a dependent one reads early what a step with many query rows of a sequence has
+/// just written.
+fn order_for(rows: &[Keys], options: PlanOptions) -> Result<Order, CudaError> {
+    // Rows of a sequence follow each other and share a block table.
+    let most = rows.chunk_by(|a, b| a.table == b.table).map(<[Keys]>::len).max().unwrap_or(0);
+    match options.order {
+        Order::Dependent if most > FRESH_KEYS as usize && options.grid_items.is_some() => Err(unsupported(
+            &format!("a dependent launch of fixed size for {most} query rows of a sequence"),
+            "give a sequence at most 16 query rows, or take Order::Stream",
+        )),
+        Order::Dependent if most > FRESH_KEYS as usize => Ok(Order::Stream),
+        order => Ok(order),
     }
 }
 

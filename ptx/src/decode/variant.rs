@@ -142,7 +142,8 @@ impl DecodeSpec {
     }
 
     /// The same for a programmatic dependent launch, where there is one: for caches of the queries' type, with the large
-    /// ring. It reads the work items before it waits for the kernel before it.
+    /// ring. Before it waits for the kernel before it, it reads work items, block tables, and keys and values but the last
+    /// [`FRESH_KEYS`](super::FRESH_KEYS) of each row.
     pub fn dependently(self) -> Option<Self> {
         Some(Self { dependent: true, ..self }).filter(|spec| spec.exists())
     }

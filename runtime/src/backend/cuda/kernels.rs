@@ -183,7 +183,8 @@ impl Kernels {
         unsafe { self.launch(&entry.kernel, launch, &args.values(), self.dependent) }
     }
 
-    /// Rows of a table of this type.
+    /// Rows of a table of this type. A step's first kernel, and so the ordinary launch that what later kernels read early
+    /// must be complete for: block tables, work items, keys of earlier steps, copied and swapped blocks.
     ///
     /// # Safety
     /// As of [`Kernels::activate`].
@@ -199,7 +200,7 @@ impl Kernels {
         let entry = self.embed.get(&self.gpu, spec, Embed::new, Embed::kernel)?;
         let launch = entry.descriptor.launch(args.rows, args.width);
         // SAFETY: the caller's; the arguments are the descriptor's.
-        unsafe { self.launch(&entry.kernel, launch, &args.values(), self.dependent) }
+        unsafe { self.launch(&entry.kernel, launch, &args.values(), false) }
     }
 
     /// Weights made up.
