@@ -15,9 +15,9 @@
 
 #[path = "cuda/gpu.rs"]
 mod gpu;
-#[path = "cuda/model.rs"]
+#[path = "cuda/model/mod.rs"]
 mod model;
-#[path = "cuda/step.rs"]
+#[path = "cuda/step/mod.rs"]
 mod step;
 #[path = "cuda/yardsticks.rs"]
 mod yardsticks;
@@ -53,7 +53,7 @@ fn main() {
             "driver": context.device().driver.to_string(),
             "driver_release": driver_release(),
             "read_ceiling_gb_s": ceiling,
-            "model": bench.figures(),
+            "model": bench.figures,
         });
         std::fs::write(path, serde_json::to_string_pretty(&json).unwrap() + "\n").unwrap();
     }

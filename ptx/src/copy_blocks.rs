@@ -7,7 +7,7 @@
 use minijinja::context;
 
 use crate::Error;
-use crate::kernel::{Arg, Launch, Param, ParamType, Source, Target, descriptor};
+use crate::kernel::{Launch, Source, Target, descriptor, parameters};
 
 /// Family and template name.
 const FAMILY: &str = "copy_blocks";
@@ -138,79 +138,37 @@ pub struct CopyBlocksArgs {
     pub to_blocks: u32,
 }
 
-/// The parameter list, the same for all variants.
-const PARAMS: [Param; 27] = {
-    const fn param(name: &'static str, ty: ParamType) -> Param {
-        Param { name, ty }
-    }
-    use ParamType::{Pointer, U32, U64};
-    [
-        param("from", Pointer),
-        param("to", Pointer),
-        param("pairs", Pointer),
-        param("count_at", Pointer),
-        param("key_from_block_stride", U64),
-        param("key_from_outer_stride", U64),
-        param("key_from_inner_stride", U64),
-        param("key_to_block_stride", U64),
-        param("key_to_outer_stride", U64),
-        param("key_to_inner_stride", U64),
-        param("value_from_block_stride", U64),
-        param("value_from_outer_stride", U64),
-        param("value_from_inner_stride", U64),
-        param("value_to_block_stride", U64),
-        param("value_to_outer_stride", U64),
-        param("value_to_inner_stride", U64),
-        param("key_block_bytes", U32),
-        param("key_row_bytes", U32),
-        param("key_inner", U32),
-        param("value_block_bytes", U32),
-        param("value_row_bytes", U32),
-        param("value_inner", U32),
-        param("count", U32),
-        param("pair_bytes", U32),
-        param("tensors", U32),
-        param("from_blocks", U32),
-        param("to_blocks", U32),
-    ]
-};
-
-impl CopyBlocksArgs {
-    /// The values of the parameters, in launch order.
-    pub fn values(&self) -> [Arg; PARAMS.len()] {
-        let CopyBlocksShape { pairs, layers, key, value } = self.shape;
-        // A block is below 2^32 bytes, as `launch` checks.
-        let block_bytes = |rows: BlockRows| Arg::u32(rows.bytes() as u32);
-        [
-            Arg::pointer(self.from),
-            Arg::pointer(self.to),
-            Arg::pointer(self.pairs),
-            Arg::pointer(self.count),
-            Arg::u64(key.from.block),
-            Arg::u64(key.from.outer),
-            Arg::u64(key.from.inner),
-            Arg::u64(key.to.block),
-            Arg::u64(key.to.outer),
-            Arg::u64(key.to.inner),
-            Arg::u64(value.from.block),
-            Arg::u64(value.from.outer),
-            Arg::u64(value.from.inner),
-            Arg::u64(value.to.block),
-            Arg::u64(value.to.outer),
-            Arg::u64(value.to.inner),
-            block_bytes(key),
-            Arg::u32(key.row_bytes),
-            Arg::u32(key.inner),
-            block_bytes(value),
-            Arg::u32(value.row_bytes),
-            Arg::u32(value.inner),
-            Arg::u32(pairs),
-            Arg::u32(self.pair_bytes),
-            Arg::u32(2 * layers),
-            Arg::u32(self.from_blocks),
-            Arg::u32(self.to_blocks),
-        ]
-    }
+parameters! {
+    /// The parameter list, the same for all variants.
+    const PARAMS of pub fn CopyBlocksArgs::values(&self);
+    from: Pointer = self.from,
+    to: Pointer = self.to,
+    pairs: Pointer = self.pairs,
+    count_at: Pointer = self.count,
+    key_from_block_stride: U64 = self.shape.key.from.block,
+    key_from_outer_stride: U64 = self.shape.key.from.outer,
+    key_from_inner_stride: U64 = self.shape.key.from.inner,
+    key_to_block_stride: U64 = self.shape.key.to.block,
+    key_to_outer_stride: U64 = self.shape.key.to.outer,
+    key_to_inner_stride: U64 = self.shape.key.to.inner,
+    value_from_block_stride: U64 = self.shape.value.from.block,
+    value_from_outer_stride: U64 = self.shape.value.from.outer,
+    value_from_inner_stride: U64 = self.shape.value.from.inner,
+    value_to_block_stride: U64 = self.shape.value.to.block,
+    value_to_outer_stride: U64 = self.shape.value.to.outer,
+    value_to_inner_stride: U64 = self.shape.value.to.inner,
+    // A block is below 2^32 bytes, as `launch` checks.
+    key_block_bytes: U32 = self.shape.key.bytes() as u32,
+    key_row_bytes: U32 = self.shape.key.row_bytes,
+    key_inner: U32 = self.shape.key.inner,
+    value_block_bytes: U32 = self.shape.value.bytes() as u32,
+    value_row_bytes: U32 = self.shape.value.row_bytes,
+    value_inner: U32 = self.shape.value.inner,
+    count: U32 = self.shape.pairs,
+    pair_bytes: U32 = self.pair_bytes,
+    tensors: U32 = 2 * self.shape.layers,
+    from_blocks: U32 = self.from_blocks,
+    to_blocks: U32 = self.to_blocks,
 }
 
 descriptor!(

@@ -6,7 +6,7 @@
 
 use minijinja::context;
 
-use crate::kernel::{Arg, Kernel, Launch, Param, ParamType, Source, Target};
+use crate::kernel::{Kernel, Launch, Source, Target, parameters};
 use crate::{DType, Error};
 
 /// Family and template name.
@@ -37,18 +37,11 @@ pub struct CounterArgs {
     pub seed: u32,
 }
 
-/// The parameter list, the same for all variants.
-const PARAMS: [Param; 3] = [
-    Param { name: "data", ty: ParamType::Pointer },
-    Param { name: "count", ty: ParamType::U64 },
-    Param { name: "seed", ty: ParamType::U32 },
-];
-
-impl CounterArgs {
-    /// The values of the parameters, in launch order.
-    pub fn values(&self) -> [Arg; PARAMS.len()] {
-        [Arg::pointer(self.data), Arg::u64(self.count), Arg::u32(self.seed)]
-    }
+parameters! {
+    const PARAMS of pub fn CounterArgs::values(&self);
+    data: Pointer = self.data,
+    count: U64 = self.count,
+    seed: U32 = self.seed,
 }
 
 /// One variant, rendered.

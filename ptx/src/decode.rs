@@ -7,7 +7,7 @@ mod variant;
 
 use minijinja::context;
 
-use crate::kernel::{Arg, Kernel, Launch, Param, ParamType, Target};
+use crate::kernel::{Kernel, Launch, Target, parameters};
 use crate::{Error, template};
 
 pub use variant::{DecodeSpec, DecodeTuning, HEAD_DIMS, Prefetch, Ring};
@@ -189,99 +189,54 @@ pub struct DecodeArgs {
     pub tickets: u64,
 }
 
-/// The parameter list, the same for all variants.
-const PARAMS: [Param; 35] = {
-    const fn param(name: &'static str, ty: ParamType) -> Param {
-        Param { name, ty }
+/// The factor of a score and its soft cap, 0 for none, as the kernels take them: they work in base 2, and compute tanh(x)
+/// from exp2(2 x log2(e)).
+pub(crate) fn in_base_two(scale: f32, softcap: Option<f32>) -> (f32, f32) {
+    use std::f32::consts::LOG2_E;
+    match softcap {
+        None => (scale * LOG2_E, 0.0),
+        Some(cap) => (2.0 * LOG2_E * scale / cap, cap * LOG2_E),
     }
-    use ParamType::{F32, Pointer, U32, U64};
-    [
-        param("q", Pointer),
-        param("k", Pointer),
-        param("v", Pointer),
-        param("tables", Pointer),
-        param("work", Pointer),
-        param("out", Pointer),
-        param("lse", Pointer),
-        param("partial_out", Pointer),
-        param("partial_max", Pointer),
-        param("tickets", Pointer),
-        param("k_scale", Pointer),
-        param("v_scale", Pointer),
-        param("slopes", Pointer),
-        param("sinks", Pointer),
-        param("mask_bits", Pointer),
-        param("q_row_stride", U64),
-        param("q_head_stride", U64),
-        param("k_block_stride", U64),
-        param("k_token_stride", U64),
-        param("k_head_stride", U64),
-        param("v_block_stride", U64),
-        param("v_token_stride", U64),
-        param("v_head_stride", U64),
-        param("out_row_stride", U64),
-        param("out_head_stride", U64),
-        param("block_shift", U32),
-        param("group", U32),
-        param("tile_rows", U32),
-        param("heads_shift", U32),
-        param("dim_k", U32),
-        param("dim_v", U32),
-        param("mask_words", U32),
-        param("scale_head_stride", U32),
-        param("scale", F32),
-        param("cap", F32),
-    ]
-};
+}
 
-impl DecodeArgs {
-    /// The values of the parameters, in launch order.
-    pub fn values(&self) -> [Arg; PARAMS.len()] {
-        use std::f32::consts::LOG2_E;
-        let scores = &self.scores;
-        // The kernel works in base 2, and computes tanh(x) from exp2(2 x log2(e)).
-        let (scale, cap) = match scores.softcap {
-            None => (scores.scale * LOG2_E, 0.0),
-            Some(cap) => (2.0 * LOG2_E * scores.scale / cap, cap * LOG2_E),
-        };
-        [
-            Arg::pointer(self.q.address),
-            Arg::pointer(self.k.address),
-            Arg::pointer(self.v.address),
-            Arg::pointer(self.tables),
-            Arg::pointer(self.work),
-            Arg::pointer(self.out.address),
-            Arg::pointer(self.lse),
-            Arg::pointer(self.partial_out),
-            Arg::pointer(self.partial_max),
-            Arg::pointer(self.tickets),
-            Arg::pointer(scores.k_scale),
-            Arg::pointer(scores.v_scale),
-            Arg::pointer(scores.slopes),
-            Arg::pointer(scores.sinks),
-            Arg::pointer(scores.mask_bits),
-            Arg::u64(self.q.row_stride),
-            Arg::u64(self.q.head_stride),
-            Arg::u64(self.k.block_stride),
-            Arg::u64(self.k.token_stride),
-            Arg::u64(self.k.head_stride),
-            Arg::u64(self.v.block_stride),
-            Arg::u64(self.v.token_stride),
-            Arg::u64(self.v.head_stride),
-            Arg::u64(self.out.row_stride),
-            Arg::u64(self.out.head_stride),
-            Arg::u32(self.block_shift),
-            Arg::u32(self.shape.group),
-            Arg::u32(self.shape.tile_rows()),
-            Arg::u32(self.shape.block_heads.trailing_zeros()),
-            Arg::u32(self.head_dim_k),
-            Arg::u32(self.head_dim_v),
-            Arg::u32(scores.mask_words),
-            Arg::u32(u32::from(scores.scale_per_head)),
-            Arg::f32(scale),
-            Arg::f32(cap),
-        ]
-    }
+parameters! {
+    /// The parameter list, the same for all variants.
+    const PARAMS of pub fn DecodeArgs::values(&self);
+    q: Pointer = self.q.address,
+    k: Pointer = self.k.address,
+    v: Pointer = self.v.address,
+    tables: Pointer = self.tables,
+    work: Pointer = self.work,
+    out: Pointer = self.out.address,
+    lse: Pointer = self.lse,
+    partial_out: Pointer = self.partial_out,
+    partial_max: Pointer = self.partial_max,
+    tickets: Pointer = self.tickets,
+    k_scale: Pointer = self.scores.k_scale,
+    v_scale: Pointer = self.scores.v_scale,
+    slopes: Pointer = self.scores.slopes,
+    sinks: Pointer = self.scores.sinks,
+    mask_bits: Pointer = self.scores.mask_bits,
+    q_row_stride: U64 = self.q.row_stride,
+    q_head_stride: U64 = self.q.head_stride,
+    k_block_stride: U64 = self.k.block_stride,
+    k_token_stride: U64 = self.k.token_stride,
+    k_head_stride: U64 = self.k.head_stride,
+    v_block_stride: U64 = self.v.block_stride,
+    v_token_stride: U64 = self.v.token_stride,
+    v_head_stride: U64 = self.v.head_stride,
+    out_row_stride: U64 = self.out.row_stride,
+    out_head_stride: U64 = self.out.head_stride,
+    block_shift: U32 = self.block_shift,
+    group: U32 = self.shape.group,
+    tile_rows: U32 = self.shape.tile_rows(),
+    heads_shift: U32 = self.shape.block_heads.trailing_zeros(),
+    dim_k: U32 = self.head_dim_k,
+    dim_v: U32 = self.head_dim_v,
+    mask_words: U32 = self.scores.mask_words,
+    scale_head_stride: U32 = u32::from(self.scores.scale_per_head),
+    scale: F32 = in_base_two(self.scores.scale, self.scores.softcap).0,
+    cap: F32 = in_base_two(self.scores.scale, self.scores.softcap).1,
 }
 
 /// One variant, rendered.

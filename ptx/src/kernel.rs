@@ -139,6 +139,32 @@ impl Arg {
     }
 }
 
+/// A kernel's parameters in launch order, in one list of `name: Type = value`: makes of it the constant of their
+/// descriptions and the function of a launch's values.
+macro_rules! parameters {
+    (@arg Pointer $value:expr) => { $crate::Arg::pointer($value) };
+    (@arg U64 $value:expr) => { $crate::Arg::u64($value) };
+    (@arg U32 $value:expr) => { $crate::Arg::u32($value) };
+    (@arg F32 $value:expr) => { $crate::Arg::f32($value) };
+    (
+        $(#[$about:meta])*
+        const $PARAMS:ident of $vis:vis fn $Args:ident::$values:ident(&$this:ident $(, $more:ident: $More:ty)*);
+        $($name:ident: $ty:ident = $value:expr,)+
+    ) => {
+        $(#[$about])*
+        const $PARAMS: [$crate::Param; [$(stringify!($name)),+].len()] =
+            [$($crate::Param { name: stringify!($name), ty: $crate::ParamType::$ty }),+];
+
+        impl $Args {
+            /// The values of the parameters, in launch order.
+            $vis fn $values(&$this $(, $more: $More)*) -> [$crate::Arg; $PARAMS.len()] {
+                [$($crate::kernel::parameters!(@arg $ty $value)),+]
+            }
+        }
+    };
+}
+pub(crate) use parameters;
+
 /// How a kernel is launched for one shape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Launch {

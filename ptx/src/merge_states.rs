@@ -5,7 +5,7 @@
 
 use minijinja::context;
 
-use crate::kernel::{Arg, Launch, Param, ParamType, Source, Target, descriptor};
+use crate::kernel::{Launch, Source, Target, descriptor, parameters};
 use crate::{DType, Error};
 
 /// Family and template name.
@@ -112,58 +112,27 @@ pub struct MergeStatesArgs {
     pub lse: StateRows,
 }
 
-/// The parameter list, the same for all variants.
-const PARAMS: [Param; 18] = {
-    const fn param(name: &'static str, ty: ParamType) -> Param {
-        Param { name, ty }
-    }
-    use ParamType::{Pointer, U32, U64};
-    [
-        param("part_out", Pointer),
-        param("part_lse", Pointer),
-        param("out", Pointer),
-        param("lse", Pointer),
-        param("part_out_part_stride", U64),
-        param("part_out_row_stride", U64),
-        param("part_out_head_stride", U64),
-        param("part_lse_part_stride", U64),
-        param("part_lse_row_stride", U64),
-        param("part_lse_head_stride", U64),
-        param("out_row_stride", U64),
-        param("out_head_stride", U64),
-        param("lse_row_stride", U64),
-        param("lse_head_stride", U64),
-        param("parts", U32),
-        param("rows", U32),
-        param("heads", U32),
-        param("head_dim", U32),
-    ]
-};
-
-impl MergeStatesArgs {
-    /// The values of the parameters, in launch order.
-    pub fn values(&self) -> [Arg; PARAMS.len()] {
-        [
-            Arg::pointer(self.part_out.address),
-            Arg::pointer(self.part_lse.address),
-            Arg::pointer(self.out.address),
-            Arg::pointer(self.lse.address),
-            Arg::u64(self.part_out_stride.cast_unsigned()),
-            Arg::u64(self.part_out.row_stride),
-            Arg::u64(self.part_out.head_stride),
-            Arg::u64(self.part_lse_stride.cast_unsigned()),
-            Arg::u64(self.part_lse.row_stride),
-            Arg::u64(self.part_lse.head_stride),
-            Arg::u64(self.out.row_stride),
-            Arg::u64(self.out.head_stride),
-            Arg::u64(self.lse.row_stride),
-            Arg::u64(self.lse.head_stride),
-            Arg::u32(self.parts),
-            Arg::u32(self.shape.rows),
-            Arg::u32(self.shape.heads),
-            Arg::u32(self.shape.head_dim),
-        ]
-    }
+parameters! {
+    /// The parameter list, the same for all variants.
+    const PARAMS of pub fn MergeStatesArgs::values(&self);
+    part_out: Pointer = self.part_out.address,
+    part_lse: Pointer = self.part_lse.address,
+    out: Pointer = self.out.address,
+    lse: Pointer = self.lse.address,
+    part_out_part_stride: U64 = self.part_out_stride.cast_unsigned(),
+    part_out_row_stride: U64 = self.part_out.row_stride,
+    part_out_head_stride: U64 = self.part_out.head_stride,
+    part_lse_part_stride: U64 = self.part_lse_stride.cast_unsigned(),
+    part_lse_row_stride: U64 = self.part_lse.row_stride,
+    part_lse_head_stride: U64 = self.part_lse.head_stride,
+    out_row_stride: U64 = self.out.row_stride,
+    out_head_stride: U64 = self.out.head_stride,
+    lse_row_stride: U64 = self.lse.row_stride,
+    lse_head_stride: U64 = self.lse.head_stride,
+    parts: U32 = self.parts,
+    rows: U32 = self.shape.rows,
+    heads: U32 = self.shape.heads,
+    head_dim: U32 = self.shape.head_dim,
 }
 
 descriptor!(

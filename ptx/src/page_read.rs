@@ -6,7 +6,7 @@
 use minijinja::context;
 
 use crate::Error;
-use crate::kernel::{Arg, Kernel, Launch, Param, ParamType, Source, Target};
+use crate::kernel::{Kernel, Launch, Source, Target, parameters};
 
 /// Family and template name.
 const FAMILY: &str = "page_read";
@@ -39,36 +39,16 @@ pub struct PageReadArgs {
     pub per_block: u32,
 }
 
-/// The parameter list, the same for both variants.
-const PARAMS: [Param; 7] = {
-    const fn param(name: &'static str, ty: ParamType) -> Param {
-        Param { name, ty }
-    }
-    use ParamType::{Pointer, U32};
-    [
-        param("data", Pointer),
-        param("table", Pointer),
-        param("partial", Pointer),
-        param("ticket", Pointer),
-        param("out", Pointer),
-        param("count", U32),
-        param("per_block", U32),
-    ]
-};
-
-impl PageReadArgs {
-    /// The values of the parameters, in launch order.
-    pub fn values(&self) -> [Arg; PARAMS.len()] {
-        [
-            Arg::pointer(self.data),
-            Arg::pointer(self.table),
-            Arg::pointer(self.partial),
-            Arg::pointer(self.ticket),
-            Arg::pointer(self.out),
-            Arg::u32(self.count),
-            Arg::u32(self.per_block),
-        ]
-    }
+parameters! {
+    /// The parameter list, the same for both variants.
+    const PARAMS of pub fn PageReadArgs::values(&self);
+    data: Pointer = self.data,
+    table: Pointer = self.table,
+    partial: Pointer = self.partial,
+    ticket: Pointer = self.ticket,
+    out: Pointer = self.out,
+    count: U32 = self.count,
+    per_block: U32 = self.per_block,
 }
 
 /// One variant, rendered.

@@ -10,8 +10,8 @@ mod variant;
 
 use minijinja::context;
 
-use crate::decode::{CacheRows, Rows};
-use crate::kernel::{Arg, Kernel, Launch, Param, ParamType, Target};
+use crate::decode::{CacheRows, Rows, in_base_two};
+use crate::kernel::{Arg, Kernel, Launch, Param, ParamType, Target, parameters};
 use crate::{Error, template};
 
 pub use merge::{MergeItem, PrefillMerge, PrefillMergeArgs};
@@ -109,104 +109,59 @@ pub struct PrefillArgs {
     pub partial_max: u64,
 }
 
-const fn param(name: &'static str, ty: ParamType) -> Param {
-    Param { name, ty }
+parameters! {
+    /// The parameters that all variants have.
+    const PARAMS of pub fn PrefillArgs::values(&self);
+    q: Pointer = self.q.address,
+    k: Pointer = self.k.address,
+    v: Pointer = self.v.address,
+    tables: Pointer = self.tables,
+    work: Pointer = self.work,
+    ranges: Pointer = self.ranges,
+    out: Pointer = self.out.address,
+    lse: Pointer = self.lse,
+    partial_out: Pointer = self.partial_out,
+    partial_max: Pointer = self.partial_max,
+    slopes: Pointer = self.slopes,
+    sinks: Pointer = self.sinks,
+    q_row_stride: U64 = self.q.row_stride,
+    q_head_stride: U64 = self.q.head_stride,
+    k_block_stride: U64 = self.k.block_stride,
+    k_token_stride: U64 = self.k.token_stride,
+    k_head_stride: U64 = self.k.head_stride,
+    v_block_stride: U64 = self.v.block_stride,
+    v_token_stride: U64 = self.v.token_stride,
+    v_head_stride: U64 = self.v.head_stride,
+    out_row_stride: U64 = self.out.row_stride,
+    out_head_stride: U64 = self.out.head_stride,
+    block_shift: U32 = self.block_shift,
+    group: U32 = self.group,
+    q_heads: U64 = u64::from(self.q_heads),
+    dim_k: U32 = self.head_dim_k,
+    dim_v: U32 = self.head_dim_v,
+    scale: F32 = in_base_two(self.scale, self.softcap).0,
+    cap: F32 = in_base_two(self.scale, self.softcap).1,
 }
 
-/// The parameters that all variants have.
-const PARAMS: [Param; 29] = {
-    use ParamType::{F32, Pointer, U32, U64};
-    [
-        param("q", Pointer),
-        param("k", Pointer),
-        param("v", Pointer),
-        param("tables", Pointer),
-        param("work", Pointer),
-        param("ranges", Pointer),
-        param("out", Pointer),
-        param("lse", Pointer),
-        param("partial_out", Pointer),
-        param("partial_max", Pointer),
-        param("slopes", Pointer),
-        param("sinks", Pointer),
-        param("q_row_stride", U64),
-        param("q_head_stride", U64),
-        param("k_block_stride", U64),
-        param("k_token_stride", U64),
-        param("k_head_stride", U64),
-        param("v_block_stride", U64),
-        param("v_token_stride", U64),
-        param("v_head_stride", U64),
-        param("out_row_stride", U64),
-        param("out_head_stride", U64),
-        param("block_shift", U32),
-        param("group", U32),
-        param("q_heads", U64),
-        param("dim_k", U32),
-        param("dim_v", U32),
-        param("scale", F32),
-        param("cap", F32),
-    ]
-};
+parameters! {
+    /// What the variants with bits have beside.
+    const BITS_PARAMS of fn PrefillArgs::values_of_bits(&self);
+    mask_bits: Pointer = self.mask_bits,
+    mask_words: U32 = self.mask_words,
+}
 
 /// The parameters of the Hopper form: two tensor maps, those of all forms, and the number of items.
 fn hopper_params() -> Vec<Param> {
+    let param = |name, ty| Param { name, ty };
     let maps = ["k_map", "v_map"].map(|name| param(name, ParamType::TensorMap));
     maps.into_iter().chain(PARAMS).chain([param("items", ParamType::U32)]).collect()
 }
 
-/// The parameters of the variants with bits.
-fn bits_params() -> Vec<Param> {
-    let bits = [param("mask_bits", ParamType::Pointer), param("mask_words", ParamType::U32)];
-    PARAMS.into_iter().chain(bits).collect()
-}
-
 impl PrefillArgs {
-    /// The values of the parameters, in launch order.
-    pub fn values(&self) -> [Arg; PARAMS.len()] {
-        use std::f32::consts::LOG2_E;
-        // The kernel works in base 2, and computes tanh(x) from exp2(2 x log2(e)).
-        let (scale, cap) = match self.softcap {
-            None => (self.scale * LOG2_E, 0.0),
-            Some(cap) => (2.0 * LOG2_E * self.scale / cap, cap * LOG2_E),
-        };
-        [
-            Arg::pointer(self.q.address),
-            Arg::pointer(self.k.address),
-            Arg::pointer(self.v.address),
-            Arg::pointer(self.tables),
-            Arg::pointer(self.work),
-            Arg::pointer(self.ranges),
-            Arg::pointer(self.out.address),
-            Arg::pointer(self.lse),
-            Arg::pointer(self.partial_out),
-            Arg::pointer(self.partial_max),
-            Arg::pointer(self.slopes),
-            Arg::pointer(self.sinks),
-            Arg::u64(self.q.row_stride),
-            Arg::u64(self.q.head_stride),
-            Arg::u64(self.k.block_stride),
-            Arg::u64(self.k.token_stride),
-            Arg::u64(self.k.head_stride),
-            Arg::u64(self.v.block_stride),
-            Arg::u64(self.v.token_stride),
-            Arg::u64(self.v.head_stride),
-            Arg::u64(self.out.row_stride),
-            Arg::u64(self.out.head_stride),
-            Arg::u32(self.block_shift),
-            Arg::u32(self.group),
-            Arg::u64(u64::from(self.q_heads)),
-            Arg::u32(self.head_dim_k),
-            Arg::u32(self.head_dim_v),
-            Arg::f32(scale),
-            Arg::f32(cap),
-        ]
-    }
-
     /// Those of the variants with bits.
     pub fn bits_values(&self) -> [Arg; BITS_VALUES] {
-        let mut values = [Arg::u32(self.mask_words); BITS_VALUES];
-        let known = self.values().into_iter().chain([Arg::pointer(self.mask_bits)]);
+        let mut values = [Arg::u32(0); BITS_VALUES];
+        let known = self.values().into_iter().chain(self.values_of_bits());
         values.iter_mut().zip(known).for_each(|(place, value)| *place = value);
         values
     }
@@ -223,7 +178,7 @@ impl PrefillArgs {
 const HOPPER_VALUES: usize = PARAMS.len() + 1;
 
 /// The parameters of the variants with bits.
-const BITS_VALUES: usize = PARAMS.len() + 2;
+const BITS_VALUES: usize = PARAMS.len() + BITS_PARAMS.len();
 
 /// One variant, rendered.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -283,7 +238,7 @@ impl Prefill {
                         words => spec.tile_words(),
                     },
                 )?,
-                if spec.bits { bits_params() } else { PARAMS.to_vec() },
+                if spec.bits { [&PARAMS[..], &BITS_PARAMS].concat() } else { PARAMS.to_vec() },
             ),
         };
         Ok(Self {

@@ -4,10 +4,12 @@
 #![allow(clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 mod beams;
+mod numbers;
 mod steps;
 
 pub use beams::{GoldenBeam, all_beams, older_beams};
-pub use steps::{Sequence, argmax, executor};
+pub use numbers::Numbers;
+pub use steps::{Planner, Sequence, argmax, executor, executor_after, rows_by_sequence};
 
 use std::path::{Path, PathBuf};
 

@@ -18,10 +18,9 @@ use pagewise_attention::cuda::cudarc::driver::result::mem_get_info;
 use pagewise_runtime::backend::cuda::{CudaBackend, CudaOptions};
 use pagewise_runtime::backend::{AttentionSpec, StepLimits};
 use pagewise_runtime::executor::{Executor, ModelExecutor};
-use pagewise_runtime::model_dir::{ModelDir, Weights};
-use pagewise_runtime::models::{WeightSource, load_model};
-use pagewise_runtime::plan::{BlockId, LogitRows, StepPlan};
-use pagewise_tests::{FIXTURES, Sequence, fixture};
+use pagewise_runtime::model_dir::ModelDir;
+use pagewise_runtime::plan::LogitRows;
+use pagewise_tests::{FIXTURES, Planner, Sequence, executor_after, fixture};
 
 const BLOCK_SIZE: usize = 16;
 const NUM_BLOCKS: usize = 1009;
@@ -34,7 +33,7 @@ const DECODES: usize = 16;
 struct Ready {
     backend: CudaBackend,
     executor: ModelExecutor<CudaBackend>,
-    groups: usize,
+    planner: Planner,
     vocab_size: usize,
     max_seq_len: usize,
 }
@@ -43,43 +42,37 @@ fn ready(name: &str, dtype: DType, graphs: bool) -> Ready {
     let dir = fixture(name);
     let ModelDir { config, .. } = ModelDir::open(&dir).unwrap();
     let backend = CudaBackend::new(CudaOptions { ordinal: 0, dtype, graphs }).unwrap();
-    let weights = WeightSource::Files { weights: Weights::open(&dir).unwrap(), dtype: Some(dtype) };
-    let model = load_model(&config, &weights, &backend).unwrap();
     let mut spec = AttentionSpec::new(&config, dtype, BLOCK_SIZE, NUM_BLOCKS).with_compute_dtype(dtype);
     spec.limits = StepLimits { max_seq_len: LIMITS.max_seq_len.min(spec.limits.max_seq_len), ..LIMITS };
-    backend.profile(&*model, &spec).unwrap();
     let max_seq_len = spec.limits.max_seq_len;
-    let executor = ModelExecutor::new(backend.clone(), model, spec, config.vocab_size).unwrap();
-    let groups = config.kv_groups().0.len();
-    Ready { backend, executor, groups, vocab_size: config.vocab_size, max_seq_len }
+    let executor = executor_after(backend.clone(), &dir, Some(dtype), spec, |backend, model, spec| {
+        backend.profile(model, spec).unwrap();
+    });
+    let planner = Planner::new(&config, BLOCK_SIZE, NUM_BLOCKS);
+    Ready { backend, executor, planner, vocab_size: config.vocab_size, max_seq_len }
 }
 
 impl Ready {
+    fn step(&mut self, work: &mut [(&mut Sequence, usize)]) -> Vec<f32> {
+        let plan = self.planner.step(work, LogitRows::Last);
+        self.executor.execute(&plan).unwrap().logits
+    }
+
     /// Decodes of batches of every size up to the limit, of sequences of all lengths: the bits of all logits.
     fn decode(&mut self, between: &mut dyn FnMut(&CudaBackend, usize)) -> Vec<u32> {
         let most = self.max_seq_len - DECODES;
         let longest = |index: usize| ([300, 40, 5, 1][index % 4] + index % 3).min(most);
-        let mut free: Vec<BlockId> = (0..NUM_BLOCKS).map(|i| (i * 7919 % NUM_BLOCKS) as BlockId).collect();
         let tokens = |index: usize| -> Vec<u32> {
             (0..longest(index) + DECODES).map(|at| ((at * 31 + index * 7) % self.vocab_size) as u32).collect()
         };
         let mut sequences: Vec<Sequence> = (0..LIMITS.max_sequences)
-            .map(|index| Sequence::new(index as u64, &tokens(index), self.groups))
+            .map(|index| self.planner.sequence(index as u64, &tokens(index)))
             .collect();
-        let mut id = 0;
-        let mut step = |executor: &mut ModelExecutor<CudaBackend>, work: &mut [(&mut Sequence, usize)]| {
-            let mut plan = StepPlan { id, ..StepPlan::default() };
-            id += 1;
-            for (sequence, count) in work {
-                plan.chunks.push(sequence.next_chunk(*count, BLOCK_SIZE, &mut free, LogitRows::Last));
-            }
-            executor.execute(&plan).unwrap().logits
-        };
         for (index, sequence) in sequences.iter_mut().enumerate() {
             let mut left = longest(index);
             while left > 0 {
                 let count = left.min(LIMITS.max_rows);
-                step(&mut self.executor, &mut [(sequence, count)]);
+                self.step(&mut [(sequence, count)]);
                 left -= count;
             }
         }
@@ -91,7 +84,7 @@ impl Ready {
                 let first = (round * 7 + rows) % (LIMITS.max_sequences - rows + 1);
                 let work = sequences.iter_mut().skip(first).filter(|s| s.computed < s.tokens.len());
                 let mut work: Vec<(&mut Sequence, usize)> = work.take(rows).map(|s| (s, 1)).collect();
-                let logits = step(&mut self.executor, &mut work);
+                let logits = self.step(&mut work);
                 bits.extend(logits.iter().map(|x| x.to_bits()));
                 between(&self.backend, rows);
             }

@@ -7,9 +7,9 @@ use pagewise_attention::DType;
 use pagewise_runtime::backend::AttentionSpec;
 use pagewise_runtime::backend::cpu::CpuBackend;
 use pagewise_runtime::executor::{Executor, ModelExecutor};
-use pagewise_runtime::model_dir::{ModelConfig, ModelDir};
-use pagewise_runtime::plan::{BlockId, LogitRows, StepPlan};
-use pagewise_tests::{FIXTURES, Sequence, argmax, executor, fixture};
+use pagewise_runtime::model_dir::ModelDir;
+use pagewise_runtime::plan::LogitRows;
+use pagewise_tests::{FIXTURES, Numbers, Planner, Sequence, argmax, executor, fixture, rows_by_sequence};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -37,51 +37,25 @@ fn golden(name: &str) -> Golden {
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
 }
 
-/// A model with a cache whose blocks are handed out in a scrambled order and never given back.
+/// A model with a cache whose blocks are never given back.
 struct Bench {
     executor: ModelExecutor<CpuBackend>,
-    config: ModelConfig,
-    block_size: usize,
-    free: Vec<BlockId>,
-    random: u64,
-    steps: u64,
+    planner: Planner,
 }
 
 impl Bench {
-    fn new(dir: &Path, block_size: usize, seed: u64) -> Self {
+    fn new(dir: &Path, block_size: usize) -> Self {
         let ModelDir { config, .. } = ModelDir::open(dir).unwrap();
         let num_blocks = 1024usize.div_ceil(block_size) + 8;
         let spec = AttentionSpec::new(&config, DType::F32, block_size, num_blocks);
         let executor = executor(CpuBackend::new(Some(2)).unwrap(), dir, None, spec);
-        let mut bench = Self { executor, config, block_size, free: Vec::new(), random: seed, steps: 0 };
-        let mut free: Vec<BlockId> = (0..num_blocks as BlockId).collect();
-        for i in (1..free.len()).rev() {
-            free.swap(i, bench.below(i + 1));
-        }
-        bench.free = free;
-        bench
-    }
-
-    fn below(&mut self, bound: usize) -> usize {
-        self.random =
-            self.random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.random >> 33) as usize % bound
-    }
-
-    fn sequence(&self, id: u64, prompt: &[u32]) -> Sequence {
-        Sequence::new(id, prompt, self.config.kv_groups().0.len())
+        Self { executor, planner: Planner::new(&config, block_size, num_blocks) }
     }
 
     /// Computes the next tokens of each sequence in one step; returns the logits of all their positions.
     fn step(&mut self, work: &mut [(&mut Sequence, usize)]) -> Vec<Vec<Vec<f32>>> {
-        let mut plan = StepPlan { id: self.steps, ..StepPlan::default() };
-        self.steps += 1;
-        for (sequence, count) in work.iter_mut() {
-            plan.chunks.push(sequence.next_chunk(*count, self.block_size, &mut self.free, LogitRows::All));
-        }
-        let output = self.executor.execute(&plan).unwrap();
-        let mut rows = output.logits.chunks(output.vocab_size).map(<[f32]>::to_vec);
-        work.iter().map(|&(_, count)| rows.by_ref().take(count).collect()).collect()
+        let plan = self.planner.step(work, LogitRows::All);
+        rows_by_sequence(&plan, &self.executor.execute(&plan).unwrap())
     }
 }
 
@@ -110,10 +84,10 @@ fn check_prompt(label: &str, golden: &GoldenPrompt, rows: &[Vec<f32>]) {
 fn each_prompt_alone() {
     for name in FIXTURES {
         for block_size in BLOCK_SIZES {
-            let mut bench = Bench::new(&fixture(name), block_size, 7);
+            let mut bench = Bench::new(&fixture(name), block_size);
             for (index, golden) in golden(name).prompts.iter().enumerate() {
                 let label = format!("{name}, block size {block_size}, prompt {index} alone");
-                let mut sequence = bench.sequence(index as u64, &golden.prompt);
+                let mut sequence = bench.planner.sequence(index as u64, &golden.prompt);
                 let count = golden.prompt.len();
                 let rows = bench.step(&mut [(&mut sequence, count)]).remove(0);
                 check_prompt(&label, golden, &rows);
@@ -137,9 +111,10 @@ fn all_prompts_in_one_random_batch() {
     for name in FIXTURES {
         for block_size in BLOCK_SIZES {
             let golden = golden(name).prompts;
-            let mut bench = Bench::new(&fixture(name), block_size, 11 + block_size as u64);
+            let mut bench = Bench::new(&fixture(name), block_size);
+            let mut numbers = Numbers(11 + block_size as u64);
             let mut sequences: Vec<Sequence> = (0..2 * golden.len())
-                .map(|i| bench.sequence(i as u64, &golden[i % golden.len()].prompt))
+                .map(|i| bench.planner.sequence(i as u64, &golden[i % golden.len()].prompt))
                 .collect();
             let mut rows: Vec<Vec<Vec<f32>>> = vec![Vec::new(); sequences.len()];
             let goal =
@@ -149,8 +124,8 @@ fn all_prompts_in_one_random_batch() {
                 for (i, sequence) in sequences.iter_mut().enumerate() {
                     let waiting =
                         (sequence.tokens.len() - sequence.computed).min(goal(i) - sequence.computed);
-                    if waiting > 0 && bench.below(4) > 0 {
-                        chosen.push((i, 1 + bench.below(waiting), sequence));
+                    if waiting > 0 && numbers.below(4) > 0 {
+                        chosen.push((i, 1 + numbers.below(waiting), sequence));
                     }
                 }
                 if chosen.is_empty() {

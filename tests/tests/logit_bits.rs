@@ -9,8 +9,8 @@ use pagewise_runtime::backend::AttentionSpec;
 use pagewise_runtime::backend::cpu::CpuBackend;
 use pagewise_runtime::executor::{Executor, ModelExecutor};
 use pagewise_runtime::model_dir::ModelDir;
-use pagewise_runtime::plan::{BlockId, LogitRows, SequenceId, StepPlan};
-use pagewise_tests::{FIXTURES, Sequence, executor, fixture, smollm2_f32};
+use pagewise_runtime::plan::{BlockId, LogitRows, SequenceId};
+use pagewise_tests::{FIXTURES, Numbers, Planner, Sequence, executor, fixture, smollm2_f32};
 use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
@@ -79,46 +79,37 @@ struct Subject<'a> {
 /// Rows of logits as bits, by prompt and position.
 type Rows = HashMap<(usize, usize), Vec<u32>>;
 
-/// A model with a cache whose blocks are handed out in a scrambled order.
+/// A model and its cache.
 struct Machine {
     executor: ModelExecutor<CpuBackend>,
-    groups: usize,
-    block_size: usize,
-    free: Vec<BlockId>,
-    steps: u64,
+    planner: Planner,
 }
 
 impl Machine {
     fn new(subject: &Subject<'_>, way: Way) -> Self {
         let ModelDir { config, .. } = ModelDir::open(subject.dir).unwrap();
         let backend = CpuBackend::new(Some(way.threads)).unwrap();
-        let groups = config.kv_groups().0.len();
         let block_size = way.block_size;
         let blocks = |prompt: &Vec<u32>| prompt.len().div_ceil(block_size);
-        let num_blocks = 2 * groups * subject.prompts.iter().map(blocks).sum::<usize>();
+        let num_blocks = 2 * config.kv_groups().0.len() * subject.prompts.iter().map(blocks).sum::<usize>();
         let spec = AttentionSpec::new(&config, subject.kv_dtype, block_size, num_blocks);
         let executor = executor(backend, subject.dir, subject.dtype, spec);
-        // 7919 is a prime that divides no such number of blocks, so that the order is a permutation.
-        assert!(!num_blocks.is_multiple_of(7919));
-        let free = (0..num_blocks).map(|i| (i * 7919 % num_blocks) as BlockId).collect();
-        Self { executor, groups, block_size, free, steps: 0 }
+        Self { executor, planner: Planner::new(&config, block_size, num_blocks) }
     }
 
     /// A step for some sequences, each with a number of tokens.
-    fn step(&mut self, work: &mut [(usize, &mut Sequence, usize)], logits: LogitRows, rows: &mut Rows) {
-        let mut plan = StepPlan { id: self.steps, ..StepPlan::default() };
-        self.steps += 1;
-        let mut wanted = Vec::new();
-        for (index, sequence, count) in work.iter_mut() {
-            let (start, end) = (sequence.computed, sequence.computed + *count);
-            plan.chunks.push(sequence.next_chunk(*count, self.block_size, &mut self.free, logits));
+    fn step(&mut self, work: &mut [(&mut Sequence, usize)], logits: LogitRows, rows: &mut Rows) {
+        let plan = self.planner.step(work, logits);
+        let wanted = plan.chunks.iter().flat_map(|chunk| {
+            let (start, end) = (chunk.start, chunk.start + chunk.tokens.len());
             let first = match logits {
                 LogitRows::All => start,
                 LogitRows::Last => end - 1,
                 LogitRows::None => end,
             };
-            wanted.extend((first..end).map(|position| (*index, position)));
-        }
+            (first..end).map(|position| (chunk.sequence.0 as usize, position))
+        });
+        let wanted: Vec<(usize, usize)> = wanted.collect();
         let output = self.executor.execute(&plan).unwrap();
         let found = output.logits.chunks_exact(output.vocab_size);
         assert_eq!(found.len(), wanted.len());
@@ -143,10 +134,10 @@ impl Machine {
         let mut sequences: Vec<Sequence> = prompts.iter().zip(cached).map(begin).collect();
         for step in 0.. {
             let mut work = Vec::new();
-            for (i, (&(index, _), sequence)) in prompts.iter().zip(&mut sequences).enumerate() {
+            for (i, sequence) in sequences.iter_mut().enumerate() {
                 let count = (sequence.tokens.len() - sequence.computed).min(way.chunk);
                 if count > 0 && step >= i % 3 {
-                    work.push((index, sequence, count));
+                    work.push((sequence, count));
                 }
             }
             match work.is_empty() {
@@ -159,7 +150,7 @@ impl Machine {
     }
 
     fn nothing_cached(&self, count: usize) -> Vec<(usize, Vec<Vec<BlockId>>)> {
-        vec![(0, vec![Vec::new(); self.groups]); count]
+        vec![(0, self.planner.sequence(0, &[]).tables); count]
     }
 
     /// All prompts, a batch after the other.
@@ -222,12 +213,9 @@ fn prompts_of(subject: &Subject<'_>, way: Way) -> usize {
 }
 
 /// 64 prompts of these lengths, cyclic, of tokens below `vocab_size`.
-fn prompts(lengths: impl Fn(usize) -> usize, vocab_size: u64) -> Vec<Vec<u32>> {
-    let mut state = 0x9e37_79b9_7f4a_7c15u64;
-    let mut token = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        ((state >> 33) % vocab_size) as u32
-    };
+fn prompts(lengths: impl Fn(usize) -> usize, vocab_size: usize) -> Vec<Vec<u32>> {
+    let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15);
+    let mut token = || numbers.below(vocab_size) as u32;
     (0..64).map(|i| (0..lengths(i)).map(|_| token()).collect()).collect()
 }
 

@@ -234,14 +234,14 @@ fn blocks_survive_a_swap() {
         pair.step(&mut [(&mut other, count)]);
         let swap = |src: u32, dst: u32| BlockCopy { group: 0, src, dst };
         let out: Vec<_> = old.iter().enumerate().map(|(i, &block)| swap(block, i as u32)).collect();
-        let places: Vec<u32> = old.iter().map(|_| pair.block()).collect();
+        let places: Vec<u32> = old.iter().map(|_| pair.planner.free.pop().unwrap()).collect();
         let back: Vec<_> = places.iter().enumerate().map(|(i, &block)| swap(i as u32, block)).collect();
-        pair.blocks(&BlockOps { swap_out: out, ..BlockOps::default() });
+        pair.blocks(BlockOps { swap_out: out, ..BlockOps::default() });
         // The old blocks become another sequence's.
-        pair.free.extend(old);
+        pair.planner.free.extend(old);
         let (mut third, count) = (pair.sequence(2, &golden[1].prompt), golden[1].prompt.len());
         pair.step(&mut [(&mut third, count)]);
-        pair.blocks(&BlockOps { swap_in: back, ..BlockOps::default() });
+        pair.blocks(BlockOps { swap_in: back, ..BlockOps::default() });
         for (block, place) in sequence.tables.iter_mut().flatten().zip(&places) {
             *block = *place;
         }

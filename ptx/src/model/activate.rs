@@ -5,10 +5,10 @@
 use minijinja::context;
 
 use super::{
-    Activation, ELEMENTWISE_THREADS, Rows, Source, check_types, descriptor, elementwise, param, suffix,
+    Activation, ELEMENTWISE_THREADS, Rows, Source, check_types, descriptor, elementwise, suffix,
     types_and_vectors,
 };
-use crate::kernel::{Arg, Launch, ParamType};
+use crate::kernel::{Launch, parameters};
 use crate::{DType, Error};
 
 /// Family and template name.
@@ -59,42 +59,24 @@ pub struct ActivateArgs {
 const SOURCE: Source = Source {
     family: FAMILY,
     text: include_str!("../../kernels/model/activate.ptx"),
-    params: &{
-        use ParamType::{Pointer, U32, U64};
-        [
-            param("x", Pointer),
-            param("bias", Pointer),
-            param("up", Pointer),
-            param("out", Pointer),
-            param("x_stride", U64),
-            param("up_stride", U64),
-            param("out_stride", U64),
-            param("rows", U32),
-            param("width", U32),
-            param("activation", U32),
-        ]
-    },
+    params: &PARAMS,
     max_threads: ELEMENTWISE_THREADS,
     static_shared: 0,
     dynamic_shared: 0,
 };
 
-impl ActivateArgs {
-    /// The values of the parameters, in launch order.
-    pub fn values(&self) -> [Arg; 10] {
-        [
-            Arg::pointer(self.x.address),
-            Arg::pointer(self.bias),
-            Arg::pointer(self.up.address),
-            Arg::pointer(self.out.address),
-            Arg::u64(self.x.stride),
-            Arg::u64(self.up.stride),
-            Arg::u64(self.out.stride),
-            Arg::u32(self.rows),
-            Arg::u32(self.width),
-            Arg::u32(self.activation.code()),
-        ]
-    }
+parameters! {
+    const PARAMS of pub fn ActivateArgs::values(&self);
+    x: Pointer = self.x.address,
+    bias: Pointer = self.bias,
+    up: Pointer = self.up.address,
+    out: Pointer = self.out.address,
+    x_stride: U64 = self.x.stride,
+    up_stride: U64 = self.up.stride,
+    out_stride: U64 = self.out.stride,
+    rows: U32 = self.rows,
+    width: U32 = self.width,
+    activation: U32 = self.activation.code(),
 }
 
 descriptor! {

@@ -5,9 +5,9 @@
 use minijinja::context;
 
 use super::{
-    ELEMENTWISE_THREADS, Rows, Source, check_types, descriptor, elementwise, param, suffix, types_and_vectors,
+    ELEMENTWISE_THREADS, Rows, Source, check_types, descriptor, elementwise, suffix, types_and_vectors,
 };
-use crate::kernel::{Arg, Launch, ParamType};
+use crate::kernel::{Launch, parameters};
 use crate::{DType, Error};
 
 /// Family and template name.
@@ -54,36 +54,21 @@ pub struct AddArgs {
 const SOURCE: Source = Source {
     family: FAMILY,
     text: include_str!("../../kernels/model/add.ptx"),
-    params: &{
-        use ParamType::{Pointer, U32, U64};
-        [
-            param("x", Pointer),
-            param("y", Pointer),
-            param("bias", Pointer),
-            param("x_stride", U64),
-            param("y_stride", U64),
-            param("rows", U32),
-            param("width", U32),
-        ]
-    },
+    params: &PARAMS,
     max_threads: ELEMENTWISE_THREADS,
     static_shared: 0,
     dynamic_shared: 0,
 };
 
-impl AddArgs {
-    /// The values of the parameters, in launch order.
-    pub fn values(&self) -> [Arg; 7] {
-        [
-            Arg::pointer(self.x.address),
-            Arg::pointer(self.y.address),
-            Arg::pointer(self.bias),
-            Arg::u64(self.x.stride),
-            Arg::u64(self.y.stride),
-            Arg::u32(self.rows),
-            Arg::u32(self.width),
-        ]
-    }
+parameters! {
+    const PARAMS of pub fn AddArgs::values(&self);
+    x: Pointer = self.x.address,
+    y: Pointer = self.y.address,
+    bias: Pointer = self.bias,
+    x_stride: U64 = self.x.stride,
+    y_stride: U64 = self.y.stride,
+    rows: U32 = self.rows,
+    width: U32 = self.width,
 }
 
 descriptor! {

@@ -5,8 +5,8 @@
 use minijinja::context;
 
 use super::vocab::{BATCH, PER_BLOCK, THREADS, stretches};
-use super::{Rows, Source, check_types, descriptor, param, suffix};
-use crate::kernel::{Arg, Launch, ParamType};
+use super::{Rows, Source, check_types, descriptor, suffix};
+use crate::kernel::{Launch, parameters};
 use crate::{DType, Error};
 
 /// Family and template name.
@@ -56,38 +56,22 @@ pub struct ArgmaxArgs {
 const SOURCE: Source = Source {
     family: FAMILY,
     text: include_str!("../../kernels/model/argmax.ptx"),
-    params: &{
-        use ParamType::{Pointer, U32, U64};
-        [
-            param("logits", Pointer),
-            param("keys", Pointer),
-            param("tickets", Pointer),
-            param("tokens", Pointer),
-            param("best", Pointer),
-            param("stride", U64),
-            param("vocab", U32),
-            param("per_block", U32),
-        ]
-    },
+    params: &PARAMS,
     max_threads: THREADS,
     static_shared: THREADS / 4 + 4,
     dynamic_shared: 0,
 };
 
-impl ArgmaxArgs {
-    /// The values of the parameters, in launch order.
-    pub fn values(&self) -> [Arg; 8] {
-        [
-            Arg::pointer(self.logits.address),
-            Arg::pointer(self.keys),
-            Arg::pointer(self.tickets),
-            Arg::pointer(self.tokens),
-            Arg::pointer(self.best),
-            Arg::u64(self.logits.stride),
-            Arg::u32(self.vocab),
-            Arg::u32(PER_BLOCK),
-        ]
-    }
+parameters! {
+    const PARAMS of pub fn ArgmaxArgs::values(&self);
+    logits: Pointer = self.logits.address,
+    keys: Pointer = self.keys,
+    tickets: Pointer = self.tickets,
+    tokens: Pointer = self.tokens,
+    best: Pointer = self.best,
+    stride: U64 = self.logits.stride,
+    vocab: U32 = self.vocab,
+    per_block: U32 = PER_BLOCK,
 }
 
 descriptor! {

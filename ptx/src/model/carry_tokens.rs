@@ -4,9 +4,9 @@
 
 use minijinja::context;
 
-use super::{Source, descriptor, param, suffix};
+use super::{Source, descriptor, suffix};
 use crate::Error;
-use crate::kernel::{Arg, Launch, ParamType};
+use crate::kernel::{Launch, parameters};
 
 /// Family and template name.
 const FAMILY: &str = "carry_tokens";
@@ -53,34 +53,20 @@ pub struct CarryTokensArgs {
 const SOURCE: Source = Source {
     family: FAMILY,
     text: include_str!("../../kernels/model/carry_tokens.ptx"),
-    params: &{
-        use ParamType::{Pointer, U32};
-        [
-            param("pairs", Pointer),
-            param("tokens", Pointer),
-            param("ids", Pointer),
-            param("count", U32),
-            param("chosen", U32),
-            param("rows", U32),
-        ]
-    },
+    params: &PARAMS,
     max_threads: THREADS,
     static_shared: 0,
     dynamic_shared: 0,
 };
 
-impl CarryTokensArgs {
-    /// The values of the parameters, in launch order.
-    pub fn values(&self) -> [Arg; 6] {
-        [
-            Arg::pointer(self.pairs),
-            Arg::pointer(self.tokens),
-            Arg::pointer(self.ids),
-            Arg::u32(self.count),
-            Arg::u32(self.chosen),
-            Arg::u32(self.rows),
-        ]
-    }
+parameters! {
+    const PARAMS of pub fn CarryTokensArgs::values(&self);
+    pairs: Pointer = self.pairs,
+    tokens: Pointer = self.tokens,
+    ids: Pointer = self.ids,
+    count: U32 = self.count,
+    chosen: U32 = self.chosen,
+    rows: U32 = self.rows,
 }
 
 descriptor! {

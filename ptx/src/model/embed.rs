@@ -5,9 +5,9 @@
 use minijinja::context;
 
 use super::{
-    ELEMENTWISE_THREADS, Rows, Source, check_types, descriptor, elementwise, param, suffix, types_and_vectors,
+    ELEMENTWISE_THREADS, Rows, Source, check_types, descriptor, elementwise, suffix, types_and_vectors,
 };
-use crate::kernel::{Arg, Launch, ParamType};
+use crate::kernel::{Launch, parameters};
 use crate::{DType, Error};
 
 /// Family and template name.
@@ -64,46 +64,26 @@ pub struct EmbedArgs {
 const SOURCE: Source = Source {
     family: FAMILY,
     text: include_str!("../../kernels/model/embed.ptx"),
-    params: &{
-        use ParamType::{F32, Pointer, U32, U64};
-        [
-            param("ids", Pointer),
-            param("table", Pointer),
-            param("out", Pointer),
-            param("table_stride", U64),
-            param("out_stride", U64),
-            param("offset", U64),
-            param("rows", U32),
-            param("width", U32),
-            param("table_rows", U32),
-            param("id_bytes", U32),
-            param("adds", U32),
-            param("scale", F32),
-        ]
-    },
+    params: &PARAMS,
     max_threads: ELEMENTWISE_THREADS,
     static_shared: 0,
     dynamic_shared: 0,
 };
 
-impl EmbedArgs {
-    /// The values of the parameters, in launch order.
-    pub fn values(&self) -> [Arg; 12] {
-        [
-            Arg::pointer(self.ids),
-            Arg::pointer(self.table.address),
-            Arg::pointer(self.out.address),
-            Arg::u64(self.table.stride),
-            Arg::u64(self.out.stride),
-            Arg::u64(self.offset),
-            Arg::u32(self.rows),
-            Arg::u32(self.width),
-            Arg::u32(self.table_rows),
-            Arg::u32(self.id_bytes),
-            Arg::u32(u32::from(self.adds)),
-            Arg::f32(self.scale),
-        ]
-    }
+parameters! {
+    const PARAMS of pub fn EmbedArgs::values(&self);
+    ids: Pointer = self.ids,
+    table: Pointer = self.table.address,
+    out: Pointer = self.out.address,
+    table_stride: U64 = self.table.stride,
+    out_stride: U64 = self.out.stride,
+    offset: U64 = self.offset,
+    rows: U32 = self.rows,
+    width: U32 = self.width,
+    table_rows: U32 = self.table_rows,
+    id_bytes: U32 = self.id_bytes,
+    adds: U32 = u32::from(self.adds),
+    scale: F32 = self.scale,
 }
 
 descriptor! {

@@ -5,8 +5,8 @@
 
 use minijinja::context;
 
-use super::{COMPUTE_TYPES, Source, check_types, descriptor, param};
-use crate::kernel::{Arg, Launch, ParamType};
+use super::{COMPUTE_TYPES, Source, check_types, descriptor};
+use crate::kernel::{Launch, parameters};
 use crate::{DType, Error};
 
 /// Family and template name.
@@ -66,34 +66,20 @@ pub fn uniform(seed: u64, number: u64) -> f32 {
 const SOURCE: Source = Source {
     family: FAMILY,
     text: include_str!("../../kernels/model/fill_weights.ptx"),
-    params: &{
-        use ParamType::{F32, Pointer, U64};
-        [
-            param("out", Pointer),
-            param("count", U64),
-            param("first", U64),
-            param("seed", U64),
-            param("center", F32),
-            param("spread", F32),
-        ]
-    },
+    params: &PARAMS,
     max_threads: THREADS,
     static_shared: 0,
     dynamic_shared: 0,
 };
 
-impl FillWeightsArgs {
-    /// The values of the parameters, in launch order.
-    pub fn values(&self) -> [Arg; 6] {
-        [
-            Arg::pointer(self.out),
-            Arg::u64(self.count),
-            Arg::u64(self.first),
-            Arg::u64(self.seed),
-            Arg::f32(self.center),
-            Arg::f32(self.spread),
-        ]
-    }
+parameters! {
+    const PARAMS of pub fn FillWeightsArgs::values(&self);
+    out: Pointer = self.out,
+    count: U64 = self.count,
+    first: U64 = self.first,
+    seed: U64 = self.seed,
+    center: F32 = self.center,
+    spread: F32 = self.spread,
 }
 
 descriptor! {

@@ -4,10 +4,8 @@
 
 use minijinja::context;
 
-use super::{
-    COMPUTE_TYPES, ELEMENTWISE_THREADS, Rows, Source, check_types, descriptor, elementwise, param, suffix,
-};
-use crate::kernel::{Arg, Launch, ParamType};
+use super::{COMPUTE_TYPES, ELEMENTWISE_THREADS, Rows, Source, check_types, descriptor, elementwise, suffix};
+use crate::kernel::{Launch, parameters};
 use crate::{DType, Error};
 
 /// Family and template name.
@@ -59,38 +57,22 @@ pub struct GatherRowsArgs {
 const SOURCE: Source = Source {
     family: FAMILY,
     text: include_str!("../../kernels/model/gather_rows.ptx"),
-    params: &{
-        use ParamType::{Pointer, U32, U64};
-        [
-            param("x", Pointer),
-            param("index", Pointer),
-            param("out", Pointer),
-            param("x_stride", U64),
-            param("out_stride", U64),
-            param("rows", U32),
-            param("width", U32),
-            param("x_rows", U32),
-        ]
-    },
+    params: &PARAMS,
     max_threads: ELEMENTWISE_THREADS,
     static_shared: 0,
     dynamic_shared: 0,
 };
 
-impl GatherRowsArgs {
-    /// The values of the parameters, in launch order.
-    pub fn values(&self) -> [Arg; 8] {
-        [
-            Arg::pointer(self.x.address),
-            Arg::pointer(self.index),
-            Arg::pointer(self.out.address),
-            Arg::u64(self.x.stride),
-            Arg::u64(self.out.stride),
-            Arg::u32(self.rows),
-            Arg::u32(self.width),
-            Arg::u32(self.x_rows),
-        ]
-    }
+parameters! {
+    const PARAMS of pub fn GatherRowsArgs::values(&self);
+    x: Pointer = self.x.address,
+    index: Pointer = self.index,
+    out: Pointer = self.out.address,
+    x_stride: U64 = self.x.stride,
+    out_stride: U64 = self.out.stride,
+    rows: U32 = self.rows,
+    width: U32 = self.width,
+    x_rows: U32 = self.x_rows,
 }
 
 descriptor! {

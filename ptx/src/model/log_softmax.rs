@@ -5,8 +5,8 @@
 use minijinja::context;
 
 use super::vocab::{BATCH, PER_BLOCK, THREADS, stretches};
-use super::{Rows, Source, check_types, descriptor, param, suffix};
-use crate::kernel::{Arg, Launch, ParamType};
+use super::{Rows, Source, check_types, descriptor, suffix};
+use crate::kernel::{Launch, parameters};
 use crate::{DType, Error};
 
 /// Family and template name.
@@ -57,42 +57,24 @@ pub struct LogSoftmaxArgs {
 const SOURCE: Source = Source {
     family: FAMILY,
     text: include_str!("../../kernels/model/log_softmax.ptx"),
-    params: &{
-        use ParamType::{Pointer, U32, U64};
-        [
-            param("logits", Pointer),
-            param("partial", Pointer),
-            param("tickets", Pointer),
-            param("ids", Pointer),
-            param("out", Pointer),
-            param("stats", Pointer),
-            param("stride", U64),
-            param("vocab", U32),
-            param("per_block", U32),
-            param("count", U32),
-        ]
-    },
+    params: &PARAMS,
     max_threads: THREADS,
     static_shared: THREADS / 4 + 4,
     dynamic_shared: 0,
 };
 
-impl LogSoftmaxArgs {
-    /// The values of the parameters, in launch order.
-    pub fn values(&self) -> [Arg; 10] {
-        [
-            Arg::pointer(self.logits.address),
-            Arg::pointer(self.partial),
-            Arg::pointer(self.tickets),
-            Arg::pointer(self.ids),
-            Arg::pointer(self.out),
-            Arg::pointer(self.stats),
-            Arg::u64(self.logits.stride),
-            Arg::u32(self.vocab),
-            Arg::u32(PER_BLOCK),
-            Arg::u32(self.count),
-        ]
-    }
+parameters! {
+    const PARAMS of pub fn LogSoftmaxArgs::values(&self);
+    logits: Pointer = self.logits.address,
+    partial: Pointer = self.partial,
+    tickets: Pointer = self.tickets,
+    ids: Pointer = self.ids,
+    out: Pointer = self.out,
+    stats: Pointer = self.stats,
+    stride: U64 = self.logits.stride,
+    vocab: U32 = self.vocab,
+    per_block: U32 = PER_BLOCK,
+    count: U32 = self.count,
 }
 
 descriptor! {

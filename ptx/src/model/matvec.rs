@@ -6,9 +6,9 @@
 use minijinja::context;
 
 use super::{
-    Activation, COMPUTE_TYPES, MAX_GRID_YZ, NormKind, Rows, Source, check_types, descriptor, param, suffix,
+    Activation, COMPUTE_TYPES, MAX_GRID_YZ, NormKind, Rows, Source, check_types, descriptor, suffix,
 };
-use crate::kernel::{Arg, Launch, ParamType};
+use crate::kernel::{Launch, parameters};
 use crate::{DType, Error};
 
 /// Family and template name.
@@ -144,6 +144,17 @@ pub enum Store {
     Add,
 }
 
+impl Store {
+    /// The number by which the kernel knows it.
+    const fn code(self) -> u32 {
+        match self {
+            Self::Compute => 0,
+            Self::F32 => 1,
+            Self::Add => 2,
+        }
+    }
+}
+
 /// A norm of x before the product.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MatvecNorm {
@@ -182,68 +193,32 @@ pub struct MatvecArgs {
 const SOURCE: Source = Source {
     family: FAMILY,
     text: include_str!("../../kernels/model/matvec.ptx"),
-    params: &{
-        use ParamType::{F32, Pointer, U32, U64};
-        [
-            param("x", Pointer),
-            param("weight", Pointer),
-            param("bias", Pointer),
-            param("norm_weight", Pointer),
-            param("norm_bias", Pointer),
-            param("out", Pointer),
-            param("x_stride", U64),
-            param("weight_stride", U64),
-            param("out_stride", U64),
-            param("rows", U32),
-            param("features", U32),
-            param("width", U32),
-            param("norm", U32),
-            param("activation", U32),
-            param("store", U32),
-            param("eps", F32),
-            param("slots", U32),
-            param("copies", U32),
-        ]
-    },
+    params: &PARAMS,
     max_threads: 32 * MAX_WARPS,
     static_shared: 0,
     dynamic_shared: COMMON_SHARED,
 };
 
-impl MatvecArgs {
-    /// The values of the parameters, in launch order.
-    pub fn values(&self, geometry: Geometry) -> [Arg; 18] {
-        let (kind, norm) = match self.norm {
-            None => (0, MatvecNorm { kind: NormKind::Rms, eps: 0.0, weight: 0, bias: 0 }),
-            Some(norm) if norm.kind == NormKind::Rms => (1, norm),
-            Some(norm) => (2, norm),
-        };
-        let store = match self.store {
-            Store::Compute => 0,
-            Store::F32 => 1,
-            Store::Add => 2,
-        };
-        [
-            Arg::pointer(self.x.address),
-            Arg::pointer(self.weight.address),
-            Arg::pointer(self.bias),
-            Arg::pointer(norm.weight),
-            Arg::pointer(norm.bias),
-            Arg::pointer(self.out.address),
-            Arg::u64(self.x.stride),
-            Arg::u64(self.weight.stride),
-            Arg::u64(self.out.stride),
-            Arg::u32(self.shape.rows),
-            Arg::u32(self.shape.features),
-            Arg::u32(self.shape.width),
-            Arg::u32(kind),
-            Arg::u32(self.activation.code()),
-            Arg::u32(store),
-            Arg::f32(norm.eps),
-            Arg::u32(geometry.slots),
-            Arg::u32(u32::from(geometry.copies)),
-        ]
-    }
+parameters! {
+    const PARAMS of pub fn MatvecArgs::values(&self, geometry: Geometry);
+    x: Pointer = self.x.address,
+    weight: Pointer = self.weight.address,
+    bias: Pointer = self.bias,
+    norm_weight: Pointer = self.norm.map_or(0, |norm| norm.weight),
+    norm_bias: Pointer = self.norm.map_or(0, |norm| norm.bias),
+    out: Pointer = self.out.address,
+    x_stride: U64 = self.x.stride,
+    weight_stride: U64 = self.weight.stride,
+    out_stride: U64 = self.out.stride,
+    rows: U32 = self.shape.rows,
+    features: U32 = self.shape.features,
+    width: U32 = self.shape.width,
+    norm: U32 = self.norm.map_or(0, |norm| if norm.kind == NormKind::Rms { 1 } else { 2 }),
+    activation: U32 = self.activation.code(),
+    store: U32 = self.store.code(),
+    eps: F32 = self.norm.map_or(0.0, |norm| norm.eps),
+    slots: U32 = geometry.slots,
+    copies: U32 = u32::from(geometry.copies),
 }
 
 descriptor! {

@@ -36,7 +36,7 @@ use minijinja::{Value, context};
 
 pub use norm::NormKind;
 
-use crate::kernel::{Kernel, Launch, Param, ParamType, Source, Target, descriptor};
+use crate::kernel::{Kernel, Launch, Source, Target, descriptor};
 use crate::{DType, Error};
 
 /// The element types of weights and activations.
@@ -95,10 +95,6 @@ pub fn widest(dtype: DType, width: u32, strides: &[u64], addresses: &[u64]) -> u
         && strides.iter().all(|stride| stride.is_multiple_of(u64::from(vector)))
         && addresses.iter().all(|address| address.is_multiple_of(16));
     if fits { vector } else { 1 }
-}
-
-const fn param(name: &'static str, ty: ParamType) -> Param {
-    Param { name, ty }
 }
 
 impl Source {

@@ -4,8 +4,8 @@
 
 use minijinja::context;
 
-use super::{Source, check_types, descriptor, param, suffix};
-use crate::kernel::{Arg, Launch, ParamType};
+use super::{Source, check_types, descriptor, suffix};
+use crate::kernel::{Launch, parameters};
 use crate::{DType, Error};
 
 /// Family and template name.
@@ -89,48 +89,27 @@ pub struct NormArgs {
 const SOURCE: Source = Source {
     family: FAMILY,
     text: include_str!("../../kernels/model/norm.ptx"),
-    params: &{
-        use ParamType::{F32, Pointer, U32, U64};
-        [
-            param("x", Pointer),
-            param("weight", Pointer),
-            param("bias", Pointer),
-            param("out", Pointer),
-            param("x_row_stride", U64),
-            param("x_part_stride", U64),
-            param("out_row_stride", U64),
-            param("out_part_stride", U64),
-            param("rows", U32),
-            param("parts", U32),
-            param("width", U32),
-            param("layer", U32),
-            param("eps", F32),
-        ]
-    },
+    params: &PARAMS,
     max_threads: MAX_THREADS,
     static_shared: 256,
     dynamic_shared: 0,
 };
 
-impl NormArgs {
-    /// The values of the parameters, in launch order.
-    pub fn values(&self) -> [Arg; 13] {
-        [
-            Arg::pointer(self.x.address),
-            Arg::pointer(self.weight),
-            Arg::pointer(self.bias),
-            Arg::pointer(self.out.address),
-            Arg::u64(self.x.row_stride),
-            Arg::u64(self.x.part_stride),
-            Arg::u64(self.out.row_stride),
-            Arg::u64(self.out.part_stride),
-            Arg::u32(self.rows),
-            Arg::u32(self.parts),
-            Arg::u32(self.width),
-            Arg::u32(u32::from(self.kind == NormKind::Layer)),
-            Arg::f32(self.eps),
-        ]
-    }
+parameters! {
+    const PARAMS of pub fn NormArgs::values(&self);
+    x: Pointer = self.x.address,
+    weight: Pointer = self.weight,
+    bias: Pointer = self.bias,
+    out: Pointer = self.out.address,
+    x_row_stride: U64 = self.x.row_stride,
+    x_part_stride: U64 = self.x.part_stride,
+    out_row_stride: U64 = self.out.row_stride,
+    out_part_stride: U64 = self.out.part_stride,
+    rows: U32 = self.rows,
+    parts: U32 = self.parts,
+    width: U32 = self.width,
+    layer: U32 = u32::from(self.kind == NormKind::Layer),
+    eps: F32 = self.eps,
 }
 
 descriptor! {

@@ -4,9 +4,9 @@
 
 use minijinja::context;
 
-use super::{Rows, Source, descriptor, param, suffix};
+use super::{Rows, Source, descriptor, suffix};
 use crate::Error;
-use crate::kernel::{Arg, Launch, ParamType};
+use crate::kernel::{Launch, parameters};
 
 /// Family and template name.
 const FAMILY: &str = "penalize";
@@ -71,40 +71,23 @@ pub struct PenalizeArgs {
 const SOURCE: Source = Source {
     family: FAMILY,
     text: include_str!("../../kernels/model/penalize.ptx"),
-    params: &{
-        use ParamType::{Pointer, U32, U64};
-        [
-            param("logits", Pointer),
-            param("changes", Pointer),
-            param("factors", Pointer),
-            param("saved", Pointer),
-            param("stride", U64),
-            param("rows", U32),
-            param("vocab", U32),
-            param("count", U32),
-            param("back", U32),
-        ]
-    },
+    params: &PARAMS,
     max_threads: THREADS,
     static_shared: 0,
     dynamic_shared: 0,
 };
 
-impl PenalizeArgs {
-    /// The values of the parameters, in launch order.
-    pub fn values(&self) -> [Arg; 9] {
-        [
-            Arg::pointer(self.logits.address),
-            Arg::pointer(self.changes),
-            Arg::pointer(self.factors),
-            Arg::pointer(self.saved),
-            Arg::u64(self.logits.stride),
-            Arg::u32(self.rows),
-            Arg::u32(self.vocab),
-            Arg::u32(self.count),
-            Arg::u32(u32::from(self.direction == Direction::Back)),
-        ]
-    }
+parameters! {
+    const PARAMS of pub fn PenalizeArgs::values(&self);
+    logits: Pointer = self.logits.address,
+    changes: Pointer = self.changes,
+    factors: Pointer = self.factors,
+    saved: Pointer = self.saved,
+    stride: U64 = self.logits.stride,
+    rows: U32 = self.rows,
+    vocab: U32 = self.vocab,
+    count: U32 = self.count,
+    back: U32 = u32::from(self.direction == Direction::Back),
 }
 
 descriptor! {

@@ -5,8 +5,8 @@
 use minijinja::context;
 
 use super::select::{BATCH, SHARED, THREADS, blocks_of_rows};
-use super::{Rows, Source, check_types, descriptor, param, suffix};
-use crate::kernel::{Arg, Launch, ParamType};
+use super::{Rows, Source, check_types, descriptor, suffix};
+use crate::kernel::{Launch, parameters};
 use crate::{DType, Error};
 
 /// Family and template name.
@@ -95,32 +95,19 @@ pub struct SampleArgs {
 const SOURCE: Source = Source {
     family: FAMILY,
     text: include_str!("../../kernels/model/sample.ptx"),
-    params: &{
-        use ParamType::{Pointer, U32, U64};
-        [
-            param("logits", Pointer),
-            param("draws", Pointer),
-            param("tokens", Pointer),
-            param("stride", U64),
-            param("vocab", U32),
-        ]
-    },
+    params: &PARAMS,
     max_threads: THREADS,
     static_shared: SHARED,
     dynamic_shared: 0,
 };
 
-impl SampleArgs {
-    /// The values of the parameters, in launch order.
-    pub fn values(&self) -> [Arg; 5] {
-        [
-            Arg::pointer(self.logits.address),
-            Arg::pointer(self.draws),
-            Arg::pointer(self.tokens),
-            Arg::u64(self.logits.stride),
-            Arg::u32(self.vocab),
-        ]
-    }
+parameters! {
+    const PARAMS of pub fn SampleArgs::values(&self);
+    logits: Pointer = self.logits.address,
+    draws: Pointer = self.draws,
+    tokens: Pointer = self.tokens,
+    stride: U64 = self.logits.stride,
+    vocab: U32 = self.vocab,
 }
 
 descriptor! {

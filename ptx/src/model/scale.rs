@@ -4,8 +4,8 @@
 
 use minijinja::context;
 
-use super::{ELEMENTWISE_THREADS, Rows, Source, check_types, descriptor, elementwise, param, suffix};
-use crate::kernel::{Arg, Launch, ParamType};
+use super::{ELEMENTWISE_THREADS, Rows, Source, check_types, descriptor, elementwise, suffix};
+use crate::kernel::{Launch, parameters};
 use crate::{DType, Error};
 
 /// Family and template name.
@@ -50,34 +50,20 @@ pub struct ScaleArgs {
 const SOURCE: Source = Source {
     family: FAMILY,
     text: include_str!("../../kernels/model/scale.ptx"),
-    params: &{
-        use ParamType::{F32, Pointer, U32, U64};
-        [
-            param("x", Pointer),
-            param("x_stride", U64),
-            param("rows", U32),
-            param("width", U32),
-            param("factor", F32),
-            param("cap", F32),
-        ]
-    },
+    params: &PARAMS,
     max_threads: ELEMENTWISE_THREADS,
     static_shared: 0,
     dynamic_shared: 0,
 };
 
-impl ScaleArgs {
-    /// The values of the parameters, in launch order.
-    pub fn values(&self) -> [Arg; 6] {
-        [
-            Arg::pointer(self.x.address),
-            Arg::u64(self.x.stride),
-            Arg::u32(self.rows),
-            Arg::u32(self.width),
-            Arg::f32(self.factor),
-            Arg::f32(self.cap),
-        ]
-    }
+parameters! {
+    const PARAMS of pub fn ScaleArgs::values(&self);
+    x: Pointer = self.x.address,
+    x_stride: U64 = self.x.stride,
+    rows: U32 = self.rows,
+    width: U32 = self.width,
+    factor: F32 = self.factor,
+    cap: F32 = self.cap,
 }
 
 descriptor! {

@@ -5,8 +5,8 @@
 use minijinja::context;
 
 use super::select::{BATCH, SHARED, THREADS, blocks_of_rows};
-use super::{Rows, Source, check_types, descriptor, param, suffix};
-use crate::kernel::{Arg, Launch, ParamType};
+use super::{Rows, Source, check_types, descriptor, suffix};
+use crate::kernel::{Launch, parameters};
 use crate::{DType, Error};
 
 /// Family and template name.
@@ -56,36 +56,21 @@ pub struct TopCandidatesArgs {
 const SOURCE: Source = Source {
     family: FAMILY,
     text: include_str!("../../kernels/model/top_candidates.ptx"),
-    params: &{
-        use ParamType::{Pointer, U32, U64};
-        [
-            param("logits", Pointer),
-            param("wanted", Pointer),
-            param("tokens", Pointer),
-            param("values", Pointer),
-            param("stride", U64),
-            param("vocab", U32),
-            param("most", U32),
-        ]
-    },
+    params: &PARAMS,
     max_threads: THREADS,
     static_shared: SHARED + 4,
     dynamic_shared: 0,
 };
 
-impl TopCandidatesArgs {
-    /// The values of the parameters, in launch order.
-    pub fn values(&self) -> [Arg; 7] {
-        [
-            Arg::pointer(self.logits.address),
-            Arg::pointer(self.wanted),
-            Arg::pointer(self.tokens),
-            Arg::pointer(self.values),
-            Arg::u64(self.logits.stride),
-            Arg::u32(self.vocab),
-            Arg::u32(self.most),
-        ]
-    }
+parameters! {
+    const PARAMS of pub fn TopCandidatesArgs::values(&self);
+    logits: Pointer = self.logits.address,
+    wanted: Pointer = self.wanted,
+    tokens: Pointer = self.tokens,
+    values: Pointer = self.values,
+    stride: U64 = self.logits.stride,
+    vocab: U32 = self.vocab,
+    most: U32 = self.most,
 }
 
 descriptor! {

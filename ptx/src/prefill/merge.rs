@@ -2,10 +2,10 @@
 
 use minijinja::context;
 
-use super::{Form, PrefillSpec, param};
+use super::{Form, PrefillSpec};
 use crate::Error;
 use crate::decode::Rows;
-use crate::kernel::{Arg, Kernel, Launch, Param, ParamType, Source, Target};
+use crate::kernel::{Kernel, Launch, Source, Target, parameters};
 
 /// Family and template name.
 const FAMILY: &str = "prefill_merge";
@@ -64,41 +64,20 @@ pub struct PrefillMergeArgs {
     pub head_dim_v: u32,
 }
 
-/// The parameter list.
-const PARAMS: [Param; 11] = {
-    use ParamType::{Pointer, U32, U64};
-    [
-        param("work", Pointer),
-        param("partial_out", Pointer),
-        param("partial_max", Pointer),
-        param("out", Pointer),
-        param("lse", Pointer),
-        param("sinks", Pointer),
-        param("out_row_stride", U64),
-        param("out_head_stride", U64),
-        param("q_heads", U64),
-        param("group", U32),
-        param("dim_v", U32),
-    ]
-};
-
-impl PrefillMergeArgs {
-    /// The values of the parameters, in launch order.
-    pub fn values(&self) -> [Arg; PARAMS.len()] {
-        [
-            Arg::pointer(self.work),
-            Arg::pointer(self.partial_out),
-            Arg::pointer(self.partial_max),
-            Arg::pointer(self.out.address),
-            Arg::pointer(self.lse),
-            Arg::pointer(self.sinks),
-            Arg::u64(self.out.row_stride),
-            Arg::u64(self.out.head_stride),
-            Arg::u64(u64::from(self.q_heads)),
-            Arg::u32(self.group),
-            Arg::u32(self.head_dim_v),
-        ]
-    }
+parameters! {
+    /// The parameter list.
+    const PARAMS of pub fn PrefillMergeArgs::values(&self);
+    work: Pointer = self.work,
+    partial_out: Pointer = self.partial_out,
+    partial_max: Pointer = self.partial_max,
+    out: Pointer = self.out.address,
+    lse: Pointer = self.lse,
+    sinks: Pointer = self.sinks,
+    out_row_stride: U64 = self.out.row_stride,
+    out_head_stride: U64 = self.out.head_stride,
+    q_heads: U64 = u64::from(self.q_heads),
+    group: U32 = self.group,
+    dim_v: U32 = self.head_dim_v,
 }
 
 /// One variant, rendered: it belongs to a type of output, room for a head, and rows of a tile.

@@ -1,7 +1,7 @@
 //! What one launch of `write_kv` works on, and the kernel's parameters in their order.
 
 use super::{WriteKvShape, WriteKvSpec};
-use crate::kernel::{Arg, Param, ParamType};
+use crate::kernel::{Arg, Param, parameters};
 
 /// Where one of K and V comes from: `[tokens, kv_heads, head_dim]`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -86,61 +86,53 @@ pub struct RotaryArgs {
     pub half: u32,
 }
 
-const fn param(name: &'static str, ty: ParamType) -> Param {
-    Param { name, ty }
+parameters! {
+    /// The parameters of all variants.
+    const PARAMS of fn WriteKvArgs::common_values(&self);
+    key: Pointer = self.key.address,
+    value: Pointer = self.value.address,
+    slots: Pointer = self.slots,
+    key_cache: Pointer = self.key_cache.address,
+    value_cache: Pointer = self.value_cache.address,
+    key_scale: Pointer = self.scales.map_or(0, |scales| scales.key),
+    value_scale: Pointer = self.scales.map_or(0, |scales| scales.value),
+    key_token_stride: U64 = self.key.token_stride,
+    key_head_stride: U64 = self.key.head_stride,
+    value_token_stride: U64 = self.value.token_stride,
+    value_head_stride: U64 = self.value.head_stride,
+    key_cache_block_stride: U64 = self.key_cache.block_stride,
+    key_cache_token_stride: U64 = self.key_cache.token_stride,
+    key_cache_head_stride: U64 = self.key_cache.head_stride,
+    value_cache_block_stride: U64 = self.value_cache.block_stride,
+    value_cache_token_stride: U64 = self.value_cache.token_stride,
+    value_cache_head_stride: U64 = self.value_cache.head_stride,
+    tokens: U32 = self.shape.tokens,
+    kv_heads: U32 = self.shape.kv_heads,
+    head_dim_k: U32 = self.shape.head_dim_k,
+    head_dim_v: U32 = self.shape.head_dim_v,
+    block_shift: U32 = self.block_shift,
+    num_slots: U32 = self.num_slots,
+    scale_head_stride: U32 = u32::from(self.scales.is_some_and(|scales| scales.per_head)),
 }
 
-/// The parameters of all variants.
-const PARAMS: [Param; 24] = {
-    use ParamType::{Pointer, U32, U64};
-    [
-        param("key", Pointer),
-        param("value", Pointer),
-        param("slots", Pointer),
-        param("key_cache", Pointer),
-        param("value_cache", Pointer),
-        param("key_scale", Pointer),
-        param("value_scale", Pointer),
-        param("key_token_stride", U64),
-        param("key_head_stride", U64),
-        param("value_token_stride", U64),
-        param("value_head_stride", U64),
-        param("key_cache_block_stride", U64),
-        param("key_cache_token_stride", U64),
-        param("key_cache_head_stride", U64),
-        param("value_cache_block_stride", U64),
-        param("value_cache_token_stride", U64),
-        param("value_cache_head_stride", U64),
-        param("tokens", U32),
-        param("kv_heads", U32),
-        param("head_dim_k", U32),
-        param("head_dim_v", U32),
-        param("block_shift", U32),
-        param("num_slots", U32),
-        param("scale_head_stride", U32),
-    ]
-};
-
-/// What the variants with rotary embedding have beside.
-const ROTARY_PARAMS: [Param; 14] = {
-    use ParamType::{Pointer, U32, U64};
-    [
-        param("query", Pointer),
-        param("query_out", Pointer),
-        param("positions", Pointer),
-        param("cos", Pointer),
-        param("sin", Pointer),
-        param("query_token_stride", U64),
-        param("query_head_stride", U64),
-        param("query_out_token_stride", U64),
-        param("query_out_head_stride", U64),
-        param("table_stride", U64),
-        param("q_heads", U32),
-        param("rotary_half", U32),
-        param("num_positions", U32),
-        param("position_bytes", U32),
-    ]
-};
+parameters! {
+    /// What the variants with rotary embedding have beside.
+    const ROTARY_PARAMS of fn RotaryArgs::values(&self, q_heads: u32);
+    query: Pointer = self.query.address,
+    query_out: Pointer = self.query_out.address,
+    positions: Pointer = self.positions,
+    cos: Pointer = self.cos,
+    sin: Pointer = self.sin,
+    query_token_stride: U64 = self.query.token_stride,
+    query_head_stride: U64 = self.query.head_stride,
+    query_out_token_stride: U64 = self.query_out.token_stride,
+    query_out_head_stride: U64 = self.query_out.head_stride,
+    table_stride: U64 = self.table_stride,
+    q_heads: U32 = q_heads,
+    rotary_half: U32 = self.half,
+    num_positions: U32 = self.num_positions,
+    position_bytes: U32 = self.position_bytes,
+}
 
 /// The parameters of a variant.
 pub(super) fn params(spec: WriteKvSpec) -> Vec<Param> {
@@ -154,50 +146,9 @@ pub(super) fn params(spec: WriteKvSpec) -> Vec<Param> {
 impl WriteKvArgs {
     /// The values of the parameters, in launch order.
     pub fn values(&self) -> Vec<Arg> {
-        let scales = self.scales.unwrap_or(Scales { key: 0, value: 0, per_head: false });
-        let mut values = vec![
-            Arg::pointer(self.key.address),
-            Arg::pointer(self.value.address),
-            Arg::pointer(self.slots),
-            Arg::pointer(self.key_cache.address),
-            Arg::pointer(self.value_cache.address),
-            Arg::pointer(scales.key),
-            Arg::pointer(scales.value),
-            Arg::u64(self.key.token_stride),
-            Arg::u64(self.key.head_stride),
-            Arg::u64(self.value.token_stride),
-            Arg::u64(self.value.head_stride),
-            Arg::u64(self.key_cache.block_stride),
-            Arg::u64(self.key_cache.token_stride),
-            Arg::u64(self.key_cache.head_stride),
-            Arg::u64(self.value_cache.block_stride),
-            Arg::u64(self.value_cache.token_stride),
-            Arg::u64(self.value_cache.head_stride),
-            Arg::u32(self.shape.tokens),
-            Arg::u32(self.shape.kv_heads),
-            Arg::u32(self.shape.head_dim_k),
-            Arg::u32(self.shape.head_dim_v),
-            Arg::u32(self.block_shift),
-            Arg::u32(self.num_slots),
-            Arg::u32(u32::from(scales.per_head)),
-        ];
+        let mut values = self.common_values().to_vec();
         if let Some(rotary) = self.rotary {
-            values.extend([
-                Arg::pointer(rotary.query.address),
-                Arg::pointer(rotary.query_out.address),
-                Arg::pointer(rotary.positions),
-                Arg::pointer(rotary.cos),
-                Arg::pointer(rotary.sin),
-                Arg::u64(rotary.query.token_stride),
-                Arg::u64(rotary.query.head_stride),
-                Arg::u64(rotary.query_out.token_stride),
-                Arg::u64(rotary.query_out.head_stride),
-                Arg::u64(rotary.table_stride),
-                Arg::u32(self.shape.q_heads),
-                Arg::u32(rotary.half),
-                Arg::u32(rotary.num_positions),
-                Arg::u32(rotary.position_bytes),
-            ]);
+            values.extend(rotary.values(self.shape.q_heads));
         }
         values
     }

@@ -5,107 +5,20 @@ mod batch;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod error;
 mod rope;
+mod spec;
 #[cfg(feature = "wgpu")]
 pub mod wgpu;
 
 pub use batch::{BatchLimits, EarlierToken, GroupBatch, StepBatch};
+pub use error::BackendError;
 pub use rope::Rope;
+pub use spec::{AttentionSpec, LayerPlace, StepLimits};
 
 use crate::executor::{RowWanted, StepOutput};
-use crate::model_dir::{Activation, ModelConfig, WeightTensor};
-use pagewise_attention::{AttentionConfig, DType, Mask, ProblemError};
+use crate::model_dir::{Activation, WeightTensor};
 use pagewise_kvcache::BlockOps;
-
-/// What a device must be told once about the attention layers of a model and the cache they share.
-///
-/// Every KV group uses the same cache buffers: block ids are unique over all groups, so the n-th layer of each
-/// group can live in the n-th buffer. A model with two groups of equal size needs half the buffers that it
-/// has layers.
-#[derive(Clone, Debug, PartialEq)]
-pub struct AttentionSpec {
-    /// One entry a layer: its KV group.
-    pub layer_groups: Vec<usize>,
-    /// One entry a KV group: what its layers compute. They differ in their masks only.
-    pub groups: Vec<AttentionConfig>,
-    /// Rotary embedding of queries and keys; `None` where positions are learned.
-    pub rope: Option<Rope>,
-    /// Tokens a block.
-    pub block_size: usize,
-    /// Blocks on the device.
-    pub num_blocks: usize,
-    /// Blocks on the host to swap with.
-    pub host_blocks: usize,
-    /// What no step exceeds.
-    pub limits: StepLimits,
-}
-
-/// The largest step: what a device makes room for once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StepLimits {
-    /// Tokens in all.
-    pub max_rows: usize,
-    /// Sequences.
-    pub max_sequences: usize,
-    /// Tokens of one sequence, those in the cache included.
-    pub max_seq_len: usize,
-}
-
-impl AttentionSpec {
-    /// The attention layers of a model over a cache of this shape; queries and outputs are f32, and a step has at most
-    /// 512 tokens of 256 sequences.
-    pub fn new(config: &ModelConfig, kv_dtype: DType, block_size: usize, num_blocks: usize) -> Self {
-        let (kv_groups, layer_groups) = config.kv_groups();
-        let attention = |window: Option<usize>| AttentionConfig {
-            kv_dtype,
-            mask: window.map_or(Mask::Causal, |size| Mask::Window { size }),
-            scale: config.attention_scale,
-            softcap: config.attention_softcap,
-            ..AttentionConfig::new(config.q_heads, config.kv_heads, config.head_dim, DType::F32)
-        };
-        let groups = kv_groups.iter().map(|group| attention(group.window)).collect();
-        let rope = config.rope.as_ref().map(|rope| Rope::new(rope, config.head_dim));
-        let limits = StepLimits { max_rows: 512, max_sequences: 256, max_seq_len: config.max_positions };
-        Self { layer_groups, groups, rope, block_size, num_blocks, host_blocks: 0, limits }
-    }
-
-    /// The same with queries and outputs of another type.
-    #[must_use]
-    pub fn with_compute_dtype(mut self, dtype: DType) -> Self {
-        self.groups.iter_mut().for_each(|group| group.q_dtype = dtype);
-        self
-    }
-
-    /// The group and the cache buffer of a layer: the buffer's number is the layer's rank within its group.
-    pub fn place(&self, layer: usize) -> Option<LayerPlace> {
-        let group = *self.layer_groups.get(layer)?;
-        let buffer = self.layer_groups.iter().take(layer).filter(|&&other| other == group).count();
-        Some(LayerPlace { group, buffer })
-    }
-
-    /// Cache buffers of keys (and as many of values).
-    pub fn num_buffers(&self) -> usize {
-        let layers_of = |group| self.layer_groups.iter().filter(|&&other| other == group).count();
-        (0..self.groups.len()).map(layers_of).max().unwrap_or(0)
-    }
-
-    /// Bytes that one block takes in all buffers, keys and values.
-    pub fn block_bytes(&self) -> usize {
-        let token_bytes = self.groups.first().map_or(0, |config| {
-            config.kv_heads * (config.head_dim_qk + config.head_dim_v) * config.kv_dtype.size()
-        });
-        self.num_buffers() * self.block_size * token_bytes
-    }
-}
-
-/// Where a layer's keys and values are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LayerPlace {
-    /// Its KV group.
-    pub group: usize,
-    /// Its cache buffer.
-    pub buffer: usize,
-}
 
 /// One matrix product of a layer: `out = x · weightᵀ + bias`.
 #[derive(Debug)]
@@ -386,90 +299,4 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn scope<T: Send>(&self, step: impl FnOnce() -> T + Send) -> T {
         step()
     }
-}
-
-/// What a device can fail with.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum BackendError {
-    /// The attention problem was refused.
-    #[error(transparent)]
-    Attention(#[from] ProblemError),
-    /// A dense layer was refused.
-    #[error(transparent)]
-    Dense(#[from] cpu::dense::DenseError),
-    /// Memory for weights or cache could not be had.
-    #[error("{wanted} bytes for {what} could not be allocated; ask for less with {hint}")]
-    OutOfMemory {
-        /// What it was for.
-        what: &'static str,
-        /// How much.
-        wanted: usize,
-        /// The option that asks for less.
-        hint: &'static str,
-    },
-    /// The device has too little memory left.
-    #[error("{what} of {wanted} bytes do not fit the GPU, which has {free} free; ask for less with {hint}")]
-    DeviceMemory {
-        /// What it was for.
-        what: &'static str,
-        /// How much.
-        wanted: usize,
-        /// How much there was.
-        free: usize,
-        /// The option that asks for less.
-        hint: &'static str,
-    },
-    /// The CUDA driver, or a kernel of ours.
-    #[cfg(feature = "cuda")]
-    #[error(transparent)]
-    Cuda(#[from] pagewise_attention::cuda::CudaError),
-    /// A library that the device needs is missing or fails.
-    #[error("{0}")]
-    Library(String),
-    /// A tensor does not fit what is done with it: a defect of the model or of the backend.
-    #[error("{what} has the shape {found:?} where {needed:?} is needed")]
-    Shape {
-        /// Which.
-        what: &'static str,
-        /// Its shape.
-        found: Vec<usize>,
-        /// What was needed.
-        needed: Vec<usize>,
-    },
-    /// The device cannot do what an option asks for.
-    #[error("{option}: {problem}")]
-    Option {
-        /// Which, as it is written on the command line.
-        option: &'static str,
-        /// What is wrong and what can be had.
-        problem: String,
-    },
-    /// A device did not keep all weights that were sent to it.
-    #[error("{sent} weights were sent to the device and {left} are there; this is a defect of the backend")]
-    LostWeights {
-        /// How many were sent.
-        sent: usize,
-        /// How many it gave back.
-        left: usize,
-    },
-    /// The GPU cannot do it, or there is none.
-    #[cfg(feature = "wgpu")]
-    #[error(transparent)]
-    Wgpu(#[from] pagewise_attention::wgpu::WgpuError),
-    /// The GPU is gone: its driver was reset, or it was taken away.
-    #[error("the GPU is lost and nothing more can be computed on it: {reason}; load the model again")]
-    DeviceLost {
-        /// What the driver says.
-        reason: String,
-    },
-    /// The GPU failed in a way that its interface does not foresee.
-    #[error("the GPU failed (please report this): {reason}")]
-    Device {
-        /// What its interface says.
-        reason: String,
-    },
-    /// The device's threads could not be started.
-    #[error("--threads: the CPU's threads could not be started: {0}")]
-    Threads(String),
 }

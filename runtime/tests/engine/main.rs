@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod ahead;
+mod audited;
 mod beams;
 mod behaviour;
 mod drains;

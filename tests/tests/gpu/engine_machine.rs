@@ -8,31 +8,20 @@ use pagewise_runtime::backend::cuda::{CudaBackend, CudaOptions};
 use pagewise_runtime::backend::{AttentionSpec, Backend};
 use pagewise_runtime::executor::Executor;
 use pagewise_runtime::model_dir::{ModelConfig, ModelDir};
-use pagewise_runtime::plan::{BlockId, LogitRows, StepPlan};
-use pagewise_tests::{Sequence, executor};
+use pagewise_runtime::plan::LogitRows;
+use pagewise_tests::{Numbers, Planner, Sequence, executor};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors, serialize_to_file};
 use std::path::Path;
-
-pub struct Numbers(pub u64);
-
-impl Numbers {
-    pub fn below(&mut self, bound: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) as usize % bound.max(1)
-    }
-}
 
 pub fn config(dir: &Path) -> ModelConfig {
     ModelDir::open(dir).unwrap().config
 }
 
-/// A model on a device with a cache whose blocks are handed out in a scrambled order.
+/// A model on a device, and its cache.
 pub struct Machine {
     executor: Box<dyn Executor>,
-    groups: usize,
-    free: Vec<BlockId>,
-    steps: u64,
+    planner: Planner,
 }
 
 /// What a machine computes in.
@@ -52,9 +41,7 @@ impl Machine {
             .with_compute_dtype(types.activations);
         spec.limits.max_seq_len = spec.limits.max_seq_len.min(2048);
         let executor = Box::new(executor(backend, dir, Some(types.weights), spec));
-        // A prime, so that the order is a permutation.
-        let free = (0..num_blocks).map(|i| (i * 7919 % num_blocks) as BlockId).collect();
-        Self { executor, groups: config.kv_groups().0.len(), free, steps: 0 }
+        Self { executor, planner: Planner::new(&config, BLOCK_SIZE, num_blocks) }
     }
 
     pub fn cpu(dir: &Path, dtype: DType) -> Self {
@@ -73,19 +60,15 @@ impl Machine {
         Self::new(dir, backend, Types { weights: dtype, cache: dtype, activations: dtype })
     }
 
-    /// The logits of the next tokens of some sequences: number, tokens so far, how many of them are new, tables.
+    /// The logits of the next tokens of some sequences, so many of each.
     fn step(&mut self, work: &mut [(&mut Sequence, usize)], logits: LogitRows) -> Vec<Vec<f32>> {
-        let mut plan = StepPlan { id: self.steps, ..StepPlan::default() };
-        self.steps += 1;
-        for (sequence, count) in work.iter_mut() {
-            plan.chunks.push(sequence.next_chunk(*count, BLOCK_SIZE, &mut self.free, logits));
-        }
+        let plan = self.planner.step(work, logits);
         let output = self.executor.execute(&plan).unwrap();
         output.logits.chunks(output.vocab_size).map(<[f32]>::to_vec).collect()
     }
 
     fn sequence(&self, id: u64, tokens: &[u32]) -> Sequence {
-        Sequence::new(id, tokens, self.groups)
+        self.planner.sequence(id, tokens)
     }
 }
 
@@ -102,14 +85,14 @@ pub fn texts(vocab_size: usize, count: usize, longest: usize, seed: u64) -> Vec<
 
 /// Every row of each text alone, whole.
 pub fn rows_alone(machine: &mut Machine, texts: &[Vec<u32>]) -> Vec<Vec<Vec<f32>>> {
-    let free = machine.free.clone();
+    let free = machine.planner.free.clone();
     let rows = |(id, text): (usize, &Vec<u32>)| {
-        machine.free.clone_from(&free);
+        machine.planner.free.clone_from(&free);
         let mut sequence = machine.sequence(id as u64, text);
         machine.step(&mut [(&mut sequence, text.len())], LogitRows::All)
     };
     let rows = texts.iter().enumerate().map(rows).collect();
-    machine.free = free;
+    machine.planner.free = free;
     rows
 }
 

@@ -8,10 +8,10 @@ use pagewise_runtime::backend::wgpu::{AdapterChoice, WgpuBackend, WgpuWeight};
 use pagewise_runtime::backend::{AttentionSpec, Backend, StepBatch};
 use pagewise_runtime::engine::{Engine, EngineConfig};
 use pagewise_runtime::executor::{Executor, RowWanted, StepOutput};
-use pagewise_runtime::model_dir::{ModelConfig, ModelDir};
-use pagewise_runtime::plan::{BlockId, BlockOps, LogitRows, StepPlan};
+use pagewise_runtime::model_dir::ModelDir;
+use pagewise_runtime::plan::{BlockOps, LogitRows};
 use pagewise_runtime::scheduler::Preemption;
-use pagewise_tests::{Sequence, argmax, executor, fixture};
+use pagewise_tests::{Planner, Sequence, argmax, executor, fixture, rows_by_sequence};
 use std::io::Write as _;
 use std::path::Path;
 
@@ -39,14 +39,11 @@ pub fn choice(backend: &WgpuBackend) -> AdapterChoice {
 /// Block ids of the host that a pair can swap with.
 const HOST_BLOCKS: usize = 64;
 
-/// The same model twice, with caches whose blocks are handed out in the same scrambled order.
+/// The same model twice, with caches in which the same blocks hold the same.
 pub struct Pair {
     cpu: Box<dyn Executor>,
     wgpu: Box<dyn Executor>,
-    config: ModelConfig,
-    block_size: usize,
-    pub free: Vec<BlockId>,
-    steps: u64,
+    pub planner: Planner,
     /// Of the largest logit of a row.
     pub tolerance: f64,
     /// The largest difference so far, as a part of the tolerance.
@@ -70,36 +67,17 @@ impl Pair {
         spec.host_blocks = HOST_BLOCKS;
         let cpu = Box::new(executor(CpuBackend::new(Some(2)).unwrap(), dir, dtype, spec.clone()));
         let wgpu = Box::new(executor(sibling(backend), dir, dtype, spec));
-        // Odd numbers first: neighbours in a table are not neighbours in memory.
-        let (even, odd) = (0..num_blocks as BlockId).partition::<Vec<_>, _>(|block| block % 2 == 0);
-        let free = even.into_iter().chain(odd).collect();
-        Self {
-            cpu,
-            wgpu,
-            config,
-            block_size,
-            free,
-            steps: 0,
-            tolerance: 0.0,
-            worst: 0.0,
-            rows: 0,
-            decided: 0,
-        }
+        let planner = Planner::new(&config, block_size, num_blocks);
+        Self { cpu, wgpu, planner, tolerance: 0.0, worst: 0.0, rows: 0, decided: 0 }
     }
 
     pub fn sequence(&self, id: u64, prompt: &[u32]) -> Sequence {
-        Sequence::new(id, prompt, self.config.kv_groups().0.len())
-    }
-
-    /// A block that nobody has.
-    pub fn block(&mut self) -> BlockId {
-        self.free.pop().unwrap()
+        self.planner.sequence(id, prompt)
     }
 
     /// Moves blocks on both sides.
-    pub fn blocks(&mut self, ops: &BlockOps) {
-        let plan = StepPlan { id: self.steps, block_ops: ops.clone(), chunks: Vec::new() };
-        self.steps += 1;
+    pub fn blocks(&mut self, ops: BlockOps) {
+        let plan = self.planner.moves(ops);
         self.cpu.execute(&plan).unwrap();
         self.wgpu.execute(&plan).unwrap();
     }
@@ -107,11 +85,7 @@ impl Pair {
     /// Computes the next tokens of each sequence in one step on both sides, compares the logits of all their
     /// positions, and returns the CPU's.
     pub fn step(&mut self, work: &mut [(&mut Sequence, usize)]) -> Vec<Vec<Vec<f32>>> {
-        let mut plan = StepPlan { id: self.steps, ..StepPlan::default() };
-        self.steps += 1;
-        for (sequence, count) in work.iter_mut() {
-            plan.chunks.push(sequence.next_chunk(*count, self.block_size, &mut self.free, LogitRows::All));
-        }
+        let plan = self.planner.step(work, LogitRows::All);
         let cpu = self.cpu.execute(&plan).unwrap();
         let wgpu = self.wgpu.execute(&plan).unwrap();
         assert_eq!(cpu.logits.len(), wgpu.logits.len());
@@ -119,8 +93,7 @@ impl Pair {
         for (row, (cpu, wgpu)) in cpu.logits.chunks(width).zip(wgpu.logits.chunks(width)).enumerate() {
             self.compare(&format!("step {}, row {row} of {}", plan.id, plan.num_tokens()), cpu, wgpu);
         }
-        let mut rows = cpu.logits.chunks(width).map(<[f32]>::to_vec);
-        work.iter().map(|&(_, count)| rows.by_ref().take(count).collect()).collect()
+        rows_by_sequence(&plan, &cpu)
     }
 
     fn compare(&mut self, label: &str, cpu: &[f32], wgpu: &[f32]) {

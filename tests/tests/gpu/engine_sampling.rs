@@ -14,10 +14,10 @@ use pagewise_runtime::load::BackendChoice;
 use pagewise_runtime::model_dir::WeightTensor;
 use pagewise_runtime::request::{PositionLogprobs, Request, SamplingParams};
 use pagewise_runtime::sampling::{Draw, Sampler, TokenCounts};
-use pagewise_tests::fixture;
+use pagewise_tests::{Numbers, fixture};
 
-use super::engine_machine::{Machine, Numbers, bound, config, rows_alone, texts};
-use super::{engine, generate, scale, way};
+use super::engine_machine::{Machine, bound, config, rows_alone, texts};
+use super::engine_oracle::{engine, generate, scale, way};
 
 /// Ends a step whose logits are these rows.
 fn on_device(backend: &CudaBackend, logits: &[f32], rows: usize, wanted: &[RowWanted]) -> StepOutput {

@@ -1,5 +1,9 @@
-//! A whole decode step of one sequence, as the engine puts it into a CUDA graph, and the same with kinds of kernels left
-//! out: what each kind adds to a token. Weights of every layer lie apart, as in a model.
+//! A whole decode step of one sequence, as the engine puts it into a CUDA graph: its memory and its launches. Weights of
+//! every layer lie apart, as in a model. What is left out of a step, to see what each kind of kernel adds to a token, is in
+//! `ways`.
+
+mod models;
+mod ways;
 
 use std::collections::HashMap;
 
@@ -10,7 +14,7 @@ use pagewise_attention::cuda::ptx::model::argmax::{Argmax, ArgmaxArgs, ArgmaxSpe
 use pagewise_attention::cuda::ptx::model::embed::{Embed, EmbedArgs, EmbedSpec};
 use pagewise_attention::cuda::ptx::model::gather_rows::{GatherRows, GatherRowsArgs, GatherRowsSpec};
 use pagewise_attention::cuda::ptx::model::matvec::{
-    Geometry, Input, Matvec, MatvecArgs, MatvecNorm, MatvecShape, MatvecSpec, Store,
+    Geometry, Input, Matvec, MatvecArgs, MatvecNorm, MatvecSpec, Store,
 };
 use pagewise_attention::cuda::ptx::model::{Activation, NormKind, Rows};
 use pagewise_attention::cuda::ptx::write_kv::RotaryStyle;
@@ -19,158 +23,18 @@ use pagewise_attention::cuda::{
     WriteKvCall,
 };
 use pagewise_attention::{AttentionConfig, CacheLayout, DType, PagedBatch, Problem, RowStrides};
-use serde_json::json;
+
+pub use models::MODELS;
+use models::{HEAD_DIM, Model, PRODUCTS, Product};
+use ways::Way;
 
 use crate::gpu::Gpu;
 use crate::model::Bench;
-
-/// Steps of a graph: its launch counts less.
-const STEPS: usize = 4;
 
 /// Keys that the sequence has.
 const CONTEXT: usize = 192;
 
 const BLOCK: usize = 16;
-const HEAD_DIM: usize = 128;
-
-/// A model by its sizes.
-pub struct Model {
-    pub name: &'static str,
-    hidden: u32,
-    layers: usize,
-    q_heads: usize,
-    kv_heads: usize,
-    inner: u32,
-    vocab: u32,
-    /// Llama's: RMS norms, gated MLPs, rotary embedding; else OPT's.
-    gated: bool,
-}
-
-pub const MODELS: [Model; 2] = [
-    Model {
-        name: "llama3-8b",
-        hidden: 4096,
-        layers: 32,
-        q_heads: 32,
-        kv_heads: 8,
-        inner: 14336,
-        vocab: 128_256,
-        gated: true,
-    },
-    Model {
-        name: "opt-13b",
-        hidden: 5120,
-        layers: 40,
-        q_heads: 40,
-        kv_heads: 40,
-        inner: 20480,
-        vocab: 50272,
-        gated: false,
-    },
-];
-
-/// The products of a model.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Product {
-    Qkv,
-    O,
-    Up,
-    Down,
-    Head,
-}
-
-const PRODUCTS: [Product; 5] = [Product::Qkv, Product::O, Product::Up, Product::Down, Product::Head];
-
-/// What a step is made of, and how it is launched.
-#[derive(Clone, Copy, Debug)]
-pub struct Way {
-    products: [bool; 5],
-    norms: bool,
-    write_kv: bool,
-    attention: bool,
-    /// Embedding, and the row whose logits are wanted.
-    ends: bool,
-    argmax: bool,
-    /// When `write_kv` and attention begin.
-    order: Order,
-    geometry: [Option<Geometry>; 5],
-    /// What is changed in the text of the products' kernels: for tuning.
-    edit: Edit,
-}
-
-const WHOLE: Way = Way {
-    products: [true; 5],
-    norms: true,
-    write_kv: true,
-    attention: true,
-    ends: true,
-    argmax: true,
-    order: Order::Dependent,
-    geometry: [None; 5],
-    edit: Edit::None,
-};
-
-/// A change of the kernel's text.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Edit {
-    None,
-    /// The next kernel may begin when a block has asked for its first weights, or is at its last tile.
-    LaunchLate,
-    LaunchLast,
-    /// What the L2 fetches beside a load of weights: other than 256 bytes, or nothing.
-    Beside(&'static str),
-}
-
-impl Edit {
-    fn apply(self, text: &str) -> String {
-        const LAUNCH: &str = "    griddepcontrol.launch_dependents;\n";
-        let replaced = |text: &str, from: &str, to: &str| {
-            assert!(text.contains(from), "{self:?}: {from}");
-            text.replace(from, to)
-        };
-        match self {
-            Self::None => text.to_owned(),
-            Self::LaunchLate => {
-                let wait = "    griddepcontrol.wait;\n";
-                replaced(&replaced(text, LAUNCH, ""), wait, &format!("{LAUNCH}{wait}"))
-            }
-            Self::LaunchLast => replaced(
-                &replaced(text, LAUNCH, ""),
-                "TILE:\n",
-                "TILE:\n    add.u32 %r_x, %r_tile, %r_grid;\n    setp.ge.u32 %p_x, %r_x, %r_tiles;\n    @%p_x griddepcontrol.launch_dependents;\n",
-            ),
-            Self::Beside(what) => replaced(text, ".L2::256B", what),
-        }
-    }
-}
-
-impl Model {
-    fn qkv(&self) -> u32 {
-        ((self.q_heads + 2 * self.kv_heads) * HEAD_DIM) as u32
-    }
-
-    /// Features (of a gated product half of its rows), width, and rows of weights of a product.
-    fn shape(&self, product: Product) -> (MatvecShape, u64) {
-        let (features, width) = match product {
-            Product::Qkv => (self.qkv(), self.hidden),
-            Product::O => (self.hidden, (self.q_heads * HEAD_DIM) as u32),
-            Product::Up => (self.inner, self.hidden),
-            Product::Down => (self.hidden, self.inner),
-            Product::Head => (self.vocab, self.hidden),
-        };
-        let halves = if self.gated && product == Product::Up { 2 } else { 1 };
-        let shape = MatvecShape { rows: 1, features, width };
-        (shape, halves * u64::from(features) * u64::from(width) * 2)
-    }
-
-    fn layer_bytes(&self) -> u64 {
-        PRODUCTS[..4].iter().map(|product| self.shape(*product).1).sum()
-    }
-
-    fn bytes(&self) -> u64 {
-        self.layers as u64 * self.layer_bytes() + self.shape(Product::Head).1
-    }
-}
 
 /// What a step reads and writes.
 struct Memory {
@@ -447,76 +311,6 @@ impl<'a, 'b, 'c> Step<'a, 'b, 'c> {
         self.product(way, Product::Head, 0);
         if way.argmax {
             self.argmax();
-        }
-    }
-
-    /// Microseconds of a step.
-    fn time(&mut self, way: &Way) -> f64 {
-        let gpu: &'a Gpu<'b> = self.bench.gpu;
-        // Once without a graph, so that all kernels are loaded.
-        self.step(way);
-        gpu.stream.synchronize().unwrap();
-        gpu.time(STEPS, |_| self.step(way))
-    }
-
-    fn note(&mut self, what: &str, way: &Way, whole: Option<f64>) -> f64 {
-        let us = self.time(way);
-        let more = whole.map_or(String::new(), |whole| format!(" {:+9.1} us", us - whole));
-        println!("step {} {what:60} {us:9.1} us{more}", self.model.name);
-        self.bench.figures.push(json!({ "name": format!("step {} {what}", self.model.name), "us": us }));
-        us
-    }
-
-    /// The table: a step, and what it takes without each kind.
-    pub fn table(&mut self) {
-        let floor = self.model.bytes() as f64 / self.bench.ceiling / 1e3;
-        println!("step {}: reading {} bytes takes {floor:.1} us", self.model.name, self.model.bytes());
-        let whole = self.note("whole", &WHOLE, None);
-        let mut without = |what: &str, way: Way| self.note(&format!("without {what}"), &way, Some(whole));
-        without("early write_kv and attention", Way { order: Order::Stream, ..WHOLE });
-        without("argmax", Way { argmax: false, ..WHOLE });
-        without("embedding and the last row", Way { ends: false, ..WHOLE });
-        without("write_kv", Way { write_kv: false, ..WHOLE });
-        without("attention", Way { attention: false, ..WHOLE });
-        without("write_kv and attention", Way { write_kv: false, attention: false, ..WHOLE });
-        without("norms", Way { norms: false, ..WHOLE });
-        for (index, product) in PRODUCTS.iter().enumerate() {
-            let mut products = [true; 5];
-            products[index] = false;
-            without(&format!("{product:?}"), Way { products, ..WHOLE });
-        }
-        let bare = Way { write_kv: false, attention: false, ends: false, argmax: false, ..WHOLE };
-        without("all but products and norms", bare);
-        without("all but products", Way { norms: false, ..bare });
-        without("products", Way { products: [false; 5], ..WHOLE });
-    }
-
-    /// Every geometry of every product in the step, and changes of the kernel.
-    pub fn sweep(&mut self) {
-        let whole = self.note("whole", &WHOLE, None);
-        for edit in [Edit::LaunchLate, Edit::LaunchLast, Edit::Beside(".L2::128B"), Edit::Beside("")] {
-            self.note(&format!("{edit:?}"), &Way { edit, ..WHOLE }, Some(whole));
-        }
-        let late = Way { order: Order::Stream, ..WHOLE };
-        self.note("write_kv and attention in stream order", &late, Some(whole));
-        let multiprocessors = self.bench.gpu.context.device().multiprocessors;
-        for (index, product) in PRODUCTS.iter().enumerate() {
-            let (shape, _) = self.model.shape(*product);
-            let tiles = shape.features.div_ceil(8);
-            for (warps, slots) in [(8, 4), (12, 4), (16, 2), (16, 4)] {
-                for turns in [tiles.div_ceil(multiprocessors), 0] {
-                    // As many tiles for each block, or a block on every multiprocessor.
-                    let blocks = if turns == 0 { multiprocessors } else { tiles.div_ceil(turns) };
-                    for copies in [false, true] {
-                        let mut geometry = [None; 5];
-                        geometry[index] = Some(Geometry { warps, blocks, slots, copies });
-                        let what = format!(
-                            "{product:?} by {blocks} blocks of {warps} warps, {slots} slots, copies {copies}"
-                        );
-                        self.note(&what, &Way { geometry, ..WHOLE }, Some(whole));
-                    }
-                }
-            }
         }
     }
 }
