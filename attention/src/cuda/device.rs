@@ -82,6 +82,20 @@ pub struct Device {
 }
 
 impl Device {
+    /// An H100, for tests of plans.
+    #[cfg(test)]
+    pub(super) fn h100() -> Self {
+        Self {
+            ordinal: 0,
+            name: String::new(),
+            compute_capability: ComputeCapability { major: 9, minor: 0 },
+            memory: 80 << 30,
+            multiprocessors: 132,
+            shared_memory_per_block: 232_448,
+            driver: CudaVersion { major: 13, minor: 0 },
+        }
+    }
+
     /// Whether the kernels run on this GPU with this driver.
     ///
     /// # Errors

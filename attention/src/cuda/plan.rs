@@ -360,3 +360,6 @@ fn work_item(piece: Piece) -> WorkItem {
     let Piece { table, row, begin, end, split, splits, first_partial, position } = piece;
     WorkItem { table, row, begin, end, split, splits, first_partial, position }
 }
+
+#[cfg(test)]
+mod tests;

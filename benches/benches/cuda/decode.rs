@@ -34,13 +34,19 @@ pub fn all_shapes(gpu: &Gpu<'_>, yardsticks: &Yardsticks, wanted: impl Fn(&str) 
             let options = PlanOptions { item_keys: item_keys(), ..PlanOptions::default() };
             let prepared = Prepared::new(gpu, shape, layout);
             let Measured { us, error, items } = prepared.measure(options);
+            // Launches that begin while the one before them ends, as in an engine's step.
+            let behind = (!layout.apart && gpu.context.device().launches_dependently())
+                .then(|| prepared.measure(PlanOptions { order: Order::Dependent, ..options }).us);
             let bytes = shape.bytes();
             let rate = bytes / us / 1e3;
             let floor = yardsticks.floor_us(bytes);
             let of_blocks = yardsticks.piece_rate(shape.block_bytes(BLOCK), bytes).map(|most| rate / most);
             let part = of_blocks.map_or(String::new(), |part| format!(" ({:.1}% of blocks')", 100.0 * part));
+            let chained = behind.map_or(String::new(), |us| {
+                format!("  dependent {us:.1} us {:.1}%", 100.0 * bytes / us / 1e3 / yardsticks.ceiling)
+            });
             println!(
-                "{:18} {layout:9} {us:8.1} us {rate:5.0} GB/s {:3.0}%{part}  floor x{:.2}  peer x{:.2} ({})  vLLM x{:.2}  error {error:.1e}, {items} items",
+                "{:18} {layout:9} {us:8.1} us {rate:5.0} GB/s {:3.0}%{part}  floor x{:.2}  peer x{:.2} ({})  vLLM x{:.2}  error {error:.1e}, {items} items{chained}",
                 shape.name,
                 100.0 * rate / yardsticks.ceiling,
                 us / floor,
@@ -52,7 +58,7 @@ pub fn all_shapes(gpu: &Gpu<'_>, yardsticks: &Yardsticks, wanted: impl Fn(&str) 
                 "shape": shape.name, "layout": layout.to_string(), "us": us, "gb_s": rate, "of_ceiling": rate / yardsticks.ceiling, "of_blocks": of_blocks,
                 "over_floor": us / floor, "best_peer": shape.best_peer, "best_peer_us": shape.best_us,
                 "speedup_over_best_peer": shape.best_us / us, "speedup_over_vllm": shape.vllm_us / us,
-                "relative_error": error, "items": items,
+                "relative_error": error, "items": items, "dependent_us": behind,
             }));
             if layout.apart {
                 continue;

@@ -6,21 +6,7 @@ use std::collections::HashMap;
 use proptest::prelude::*;
 
 use super::*;
-use crate::cuda::{CudaVersion, device::ComputeCapability};
 use crate::{AttentionConfig, CacheLayout, DType, MaskBits, PagedBatch};
-
-/// An H100.
-fn device() -> Device {
-    Device {
-        ordinal: 0,
-        name: String::new(),
-        compute_capability: ComputeCapability { major: 9, minor: 0 },
-        memory: 80 << 30,
-        multiprocessors: 132,
-        shared_memory_per_block: 232_448,
-        driver: CudaVersion { major: 13, minor: 0 },
-    }
-}
 
 proptest! {
     #[test]
@@ -43,9 +29,9 @@ proptest! {
         let layout = CacheLayout::nhd(entries.len(), 16, &config);
         let batch = PagedBatch::padded(&query_start, &lens, &entries, max_blocks);
         let problem = Problem::new(&config, layout, batch).unwrap();
-        let spec = PrefillPart::spec(&problem, &device(), Some(form)).unwrap();
+        let spec = PrefillPart::spec(&problem, &Device::h100(), Some(form)).unwrap();
         let sequences: Vec<usize> = (0..shapes.len()).collect();
-        let part = PrefillPart::new(&problem, &sequences, spec, &device(), prefill_keys).unwrap();
+        let part = PrefillPart::new(&problem, &sequences, spec, &Device::h100(), prefill_keys).unwrap();
 
         // Keys of each tile and head, by the tile's first row of the output and its row.
         let mut seen: HashMap<(u32, u32, u32), Vec<(u32, u32)>> = HashMap::new();
@@ -113,11 +99,11 @@ proptest! {
         let bits = MaskBits { words: &bits, row_words };
         batch.mask_bits = Some(bits);
         let problem = Problem::new(&config, layout, batch).unwrap();
-        prop_assert!(PrefillPart::spec(&problem, &device(), Some(Form::Hopper)).is_none());
-        prop_assert_eq!(PrefillPart::spec(&problem, &device(), None).unwrap().form, Form::Large);
-        let spec = PrefillPart::spec(&problem, &device(), Some(form)).unwrap();
+        prop_assert!(PrefillPart::spec(&problem, &Device::h100(), Some(Form::Hopper)).is_none());
+        prop_assert_eq!(PrefillPart::spec(&problem, &Device::h100(), None).unwrap().form, Form::Large);
+        let spec = PrefillPart::spec(&problem, &Device::h100(), Some(form)).unwrap();
         prop_assert!(spec.bits);
-        let part = PrefillPart::new(&problem, &[0], spec, &device(), prefill_keys).unwrap();
+        let part = PrefillPart::new(&problem, &[0], spec, &Device::h100(), prefill_keys).unwrap();
         prop_assert_eq!(part.mask_words as usize, row_words);
         for query in 0..queries {
             let seen: Vec<usize> = (0..len).filter(|&key| bits.sees(query, key)).collect();
