@@ -21,6 +21,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cuda_subject::{by_rows, bytes, subject};
 use pagewise_attention::conformance::{AttentionData, Case, Subject};
+use pagewise_attention::cuda::ptx::decode::Ring;
 use pagewise_attention::cuda::{AttentionCall, Context, DecodePlan, Order, PlanOptions, WriteKvCall};
 use pagewise_attention::{BlockTables, RowStrides};
 use random::{run_cases, run_seed};
@@ -88,7 +89,8 @@ impl Step {
     fn chain(&self, context: &Context) -> Vec<u8> {
         let data = &self.data;
         let problem = data.problem().unwrap();
-        let options = PlanOptions { order: Order::Dependent, ..PlanOptions::default() };
+        let options =
+            PlanOptions { order: Order::Dependent, ring: Some(Ring::Large), ..PlanOptions::default() };
         let plan = DecodePlan::new(&problem, context.device(), options).unwrap();
         assert!(plan.variant().ends_with("_pdl"), "{} is no dependent variant", plan.variant());
         let subject = subject(context);
