@@ -1,6 +1,6 @@
 //! How a step's work is best spread over the GPU: KV heads of a thread block, and where rows are cut.
 //!
-//! A model of time with five constants, all measured on one H100 (`docs/kernel-notes.md`). Reading takes the bytes of
+//! A model of time with seven constants, all measured on one H100 (`docs/kernel-notes.md`). Reading takes the bytes of
 //! all rows over the bandwidth of the memory; but one multiprocessor cannot draw more than a small multiple of its
 //! share, so a thread block that has too much to do is late. Cutting rows makes thread blocks equal; merging what they
 //! found costs time of its own.
@@ -23,6 +23,13 @@ const NEXT: f64 = 36e3;
 /// third less for two heads, two thirds less for four.
 const SCATTER: f64 = 0.01;
 
+/// What of the bytes of partial results the merge of another KV head in the same thread block takes, likewise: they come
+/// from the L2, but one after the other.
+const MERGE_HEAD: f64 = 0.5;
+
+/// What it takes a thread block to store each eight rows of another KV head, likewise: about 0.5 µs.
+const STORE_HEAD: f64 = 12e3;
+
 /// What each wave of thread blocks after the first adds, as a part of what one thread block has to do: they do not
 /// all end together.
 const WAVE: f64 = 0.04;
@@ -32,6 +39,8 @@ const WAVE: f64 = 0.04;
 pub(super) struct Step {
     pub(super) kv_heads: u32,
     pub(super) query_tiles: u32,
+    /// Query heads of the largest of them.
+    pub(super) tile_rows: u32,
     /// Warps of a thread block.
     pub(super) warps: u32,
     pub(super) multiprocessors: u64,
@@ -141,14 +150,17 @@ pub(super) fn choose(rows: &[Keys], step: &Step, block_heads: Option<u32>, shrin
         return whole;
     }
     // Equal pieces that fill the GPU once; or pieces that shrink with what is left.
-    let key = (u64::from(cut_heads) * step.key_bytes) as f64;
-    let equal = one_wave(rows, step, cut_heads).map(|keys| Choice {
-        block_heads: cut_heads,
-        cut: Cut::Equal(keys),
-        cost: scattered(cut_heads).max(f64::from(keys) * key / most) + merge,
-        floor: share,
+    let equal = step.head_choices(block_heads).filter_map(|heads| {
+        let (keys, splits) = one_wave(rows, step, heads)?;
+        let key = (u64::from(heads) * step.key_bytes) as f64;
+        // A row of partial results is about as large as a key. They are merged in groups of 16.
+        let more = f64::from(heads - 1) * f64::from(step.tile_rows);
+        let partials = f64::from(splits.min(16) + splits / 16) * step.key_bytes as f64;
+        let merge = merge + more * (MERGE_HEAD * partials + STORE_HEAD / 8.0);
+        let cost = scattered(heads).max(f64::from(keys) * key / most) + merge;
+        Some(Choice { block_heads: heads, cut: Cut::Equal(keys), cost, floor: share })
     });
-    [Some(whole), equal].into_iter().flatten().fold(shrunk, cheaper)
+    std::iter::once(whole).chain(equal).fold(shrunk, cheaper)
 }
 
 /// The cheaper of two choices, the second if they are equal.
@@ -156,8 +168,9 @@ fn cheaper(a: Choice, b: Choice) -> Choice {
     if a.cost < b.cost { a } else { b }
 }
 
-/// About the smallest pieces, in whole rounds, that are no more than there are slots for.
-fn one_wave(rows: &[Keys], step: &Step, block_heads: u32) -> Option<u32> {
+/// About the smallest pieces, in whole rounds, that are no more than there are slots for, and how many of them the
+/// longest row has.
+fn one_wave(rows: &[Keys], step: &Step, block_heads: u32) -> Option<(u32, u32)> {
     let most = step.slots() / step.blocks_per_item(block_heads).max(1);
     let round = step.round(block_heads);
     let pieces = |rounds: u32| {
@@ -176,7 +189,7 @@ fn one_wave(rows: &[Keys], step: &Step, block_heads: u32) -> Option<u32> {
     while pieces(rounds) > most {
         rounds = (rounds + rounds.div_ceil(8)).min(longest);
     }
-    Some(rounds * round)
+    Some((rounds * round, longest.div_ceil(rounds)))
 }
 
 #[cfg(test)]
@@ -191,7 +204,15 @@ mod tests {
 
     /// An H100 with one thread block of 8 warps a multiprocessor, head_dim 128 in 16 bits.
     fn h100(kv_heads: u32) -> Step {
-        Step { kv_heads, query_tiles: 1, warps: 8, multiprocessors: 132, blocks_each: 1, key_bytes: 512 }
+        Step {
+            kv_heads,
+            query_tiles: 1,
+            tile_rows: if kv_heads == 32 { 1 } else { 4 },
+            warps: 8,
+            multiprocessors: 132,
+            blocks_each: 1,
+            key_bytes: 512,
+        }
     }
 
     #[test]
@@ -212,6 +233,8 @@ mod tests {
         assert_eq!(choice(8, &[8192]), (1, Cut::Equal(512)));
         assert_eq!(choice(8, &[32768]), (1, Cut::Equal(2048)));
         assert_eq!(choice(1, &[8192; 8]), (1, Cut::Equal(512)));
+        // One long row of many heads: what they read together outweighs a larger merge.
+        assert_eq!(choice(32, &[131_072]), (8, Cut::Equal(3984)));
         // Two long waves end raggedly: better pieces that shrink.
         assert!(matches!(choice(32, &[4096; 64]), (1, Cut::Shrinking { .. })));
     }

@@ -309,6 +309,7 @@ impl Kind {
         let step = Step {
             kv_heads: shape.kv_heads,
             query_tiles: shape.query_tiles(),
+            tile_rows: shape.tile_rows(),
             warps: spec.tuning.warps,
             multiprocessors: u64::from(device.multiprocessors.max(1)),
             blocks_each: u64::from(spec.tuning.blocks_per_multiprocessor.min(fit)),

@@ -92,7 +92,7 @@ mod tests {
             log_warps in 0..4u32,
             blocks_each in 1..4u64,
         ) {
-            let step = Step { kv_heads, query_tiles: 1, warps: 1 << log_warps, multiprocessors: slots, blocks_each, key_bytes: 512 };
+            let step = Step { kv_heads, query_tiles: 1, tile_rows: 4, warps: 1 << log_warps, multiprocessors: slots, blocks_each, key_bytes: 512 };
             let shrink = shrink.map(|(shares, smallest)| Shrink { shares, smallest });
             let fixed = fixed.map(|tiles| tiles * TILE_KEYS);
             let (heads, cut) = match fixed {
@@ -145,7 +145,7 @@ mod tests {
                 .enumerate()
                 .map(|(i, &end)| Keys { table: 0, row: i as u32, begin: 0, end, position: 0 })
                 .collect();
-            let step = Step { kv_heads, query_tiles: 1, warps: 8, multiprocessors: slots, blocks_each: 1, key_bytes: 512 };
+            let step = Step { kv_heads, query_tiles: 1, tile_rows: 4, warps: 8, multiprocessors: slots, blocks_each: 1, key_bytes: 512 };
             let choice = choose(&rows, &step, None, None);
             let (heads, cut) = (choice.block_heads, choice.cut);
             let blocks_per_item = step.blocks_per_item(heads);
