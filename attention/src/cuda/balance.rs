@@ -149,17 +149,21 @@ pub(super) fn choose(rows: &[Keys], step: &Step, block_heads: Option<u32>, shrin
     if whole.cost <= scattered(cut_heads) + merge {
         return whole;
     }
-    // Equal pieces that fill the GPU once; or pieces that shrink with what is left.
-    let equal = step.head_choices(block_heads).filter_map(|heads| {
-        let (keys, splits) = one_wave(rows, step, heads)?;
-        let key = (u64::from(heads) * step.key_bytes) as f64;
-        // A row of partial results is about as large as a key. They are merged in groups of 16.
-        let more = f64::from(heads - 1) * f64::from(step.tile_rows);
-        let partials = f64::from(splits.min(16) + splits / 16) * step.key_bytes as f64;
-        let merge = merge + more * (MERGE_HEAD * partials + STORE_HEAD / 8.0);
-        let cost = scattered(heads).max(f64::from(keys) * key / most) + merge;
-        Some(Choice { block_heads: heads, cut: Cut::Equal(keys), cost, floor: share })
-    });
+    // Equal pieces that fill the GPU once; or pieces that shrink with what is left. Of one row they can be so equal that
+    // thread blocks of several heads wait for none of them.
+    let single = lengths.rows == 1.0;
+    let equal =
+        step.head_choices(block_heads).filter(|&heads| heads == cut_heads || single).filter_map(|heads| {
+            let (keys, splits) = one_wave(rows, step, heads)?;
+            let piece = f64::from(keys) * (u64::from(heads) * step.key_bytes) as f64;
+            let longest = if heads == cut_heads { piece / most } else { piece * each };
+            // A row of partial results is about as large as a key. They are merged in groups of 16.
+            let more = f64::from(heads - cut_heads) * f64::from(step.tile_rows);
+            let partials = f64::from(splits.min(16) + splits / 16) * step.key_bytes as f64;
+            let merge = merge + more * (MERGE_HEAD * partials + STORE_HEAD / 8.0);
+            let cost = scattered(heads).max(longest) + merge;
+            Some(Choice { block_heads: heads, cut: Cut::Equal(keys), cost, floor: share })
+        });
     std::iter::once(whole).chain(equal).fold(shrunk, cheaper)
 }
 
@@ -235,6 +239,7 @@ mod tests {
         assert_eq!(choice(1, &[8192; 8]), (1, Cut::Equal(512)));
         // One long row of many heads: what they read together outweighs a larger merge.
         assert_eq!(choice(32, &[131_072]), (8, Cut::Equal(3984)));
+        assert_eq!(choice(32, &[32_768]), (1, Cut::Equal(8192)));
         // Two long waves end raggedly: better pieces that shrink.
         assert!(matches!(choice(32, &[4096; 64]), (1, Cut::Shrinking { .. })));
     }
