@@ -14,6 +14,7 @@ const LIB: &[(&str, &str)] = &[
     ("lib/barriers.ptx", include_str!("../kernels/lib/barriers.ptx")),
     ("lib/dependent.ptx", include_str!("../kernels/lib/dependent.ptx")),
     ("lib/elements.ptx", include_str!("../kernels/lib/elements.ptx")),
+    ("decode/fill.ptx", include_str!("../kernels/decode/fill.ptx")),
     ("decode/queries.ptx", include_str!("../kernels/decode/queries.ptx")),
     ("decode/scores.ptx", include_str!("../kernels/decode/scores.ptx")),
     ("decode/values.ptx", include_str!("../kernels/decode/values.ptx")),

@@ -35,7 +35,7 @@ pub struct PlanOptions {
     /// When the launch begins. [`Order::Dependent`] is for a GPU and a driver that know such launches: the kernel asks for
     /// its first keys while those before it still run. What it reads so early must be complete when the last ordinary
     /// launch before it begins: work items, block tables, and all keys and values of a row but the last [`FRESH_KEYS`],
-    /// which may be a [`write_kv`](Context::write_kv_raw)'s of the same step. Queries and masks may come from the kernel
+    /// which may be a [`write_kv`](super::Context::write_kv_raw)'s of the same step. Queries and masks may come from the kernel
     /// right before. Where there is no variant for it, or a sequence has more query rows than that (and then as many
     /// fresh keys), the launch is an ordinary one.
     pub order: Order,
