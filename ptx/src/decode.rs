@@ -18,8 +18,8 @@ const FAMILY: &str = "decode";
 /// Keys that a warp takes at a time. Items end at multiples of it, or at the end of a row's keys.
 pub const TILE_KEYS: u32 = 16;
 
-/// Keys at the end of a row that the kernel before a dependent launch may write: a dependent variant reads the others
-/// while that kernel still runs.
+/// Keys at the end of a row that kernels since the last ordinary launch may write: a dependent variant reads the others
+/// while those kernels still run.
 pub const FRESH_KEYS: u32 = 16;
 
 /// Query heads of a thread block.

@@ -38,7 +38,8 @@ pub struct Chunk {
     pub sequence: SequenceId,
     /// What goes in; at least one token.
     pub tokens: Vec<TokenInput>,
-    /// Position of the first of them: how many tokens of the sequence are in the cache already.
+    /// Position of the first of them: how many tokens of the sequence are in the cache when the step begins. What another
+    /// chunk of the same step computes is not there yet.
     pub start: usize,
     /// The sequence's block table in each KV group, with room for `start + tokens.len()` tokens.
     pub block_tables: Vec<Vec<BlockId>>,

@@ -143,6 +143,7 @@ impl Context {
     /// - The block tables on the device agree with those that were planned, wherever a query sees a key; so do the
     ///   mask's bits.
     /// - `work` holds the plan's work, and the workspace is used by no other launch meanwhile.
+    /// - What [`PlanOptions::order`] asks for, where the decode's is [`Order::Dependent`](super::Order).
     /// - The stream belongs to this context.
     ///
     /// # Errors

@@ -1,6 +1,6 @@
 //! How a step's work is best spread over the GPU: KV heads of a thread block, and where rows are cut.
 //!
-//! A model of time with seven constants, all measured on one H100 (`docs/kernel-notes.md`). Reading takes the bytes of
+//! A model of time with a few constants, all measured on one H100 (`docs/kernel-notes.md`). Reading takes the bytes of
 //! all rows over the bandwidth of the memory; but one multiprocessor cannot draw more than a small multiple of its
 //! share, so a thread block that has too much to do is late. Cutting rows makes thread blocks equal; merging what they
 //! found costs time of its own.
@@ -23,12 +23,15 @@ const NEXT: f64 = 36e3;
 /// third less for two heads, two thirds less for four.
 const SCATTER: f64 = 0.01;
 
-/// What of the bytes of partial results the merge of another KV head in the same thread block takes, likewise: they come
-/// from the L2, but one after the other.
-const MERGE_HEAD: f64 = 0.5;
+/// What merging a partial result of another KV head in the same thread block takes, as a part of its bytes: they come
+/// from the L2, but one row after the other.
+const MERGE_ROW: f64 = 0.5;
 
-/// What it takes a thread block to store each eight rows of another KV head, likewise: about 0.5 µs.
-const STORE_HEAD: f64 = 12e3;
+/// What storing a row of another KV head takes a thread block, likewise: about 0.06 µs.
+const STORE_ROW: f64 = 1.5e3;
+
+/// Splits that are merged at once, before what groups of so many gave: `merge_group` of the tunings.
+const MERGE_GROUP: u32 = 16;
 
 /// What each wave of thread blocks after the first adds, as a part of what one thread block has to do: they do not
 /// all end together.
@@ -39,7 +42,7 @@ const WAVE: f64 = 0.04;
 pub(super) struct Step {
     pub(super) kv_heads: u32,
     pub(super) query_tiles: u32,
-    /// Query heads of the largest of them.
+    /// Query heads of the largest query tile.
     pub(super) tile_rows: u32,
     /// Warps of a thread block.
     pub(super) warps: u32,
@@ -117,7 +120,8 @@ pub(super) fn choose(rows: &[Keys], step: &Step, block_heads: Option<u32>, shrin
     // The most that one thread block draws, as long as others share its multiprocessor.
     let most = MOST_SHARES / each;
     let scattered = |heads: u32| share * (1.0 + SCATTER * (1.0 - f64::from(heads).log2() / 3.0));
-    let (next, merge) = (NEXT / each, MERGE * (1.0 + each) / 2.0);
+    let (next, crowd) = (NEXT / each, (1.0 + each) / 2.0);
+    let merge = MERGE * crowd;
 
     let cut_heads = block_heads.unwrap_or(1);
     let shrunk = Choice {
@@ -149,21 +153,21 @@ pub(super) fn choose(rows: &[Keys], step: &Step, block_heads: Option<u32>, shrin
     if whole.cost <= scattered(cut_heads) + merge {
         return whole;
     }
-    // Equal pieces that fill the GPU once; or pieces that shrink with what is left. Of one row they can be so equal that
-    // thread blocks of several heads wait for none of them.
+    // Equal pieces that fill the GPU once; or pieces that shrink with what is left. Several heads to a piece are for one
+    // row, whose pieces are no longer than the share: 64 ragged rows took 12% longer in such pieces.
     let single = lengths.rows == 1.0;
-    let equal =
-        step.head_choices(block_heads).filter(|&heads| heads == cut_heads || single).filter_map(|heads| {
-            let (keys, splits) = one_wave(rows, step, heads)?;
-            let piece = f64::from(keys) * (u64::from(heads) * step.key_bytes) as f64;
-            let longest = if heads == cut_heads { piece / most } else { piece * each };
-            // A row of partial results is about as large as a key. They are merged in groups of 16.
-            let more = f64::from(heads - cut_heads) * f64::from(step.tile_rows);
-            let partials = f64::from(splits.min(16) + splits / 16) * step.key_bytes as f64;
-            let merge = merge + more * (MERGE_HEAD * partials + STORE_HEAD / 8.0);
-            let cost = scattered(heads).max(longest) + merge;
-            Some(Choice { block_heads: heads, cut: Cut::Equal(keys), cost, floor: share })
-        });
+    let offered = step.head_choices(block_heads).filter(|&heads| heads == cut_heads || single);
+    let equal = offered.filter_map(|heads| {
+        let (keys, splits) = one_wave(rows, step, heads)?;
+        let piece = f64::from(keys) * (u64::from(heads) * step.key_bytes) as f64;
+        let longest = if heads == 1 { piece / most } else { piece * each };
+        // A partial result is about as large as a key.
+        let groups = if splits > MERGE_GROUP { splits.div_ceil(MERGE_GROUP) } else { 0 };
+        let partials = f64::from(splits.min(MERGE_GROUP) + groups) * step.key_bytes as f64;
+        let more = f64::from(heads - 1) * f64::from(step.tile_rows) * (MERGE_ROW * partials + STORE_ROW);
+        let cost = scattered(heads).max(longest) + merge + more * crowd;
+        Some(Choice { block_heads: heads, cut: Cut::Equal(keys), cost, floor: share })
+    });
     std::iter::once(whole).chain(equal).fold(shrunk, cheaper)
 }
 

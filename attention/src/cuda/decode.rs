@@ -29,6 +29,7 @@ impl Context {
     ///   what the plan's shapes and strides reach.
     /// - The block tables on the device agree with those that were planned, wherever a query sees a key.
     /// - `work` holds the plan's items, and the workspace is used by no other launch meanwhile.
+    /// - What [`PlanOptions::order`](super::PlanOptions::order) asks for, where the plan's is [`Order::Dependent`].
     /// - The stream belongs to this context.
     ///
     /// # Errors

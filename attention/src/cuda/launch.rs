@@ -27,8 +27,8 @@ pub enum Order {
     #[default]
     Stream,
     /// As soon as all thread blocks of the kernel before it have said that others may begin, or ended (programmatic
-    /// dependent launch, from sm_90 on). The kernel itself waits, by `griddepcontrol.wait`, before it touches what the
-    /// one before it reads or writes.
+    /// dependent launch, from sm_90 on). The kernel itself waits, by `griddepcontrol.wait`, before it touches what those
+    /// before it read or write; where it does not wait, its options say what must be there already.
     Dependent,
 }
 

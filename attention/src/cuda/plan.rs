@@ -34,10 +34,10 @@ pub struct PlanOptions {
     pub grid_items: Option<u32>,
     /// When the launch begins. [`Order::Dependent`] is for a GPU and a driver that know such launches: the kernel asks for
     /// its first keys while those before it still run. What it reads so early must be complete when the last ordinary
-    /// launch before it begins: work items, block tables, and all keys and values of a row but the last [`FRESH_KEYS`],
-    /// which may be a [`write_kv`](super::Context::write_kv_raw)'s of the same step. Queries and masks may come from the kernel
-    /// right before. Where there is no variant for it, or a sequence has more query rows than that (and then as many
-    /// fresh keys), the launch is an ordinary one.
+    /// launch before it begins: work items, block tables, mask bits, and all keys and values of a row but the last
+    /// [`FRESH_KEYS`], which may be a [`write_kv`](super::Context::write_kv_raw)'s after that. Queries may come from the
+    /// kernel right before. Where there is no variant for it, or a sequence has more query rows than that (and then as
+    /// many fresh keys), the launch is an ordinary one.
     pub order: Order,
 }
 
@@ -238,15 +238,19 @@ impl DecodePlan {
 /// The order of a launch for these rows: a dependent one reads early what a step with many query rows of a sequence has
 /// just written.
 fn order_for(rows: &[Keys], options: PlanOptions) -> Result<Order, CudaError> {
-    // Rows of a sequence follow each other and share a block table.
-    let most = rows.chunk_by(|a, b| a.table == b.table).map(<[Keys]>::len).max().unwrap_or(0);
-    match options.order {
-        Order::Dependent if most > FRESH_KEYS as usize && options.grid_items.is_some() => Err(unsupported(
+    // Rows of a sequence follow each other and share a block table. Those that see no key, of which a step that is filled
+    // up has many, may share one too.
+    let reading = |rows: &[Keys]| rows.iter().filter(|row| row.begin < row.end).count();
+    let most = rows.chunk_by(|a, b| a.table == b.table).map(reading).max().unwrap_or(0);
+    if options.order == Order::Stream || most <= FRESH_KEYS as usize {
+        return Ok(options.order);
+    }
+    match options.grid_items {
+        None => Ok(Order::Stream),
+        Some(_) => Err(unsupported(
             &format!("a dependent launch of fixed size for {most} query rows of a sequence"),
-            "give a sequence at most 16 query rows, or take Order::Stream",
+            "give a sequence at most FRESH_KEYS (16) query rows, or take Order::Stream",
         )),
-        Order::Dependent if most > FRESH_KEYS as usize => Ok(Order::Stream),
-        order => Ok(order),
     }
 }
 

@@ -33,10 +33,12 @@ pub fn all_shapes(gpu: &Gpu<'_>, yardsticks: &Yardsticks, wanted: impl Fn(&str) 
         for layout in layouts(shape) {
             let options = PlanOptions { item_keys: item_keys(), ..PlanOptions::default() };
             let prepared = Prepared::new(gpu, shape, layout);
-            let Measured { us, error, items } = prepared.measure(options);
+            let Measured { us, error, items, .. } = prepared.measure(options);
             // Launches that begin while the one before them ends, as in an engine's step.
             let behind = (!layout.apart && gpu.context.device().launches_dependently())
-                .then(|| prepared.measure(PlanOptions { order: Order::Dependent, ..options }).us);
+                .then(|| prepared.measure(PlanOptions { order: Order::Dependent, ..options }))
+                .filter(|measured| measured.dependent)
+                .map(|measured| measured.us);
             let bytes = shape.bytes();
             let rate = bytes / us / 1e3;
             let floor = yardsticks.floor_us(bytes);
@@ -170,7 +172,12 @@ impl<'a, 'b> Prepared<'a, 'b> {
 
         let sets = cache.tables.len();
         let launches = sets.clamp(4, 128).next_multiple_of(sets.min(128));
-        Measured { us: gpu.time(launches, |i| launch(i % sets)), error, items: plan.items().len() }
+        Measured {
+            us: gpu.time(launches, |i| launch(i % sets)),
+            error,
+            items: plan.items().len(),
+            dependent: plan.variant().ends_with("_pdl"),
+        }
     }
 }
 
@@ -182,6 +189,8 @@ pub struct Measured {
     pub error: f64,
     /// Work items.
     pub items: usize,
+    /// Whether the launches began while those before them ended.
+    pub dependent: bool,
 }
 
 /// Work items of another size than planned, for tuning.

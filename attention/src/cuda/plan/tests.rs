@@ -33,3 +33,16 @@ fn many_fresh_keys_make_the_launch_an_ordinary_one() {
     let refused = plan(&[1, most + 1, 3], fixed).unwrap_err().to_string();
     assert!(refused.contains("17 query rows of a sequence"), "{refused}");
 }
+
+#[test]
+fn rows_that_fill_a_step_up_are_no_sequence() {
+    let config = AttentionConfig::new(8, 2, 128, DType::Bf16);
+    let (query_start, mut lens, mut indptr) = ((0..=40).collect::<Vec<i32>>(), vec![0; 40], vec![2; 41]);
+    (lens[0], indptr[0]) = (20, 0);
+    let layout = CacheLayout::nhd(2, 16, &config);
+    let batch = PagedBatch::csr(&query_start, &lens, &indptr, &[0, 1]);
+    let options = PlanOptions { order: Order::Dependent, grid_items: Some(4000), ..PlanOptions::default() };
+    let problem = Problem::new(&config, layout, batch).unwrap();
+    let plan = DecodePlan::new(&problem, &Device::h100(), options).unwrap();
+    assert!(plan.variant().ends_with("_pdl"));
+}

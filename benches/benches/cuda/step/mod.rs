@@ -271,7 +271,7 @@ impl<'a, 'b, 'c> Step<'a, 'b, 'c> {
             ..EmbedArgs::default()
         };
         let function = self.bench.function(embed.kernel());
-        self.bench.launch(&function, true, embed.launch(1, model.hidden).unwrap(), &args.values());
+        self.bench.launch(&function, false, embed.launch(1, model.hidden).unwrap(), &args.values());
     }
 
     fn argmax(&mut self) {

@@ -183,8 +183,8 @@ impl Kernels {
         unsafe { self.launch(&entry.kernel, launch, &args.values(), self.dependent) }
     }
 
-    /// Rows of a table of this type. A step's first kernel, and so the ordinary launch that what later kernels read early
-    /// must be complete for: block tables, work items, keys of earlier steps, copied and swapped blocks.
+    /// Rows of a table of this type. Without adding it is a step's first kernel, and an ordinary launch: what later kernels
+    /// read early (block tables, work items, keys of earlier steps, copied and swapped blocks) is complete when it begins.
     ///
     /// # Safety
     /// As of [`Kernels::activate`].
@@ -200,7 +200,7 @@ impl Kernels {
         let entry = self.embed.get(&self.gpu, spec, Embed::new, Embed::kernel)?;
         let launch = entry.descriptor.launch(args.rows, args.width);
         // SAFETY: the caller's; the arguments are the descriptor's.
-        unsafe { self.launch(&entry.kernel, launch, &args.values(), false) }
+        unsafe { self.launch(&entry.kernel, launch, &args.values(), self.dependent && args.adds) }
     }
 
     /// Weights made up.
