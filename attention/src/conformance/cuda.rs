@@ -1,5 +1,7 @@
 //! The CUDA backend as a subject: copies tensors to the GPU, runs, copies all of them back.
 
+mod placed;
+
 use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DriverError, PinnedHostSlice};
@@ -7,12 +9,13 @@ use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DriverError, PinnedHostSl
 use super::subject::{
     AttentionTask, CopyTask, MergeTask, ProbabilityRounding, Refusal, Scale, Subject, SwapTask, WriteTask,
 };
+pub use placed::{PlannedMemory, Upload, cuda_rounding, place_attention};
+
 use crate::cuda::{
-    AttentionCall, AttentionOptions, AttentionPlan, BlockNumberType, BlockPairs, CacheBlocks, CacheScales,
-    Context, CopyBlocksCall, CudaError, KvScales, LayerAddresses, MergeStatesCall, SwapBlocksCall,
-    SwapMethod, WriteKvCall, cudarc,
+    AttentionOptions, AttentionPlan, BlockNumberType, BlockPairs, CacheBlocks, Context, CopyBlocksCall,
+    CudaError, KvScales, LayerAddresses, MergeStatesCall, SwapBlocksCall, SwapMethod, WriteKvCall, cudarc,
 };
-use crate::{AttentionConfig, BlockTables, DType, HostTensor, HostTensorMut, RowStrides};
+use crate::{AttentionConfig, HostTensor, HostTensorMut, RowStrides};
 
 /// The CUDA backend on one GPU.
 #[derive(Debug)]
@@ -58,12 +61,7 @@ impl<'a> Cuda<'a> {
     }
 
     fn scales(&self, k: Scale<'_>, v: Scale<'_>) -> Result<Scales, Refusal> {
-        let list = |scale: Scale<'_>| match scale {
-            Scale::One => vec![1.0],
-            Scale::PerTensor(scale) => vec![scale],
-            Scale::PerHead(scales) => scales.to_vec(),
-        };
-        let (k, v) = (list(k), list(v));
+        let (k, v) = (placed::scale_list(k), placed::scale_list(v));
         let per_head = k.len() > 1;
         let upload = |scales: &[f32]| self.stream.clone_htod(scales).map_err(driver);
         Ok((upload(&k)?, upload(&v)?, per_head))
@@ -134,14 +132,7 @@ impl Subject for Cuda<'_> {
     }
 
     fn probability_rounding(&self, config: &AttentionConfig) -> ProbabilityRounding {
-        match (config.q_dtype, config.kv_dtype.is_fp8()) {
-            (DType::F32, _) => ProbabilityRounding::default(),
-            (DType::Bf16, false) => {
-                ProbabilityRounding { relative: DType::Bf16.unit_roundoff(), absolute: 0.0 }
-            }
-            // f16, multiplied by 2^15 first: half its smallest number is 2^-25.
-            _ => ProbabilityRounding { relative: DType::F16.unit_roundoff(), absolute: 2f64.powi(-40) },
-        }
+        cuda_rounding(config)
     }
 
     fn attention(
@@ -158,63 +149,28 @@ impl Subject for Cuda<'_> {
         };
         let options = AttentionOptions { tiles_from, ..self.options };
         let plan = AttentionPlan::new(problem, self.context.device(), options).map_err(refusal)?;
-        let entries = match problem.batch().block_tables {
-            BlockTables::Padded { entries, .. } => entries,
-            BlockTables::Csr { indices, .. } => indices,
+        let memory = PlannedMemory { work: plan.work(), workspace: plan.workspace() };
+        let mut slices = Vec::new();
+        let mut upload = |bytes: &[u8]| {
+            let slice = self.upload(bytes)?;
+            let address = self.address(&slice);
+            slices.push(slice);
+            Ok(address)
         };
-        let upload_f32 = |values: &[f32]| self.upload(&HostTensor::F32(values).to_bytes());
-        let upload_u32 = |words: &[u32]| {
-            self.upload(&words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>())
-        };
-        let table_bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_le_bytes()).collect();
-        let sizes = plan.workspace();
-        let q = self.upload(&task.q.to_bytes())?;
-        let k = self.upload(&task.k.to_bytes())?;
-        let v = self.upload(&task.v.to_bytes())?;
-        let tables = self.upload(&table_bytes)?;
-        let work = upload_u32(&plan.work())?;
-        let device_out = self.upload(&out.as_ref().to_bytes())?;
-        let device_lse = upload_f32(lse.as_deref().unwrap_or(&[]))?;
-        let scales = match (task.k_scale, task.v_scale) {
-            (Scale::One, Scale::One) => None,
-            (k, v) => Some(self.scales(k, v)?),
-        };
-        let slopes = task.alibi_slopes.map(upload_f32).transpose()?;
-        let sinks = task.sinks.map(upload_f32).transpose()?;
-        let mask = problem.batch().mask_bits.map(|bits| upload_u32(bits.words)).transpose()?;
-        let partial_out = self.upload(&vec![0xff; sizes.partial_out as usize])?;
-        let partial_max = self.upload(&vec![0xff; sizes.partial_max as usize])?;
-        let tickets = self.upload(&vec![0; sizes.tickets as usize])?;
-        let or_null = |slice: &Option<CudaSlice<u8>>| slice.as_ref().map_or(0, |slice| self.address(slice));
-        let call = AttentionCall {
-            q: self.address(&q),
-            k_cache: self.address(&k),
-            v_cache: self.address(&v),
-            tables: self.address(&tables),
-            scales: scales.as_ref().map_or(CacheScales::default(), |(k, v, per_head)| CacheScales {
-                k: self.address(k),
-                v: self.address(v),
-                per_head: *per_head,
-            }),
-            alibi_slopes: or_null(&slopes),
-            sinks: or_null(&sinks),
-            mask_bits: or_null(&mask),
-            out: self.address(&device_out),
-            lse: if lse.is_some() { self.address(&device_lse) } else { 0 },
-            work: self.address(&work),
-            partial_out: self.address(&partial_out),
-            partial_max: self.address(&partial_max),
-            tickets: self.address(&tickets),
-        };
+        let call = place_attention(task, &memory, out.as_ref(), lse.as_deref(), &mut upload)?;
         // SAFETY: all addresses are those of live slices that hold what the plan reaches.
         unsafe { self.context.attention_raw(&plan, &call, self.stream.cu_stream().into()) }
             .map_err(refusal)?;
         self.variants.extend(plan.variants());
-        self.read(&device_out, out.reborrow())?;
+        let at = |address| {
+            let found = slices.iter().find(|slice| self.address(slice) == address);
+            found.ok_or_else(|| Refusal::Failed("a tensor is gone".to_owned()))
+        };
+        self.read(at(call.out)?, out.reborrow())?;
         if let Some(lse) = lse {
-            self.read(&device_lse, HostTensorMut::F32(lse))?;
+            self.read(at(call.lse)?, HostTensorMut::F32(lse))?;
         }
-        match self.stream.clone_dtoh(&tickets).map_err(driver)?.iter().all(|&byte| byte == 0) {
+        match self.stream.clone_dtoh(at(call.tickets)?).map_err(driver)?.iter().all(|&byte| byte == 0) {
             true => Ok(()),
             false => Err(Refusal::Failed("a ticket is not zero after the run".to_owned())),
         }

@@ -36,7 +36,7 @@ pub use check::{Agreement, Tolerance};
 #[cfg(feature = "cpu")]
 pub use cpu::Cpu;
 #[cfg(feature = "cuda")]
-pub use cuda::{Cuda, Pinned};
+pub use cuda::{Cuda, Pinned, PlannedMemory, Upload, cuda_rounding, place_attention};
 pub use data::{AttentionData, CopyData, MergeData, SwapData, WriteData};
 pub use oracle::{Reference, RowReference};
 pub use random::{Random, fresh_seed};

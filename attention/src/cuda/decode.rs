@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use pagewise_ptx::Launch;
 use pagewise_ptx::decode::{Decode, DecodeArgs, ScoreArgs};
 
 use super::call::{Planned, Tensors};
@@ -45,7 +46,7 @@ impl Context {
         if plan.shape.items == 0 {
             return Ok(());
         }
-        let args = arguments(plan, call)?;
+        let args = plan.args(call)?;
         let _entered = self.enter()?;
         let entry = self.decode_kernel(plan)?;
         let launch = entry.descriptor.launch(plan.shape)?;
@@ -60,38 +61,53 @@ impl Context {
     }
 }
 
-/// The kernel's arguments for a call, once they are seen to be what it can read.
-fn arguments(plan: &DecodePlan, call: &AttentionCall) -> Result<DecodeArgs, CudaError> {
-    let config = &plan.config;
-    let planned = Planned { config, layout: &plan.layout, q: plan.q, out: plan.out };
-    let Tensors { q, k, v, out, slopes, sinks, mask_bits } = Tensors::of("decode", planned, call)?;
-    Ok(DecodeArgs {
-        q,
-        k,
-        v,
-        tables: call.tables,
-        block_shift: plan.layout.block_size.trailing_zeros(),
-        head_dim_k: config.head_dim_qk as u32,
-        head_dim_v: config.head_dim_v as u32,
-        shape: plan.shape,
-        scores: ScoreArgs {
-            scale: config.scale,
-            softcap: config.softcap,
-            slopes,
-            sinks,
-            mask_bits,
-            mask_words: plan.mask_words,
-            k_scale: call.scales.k,
-            v_scale: call.scales.v,
-            scale_per_head: call.scales.per_head,
-        },
-        work: call.work,
-        out,
-        lse: call.lse,
-        partial_out: call.partial_out,
-        partial_max: call.partial_max,
-        tickets: call.tickets,
-    })
+impl DecodePlan {
+    /// The kernel's arguments for a call.
+    ///
+    /// # Errors
+    /// [`CudaError::Misaligned`], [`CudaError::Unsupported`] and [`CudaError::Missing`] for what it cannot read.
+    pub fn args(&self, call: &AttentionCall) -> Result<DecodeArgs, CudaError> {
+        let config = &self.config;
+        let planned = Planned { config, layout: &self.layout, q: self.q, out: self.out };
+        let Tensors { q, k, v, out, slopes, sinks, mask_bits } = Tensors::of("decode", planned, call)?;
+        Ok(DecodeArgs {
+            q,
+            k,
+            v,
+            tables: call.tables,
+            block_shift: self.layout.block_size.trailing_zeros(),
+            head_dim_k: config.head_dim_qk as u32,
+            head_dim_v: config.head_dim_v as u32,
+            shape: self.shape,
+            scores: ScoreArgs {
+                scale: config.scale,
+                softcap: config.softcap,
+                slopes,
+                sinks,
+                mask_bits,
+                mask_words: self.mask_words,
+                k_scale: call.scales.k,
+                v_scale: call.scales.v,
+                scale_per_head: call.scales.per_head,
+            },
+            work: call.work,
+            out,
+            lse: call.lse,
+            partial_out: call.partial_out,
+            partial_max: call.partial_max,
+            tickets: call.tickets,
+        })
+    }
+
+    /// The kernel variant, rendered, and its launch.
+    ///
+    /// # Errors
+    /// [`CudaError::Kernel`] for more than a grid holds.
+    pub fn rendered(&self) -> Result<(Decode, Launch), CudaError> {
+        let descriptor = Decode::new(self.spec)?;
+        let launch = descriptor.launch(self.shape)?;
+        Ok((descriptor, launch))
+    }
 }
 
 /// An element type as the kernels' crate names it.

@@ -68,6 +68,8 @@ pub(super) fn execute(
                     Integer::And => a & b,
                     Integer::Or => a | b,
                     Integer::Xor => a ^ b,
+                    Integer::Min if ty == "s32" => (a as i32).min(small as i32) as u64,
+                    Integer::Max if ty == "s32" => (a as i32).max(small as i32) as u64,
                     Integer::Min => a.min(small),
                     Integer::Max => a.max(small),
                 },
@@ -127,6 +129,17 @@ pub(super) fn execute(
             } else {
                 value(1)
             }
+        }
+        Kind::Permute => {
+            let bytes = (value(1) << 32 | cut(value(0), 32)).to_le_bytes();
+            let order = value(2);
+            (0..4).fold(0, |all, i| {
+                let selected = order >> (4 * i);
+                let byte = bytes[(selected & 7) as usize];
+                // The fourth bit asks for the byte's sign, eight times.
+                let byte = if selected & 8 == 0 { byte } else { 0xff * (byte >> 7) };
+                all | u64::from(byte) << (8 * i)
+            })
         }
         Kind::Not => !value(0),
         Kind::Convert => convert(words, value(0), || value(1))?,
@@ -227,10 +240,35 @@ fn convert(words: &[String], value: u64, second: impl FnOnce() -> u64) -> Result
         ("u64", "u32") | ("u32", "u64") => value & 0xffff_ffff,
         ("f32", "f16") => u64::from(half::f16::from_bits(value as u16).to_f32().to_bits()),
         ("f32", "u32") => u64::from((value as u32 as f32).to_bits()),
+        ("f32", "s32") => u64::from((value as u32 as i32 as f32).to_bits()),
+        ("f16x2", "e4m3x2") => halves(value, |code| fp8(code, 3, 7)),
+        ("f16x2", "e5m2x2") => halves(value, |code| fp8(code, 2, 15)),
         ("f16x2", "f32") => two(DType::F16, second()),
         ("bf16x2", "f32") => two(DType::Bf16, second()),
         ("e4m3x2", "f32") => two(DType::F8E4M3, second()),
         ("e5m2x2", "f32") => two(DType::F8E5M2, second()),
         other => return Err(format!("conversion {other:?}")),
     })
+}
+
+/// Two numbers of eight bits as two of f16.
+fn halves(value: u64, number: impl Fn(u8) -> f64) -> u64 {
+    let half = |shift: u32| u64::from(half::f16::from_f64(number((value >> shift) as u8)).to_bits());
+    half(0) | half(8) << 16
+}
+
+/// The value of a number of eight bits. E4M3 has one NaN and no infinity, E5M2 has both as IEEE has.
+fn fp8(code: u8, mantissa_bits: u32, bias: i32) -> f64 {
+    let sign = if code & 0x80 == 0 { 1.0 } else { -1.0 };
+    let mantissa = u32::from(code) & ((1 << mantissa_bits) - 1);
+    let exponent = i32::from((code & 0x7f) >> mantissa_bits);
+    let part = f64::from(mantissa) / f64::from(1 << mantissa_bits);
+    let all_ones = (0x7f >> mantissa_bits) == exponent;
+    sign * match (all_ones, mantissa_bits) {
+        (true, 2) if mantissa == 0 => f64::INFINITY,
+        (true, 2) => f64::NAN,
+        (true, 3) if mantissa == 7 => f64::NAN,
+        _ if exponent == 0 => part * 2f64.powi(1 - bias),
+        _ => (1.0 + part) * 2f64.powi(exponent - bias),
+    }
 }

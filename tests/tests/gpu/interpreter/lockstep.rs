@@ -97,7 +97,7 @@ pub(super) fn run_block(
         }
         let mut moved = false;
         for warp in threads.chunks_mut(LANES) {
-            moved |= run_warp(program, warp)?;
+            moved |= run_warp(program, warp, memory)?;
         }
         if moved {
             continue;
@@ -123,7 +123,7 @@ fn is_block_barrier(instruction: &Instruction) -> bool {
 }
 
 /// Does what a warp's threads all wait for, if they do; whether that was so.
-fn run_warp(program: &Program, warp: &mut [Thread]) -> Result<bool, String> {
+fn run_warp(program: &Program, warp: &mut [Thread], memory: &mut Memory) -> Result<bool, String> {
     let mut places = warp.iter().filter_map(|thread| thread.at);
     let Some(at) = places.next() else { return Ok(false) };
     if places.any(|other| other != at) {
@@ -139,6 +139,12 @@ fn run_warp(program: &Program, warp: &mut [Thread]) -> Result<bool, String> {
         }
         match instruction.words[0].as_str() {
             "shfl" => shuffle(instruction, warp)?,
+            "vote" => vote(instruction, warp)?,
+            "ldmatrix" => {
+                load_matrices(instruction, warp, memory)
+                    .map_err(|error| format!("{}: {error}", instruction.text))?;
+            }
+            "movmatrix" => transpose(instruction, warp),
             _ => multiply(instruction, warp),
         }
     }
@@ -171,6 +177,62 @@ fn shuffle(instruction: &Instruction, warp: &mut [Thread]) -> Result<(), String>
         thread.registers[target] = values[from];
     }
     Ok(())
+}
+
+/// `vote.sync.any`.
+fn vote(instruction: &Instruction, warp: &mut [Thread]) -> Result<(), String> {
+    if instruction.words[2] != "any" {
+        return Err(format!("vote {}", instruction.words[2]));
+    }
+    let any = warp.iter().any(|thread| thread.value(&instruction.sources[0]) & 1 == 1);
+    for thread in warp.iter_mut() {
+        thread.registers[instruction.targets[0]] = u64::from(any);
+    }
+    Ok(())
+}
+
+/// A matrix of 8 x 8 elements of 16 bits over the lanes of a warp: lane 4 g + t has elements 2t and 2t + 1 of row g.
+type Matrix = [[u16; 8]; 8];
+
+fn fragment(matrix: &Matrix, lane: usize, is_transposed: bool) -> u64 {
+    let (group, quad) = (lane / 4, lane % 4);
+    let element = |column: usize| match is_transposed {
+        true => matrix[column][group],
+        false => matrix[group][column],
+    };
+    u64::from(element(2 * quad)) | u64::from(element(2 * quad + 1)) << 16
+}
+
+/// `ldmatrix`: lane 8 i + r says where row r of matrix i begins.
+fn load_matrices(instruction: &Instruction, warp: &mut [Thread], memory: &mut Memory) -> Result<(), String> {
+    let is_transposed = instruction.words.iter().any(|word| word == "trans");
+    for (number, &target) in instruction.targets.iter().enumerate() {
+        let mut matrix = Matrix::default();
+        for (row, thread) in matrix.iter_mut().zip(&warp[8 * number..]) {
+            let address = thread.value(&instruction.sources[0]).wrapping_add(instruction.number);
+            let bytes = memory.shared_slice(address, 16)?;
+            for (element, pair) in row.iter_mut().zip(bytes.as_chunks().0) {
+                *element = u16::from_le_bytes(*pair);
+            }
+        }
+        for (lane, thread) in warp.iter_mut().enumerate() {
+            thread.registers[target] = fragment(&matrix, lane, is_transposed);
+        }
+    }
+    Ok(())
+}
+
+/// `movmatrix.trans`.
+fn transpose(instruction: &Instruction, warp: &mut [Thread]) {
+    let mut matrix = Matrix::default();
+    for (lane, thread) in warp.iter().enumerate() {
+        let word = thread.value(&instruction.sources[0]);
+        let row = &mut matrix[lane / 4];
+        (row[2 * (lane % 4)], row[2 * (lane % 4) + 1]) = (word as u16, (word >> 16) as u16);
+    }
+    for (lane, thread) in warp.iter_mut().enumerate() {
+        thread.registers[instruction.targets[0]] = fragment(&matrix, lane, true);
+    }
 }
 
 /// `mma.sync` m16n8k16 of f16 or bf16 with f32 sums: fragments as PTX lays them out over the lanes.

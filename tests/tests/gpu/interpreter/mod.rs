@@ -1,8 +1,7 @@
 //! Runs a rendered kernel on the CPU, one thread after the other, so that a machine without a GPU sees wrong index
 //! arithmetic, wrong masks and accesses outside of an allocation.
 //!
-//! Owns the subset of PTX that the kernels here use: no matrices in shared memory (`ldmatrix`), and nothing that is
-//! Hopper's alone. What threads do together is `lockstep`'s, copies that a thread does not wait for `copies`'. It says
+//! Owns the subset of PTX that the kernels here use, but for what is Hopper's alone. What threads do together is `lockstep`'s, copies that a thread does not wait for `copies`'. It says
 //! nothing about speed or races, and `ex2.approx` and its like are exact to the last bit here.
 
 mod copies;

@@ -40,6 +40,8 @@ pub(super) enum Kind {
     Float(Float),
     Compare,
     Select,
+    /// Bytes of two words in the order that a third says.
+    Permute,
     Not,
     Convert,
     Parameter,

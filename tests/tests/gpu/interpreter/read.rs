@@ -139,7 +139,12 @@ impl Reader {
             "bar" => plain(Kind::Together),
             "ret" => plain(Kind::Return),
             "cp" => self.copy(words, operands),
-            "shfl" | "mma" => Ok(Meaning {
+            "ldmatrix" => {
+                let (base, number) = self.address(&operands[1])?;
+                let targets = self.registers(&operands[0]);
+                Ok(Meaning { kind: Kind::Together, targets, sources: vec![base], number })
+            }
+            "shfl" | "mma" | "vote" | "movmatrix" => Ok(Meaning {
                 kind: Kind::Together,
                 targets: self.registers(&operands[0]),
                 sources: self.sources(&operands[1..])?,
@@ -264,6 +269,7 @@ fn computation(opcode: &str, is_float: bool) -> Result<Kind, String> {
         "xor" => Kind::Integer(Integer::Xor),
         "setp" => Kind::Compare,
         "selp" => Kind::Select,
+        "prmt" => Kind::Permute,
         "not" => Kind::Not,
         "cvt" | "cvta" => Kind::Convert,
         other => return Err(format!("instruction {other}")),

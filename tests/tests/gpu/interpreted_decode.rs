@@ -1,0 +1,123 @@
+//! Decode by the interpreter as the conformance suite's subject: planned for an H100, run on the CPU.
+
+use pagewise_attention::conformance::{
+    AttentionTask, CopyTask, MergeTask, PlannedMemory, ProbabilityRounding, Refusal, Subject, SwapTask,
+    WriteTask, cuda_rounding, place_attention,
+};
+use pagewise_attention::cuda::{ComputeCapability, CudaError, CudaVersion, DecodePlan, Device, PlanOptions};
+use pagewise_attention::{AttentionConfig, HostTensorMut};
+
+use super::interpreter::Interpreter;
+use super::machine::Machine;
+
+pub struct InterpretedDecode {
+    pub machine: Interpreter,
+    /// Makes the plans of the next cases.
+    pub options: PlanOptions,
+    /// Kernel variants that ran since this was last emptied.
+    pub variants: Vec<String>,
+}
+
+impl InterpretedDecode {
+    pub fn new(alter: impl Fn(&str, &str) -> String + 'static) -> Self {
+        Self { machine: Interpreter::new(alter), options: PlanOptions::default(), variants: Vec::new() }
+    }
+}
+
+/// What plans are made for.
+pub fn h100() -> Device {
+    Device {
+        ordinal: 0,
+        name: "an interpreter".to_owned(),
+        compute_capability: ComputeCapability { major: 9, minor: 0 },
+        memory: 80 << 30,
+        multiprocessors: 132,
+        shared_memory_per_block: 227 << 10,
+        driver: CudaVersion { major: 13, minor: 0 },
+    }
+}
+
+fn refusal(error: CudaError) -> Refusal {
+    match error {
+        CudaError::Unsupported { .. } => Refusal::Unsupported(error.to_string()),
+        other => Refusal::Failed(other.to_string()),
+    }
+}
+
+fn not_decode<T>() -> Result<T, Refusal> {
+    Err(Refusal::Unsupported("decode only".to_owned()))
+}
+
+impl Subject for InterpretedDecode {
+    fn name(&self) -> String {
+        "decode, interpreted".to_owned()
+    }
+
+    fn probability_rounding(&self, config: &AttentionConfig) -> ProbabilityRounding {
+        cuda_rounding(config)
+    }
+
+    fn attention(
+        &mut self,
+        task: &AttentionTask<'_>,
+        mut out: HostTensorMut<'_>,
+        lse: Option<&mut [f32]>,
+    ) -> Result<(), Refusal> {
+        let plan = DecodePlan::new(&task.problem, &h100(), self.options).map_err(refusal)?;
+        if plan.items().is_empty() {
+            return Ok(());
+        }
+        let machine = &mut self.machine;
+        machine.clear();
+        let memory = PlannedMemory { work: plan.work(), workspace: plan.workspace() };
+        let mut upload = |bytes: &[u8]| Ok(machine.upload(bytes));
+        let call = place_attention(task, &memory, out.as_ref(), lse.as_deref(), &mut upload)?;
+        let args = plan.args(&call).map_err(refusal)?;
+        let (decode, launch) = plan.rendered().map_err(refusal)?;
+        self.variants.push(machine.run(decode.kernel(), launch, &args.values()).map_err(Refusal::Failed)?);
+        out.set_bytes(&machine.download(call.out));
+        if let Some(lse) = lse {
+            HostTensorMut::F32(lse).set_bytes(&machine.download(call.lse));
+        }
+        match machine.download(call.tickets).iter().all(|&byte| byte == 0) {
+            true => Ok(()),
+            false => Err(Refusal::Failed("a ticket is not zero after the run".to_owned())),
+        }
+    }
+
+    fn write_kv(
+        &mut self,
+        _: &WriteTask<'_>,
+        _: HostTensorMut<'_>,
+        _: HostTensorMut<'_>,
+    ) -> Result<(), Refusal> {
+        not_decode()
+    }
+
+    fn copy_blocks(
+        &mut self,
+        _: &CopyTask<'_>,
+        _: HostTensorMut<'_>,
+        _: HostTensorMut<'_>,
+    ) -> Result<(), Refusal> {
+        not_decode()
+    }
+
+    fn swap_blocks(
+        &mut self,
+        _: &SwapTask<'_>,
+        _: HostTensorMut<'_>,
+        _: HostTensorMut<'_>,
+    ) -> Result<(), Refusal> {
+        not_decode()
+    }
+
+    fn merge_states(
+        &mut self,
+        _: &MergeTask<'_>,
+        _: HostTensorMut<'_>,
+        _: &mut [f32],
+    ) -> Result<(), Refusal> {
+        not_decode()
+    }
+}
