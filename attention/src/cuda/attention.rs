@@ -4,6 +4,7 @@
 
 use pagewise_ptx::decode::WorkspaceSizes;
 use pagewise_ptx::prefill::Form;
+use pagewise_ptx::{Arg, Kernel, Launch};
 
 use super::call::Planned;
 use super::prefill_plan::PrefillPart;
@@ -27,6 +28,17 @@ pub struct AttentionOptions {
     pub prefill_keys: Option<u32>,
     /// Query rows of a sequence from which on they are worked on in tiles, if that is not to be chosen.
     pub tiles_from: Option<usize>,
+}
+
+/// One launch of a plan: what a driver is to be given.
+#[derive(Clone, Debug)]
+pub struct PlannedLaunch {
+    /// The rendered kernel.
+    pub kernel: Kernel,
+    /// Its grid and block.
+    pub launch: Launch,
+    /// The values of its parameters, in order.
+    pub args: Vec<Arg>,
 }
 
 /// The work of one step, the same for all layers of a model that share heads and layout: query rows that are worked on
@@ -109,6 +121,42 @@ impl AttentionPlan {
         self.decode.work_words() + self.prefill.as_ref().map_or(0, PrefillPart::work_words)
     }
 
+    /// The launches of a run over these addresses, one after the other, for those who launch kernels by other means than a
+    /// [`Context`]: a binding of their own, or an interpreter.
+    ///
+    /// # Errors
+    /// As [`Context::attention_raw`]; [`CudaError::Unsupported`] for the Hopper form of prefill, whose tensor maps are the
+    /// driver's to make.
+    pub fn launches(&self, call: &AttentionCall) -> Result<Vec<PlannedLaunch>, CudaError> {
+        self.check(call)?;
+        let mut launches = Vec::new();
+        if self.decode.shape.items > 0 {
+            launches.push(self.decode.launch(call)?);
+        }
+        if let Some(prefill) = &self.prefill {
+            let (planned, work) = self.prefill_of(call);
+            launches.extend(prefill.launches(planned, call, work)?);
+        }
+        Ok(launches)
+    }
+
+    /// What was planned for the prefill, and where its work lies: behind the decode's.
+    fn prefill_of(&self, call: &AttentionCall) -> (Planned<'_>, u64) {
+        let DecodePlan { config, layout, q, out, .. } = &self.decode;
+        (Planned { config, layout, q: *q, out: *out }, call.work + 4 * self.decode.work_words())
+    }
+
+    fn check(&self, call: &AttentionCall) -> Result<(), CudaError> {
+        if self.prefill.is_some() && (call.scales.k, call.scales.v) != (0, 0) {
+            return Err(CudaError::Unsupported {
+                kernel: "prefill",
+                what: "scales, its caches not being fp8".to_owned(),
+                advice: "leave them out, or plan with AttentionOptions::tiles_from = Some(usize::MAX): the decode kernel takes them",
+            });
+        }
+        Ok(())
+    }
+
     /// Bytes of the workspace that a run of this plan needs: decode and prefill use it in turns.
     pub fn workspace(&self) -> WorkspaceSizes {
         let decode = self.decode.workspace();
@@ -157,21 +205,13 @@ impl Context {
         call: &AttentionCall,
         stream: RawStream,
     ) -> Result<(), CudaError> {
-        if plan.prefill.is_some() && (call.scales.k, call.scales.v) != (0, 0) {
-            return Err(CudaError::Unsupported {
-                kernel: "prefill",
-                what: "scales, its caches not being fp8".to_owned(),
-                advice: "leave them out, or plan with AttentionOptions::tiles_from = Some(usize::MAX): the decode kernel takes them",
-            });
-        }
+        plan.check(call)?;
         let _entered = self.enter()?;
         let decode = &plan.decode;
         // SAFETY: the decode's items come first in the work; the caller answers for the rest.
         unsafe { self.decode_raw(decode, call, stream)? };
         let Some(prefill) = &plan.prefill else { return Ok(()) };
-        let planned =
-            Planned { config: &decode.config, layout: &decode.layout, q: decode.q, out: decode.out };
-        let work = call.work + 4 * decode.work_words();
+        let (planned, work) = plan.prefill_of(call);
         // SAFETY: the prefill's work follows the decode's; the caller answers for the rest.
         unsafe { self.launch_prefill(prefill, planned, call, work, stream) }
     }

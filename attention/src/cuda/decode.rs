@@ -4,12 +4,11 @@
 
 use std::sync::Arc;
 
-use pagewise_ptx::Launch;
 use pagewise_ptx::decode::{Decode, DecodeArgs, ScoreArgs};
 
 use super::call::{Planned, Tensors};
 use super::context::Entry;
-use super::{AttentionCall, Context, CudaError, DecodePlan, Order, RawStream};
+use super::{AttentionCall, Context, CudaError, DecodePlan, Order, PlannedLaunch, RawStream};
 use crate::DType;
 
 impl Context {
@@ -62,11 +61,8 @@ impl Context {
 }
 
 impl DecodePlan {
-    /// The kernel's arguments for a call.
-    ///
-    /// # Errors
-    /// [`CudaError::Misaligned`], [`CudaError::Unsupported`] and [`CudaError::Missing`] for what it cannot read.
-    pub fn args(&self, call: &AttentionCall) -> Result<DecodeArgs, CudaError> {
+    /// The kernel's arguments for a call, once they are seen to be what it can read.
+    pub(super) fn args(&self, call: &AttentionCall) -> Result<DecodeArgs, CudaError> {
         let config = &self.config;
         let planned = Planned { config, layout: &self.layout, q: self.q, out: self.out };
         let Tensors { q, k, v, out, slopes, sinks, mask_bits } = Tensors::of("decode", planned, call)?;
@@ -99,14 +95,12 @@ impl DecodePlan {
         })
     }
 
-    /// The kernel variant, rendered, and its launch.
-    ///
-    /// # Errors
-    /// [`CudaError::Kernel`] for more than a grid holds.
-    pub fn rendered(&self) -> Result<(Decode, Launch), CudaError> {
+    /// The launch for a call, for others than a [`Context`].
+    pub(super) fn launch(&self, call: &AttentionCall) -> Result<PlannedLaunch, CudaError> {
         let descriptor = Decode::new(self.spec)?;
         let launch = descriptor.launch(self.shape)?;
-        Ok((descriptor, launch))
+        let args = self.args(call)?.values().to_vec();
+        Ok(PlannedLaunch { kernel: descriptor.into_kernel(), launch, args })
     }
 }
 

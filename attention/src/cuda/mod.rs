@@ -36,7 +36,7 @@ mod swap_blocks;
 mod tensor_map;
 mod write_kv;
 
-pub use attention::{AttentionOptions, AttentionPlan};
+pub use attention::{AttentionOptions, AttentionPlan, PlannedLaunch};
 pub use block_rows::{CacheBlocks, LayerAddresses};
 pub use block_slices::{
     BlocksWorkspace, CopyBlocksSlices, HostCache, LayerSlices, SwapBlocksSlices, SwapDirection,

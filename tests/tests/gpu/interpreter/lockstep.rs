@@ -140,6 +140,7 @@ fn run_warp(program: &Program, warp: &mut [Thread], memory: &mut Memory) -> Resu
         match instruction.words[0].as_str() {
             "shfl" => shuffle(instruction, warp)?,
             "vote" => vote(instruction, warp)?,
+            "redux" => reduce(instruction, warp)?,
             "ldmatrix" => {
                 load_matrices(instruction, warp, memory)
                     .map_err(|error| format!("{}: {error}", instruction.text))?;
@@ -187,6 +188,20 @@ fn vote(instruction: &Instruction, warp: &mut [Thread]) -> Result<(), String> {
     let any = warp.iter().any(|thread| thread.value(&instruction.sources[0]) & 1 == 1);
     for thread in warp.iter_mut() {
         thread.registers[instruction.targets[0]] = u64::from(any);
+    }
+    Ok(())
+}
+
+/// `redux.sync` of bits.
+fn reduce(instruction: &Instruction, warp: &mut [Thread]) -> Result<(), String> {
+    let words = warp.iter().map(|thread| thread.value(&instruction.sources[0]) & 0xffff_ffff);
+    let result = match instruction.words[2].as_str() {
+        "and" => words.fold(0xffff_ffff, |all, word| all & word),
+        "or" => words.fold(0, |all, word| all | word),
+        other => return Err(format!("redux {other}")),
+    };
+    for thread in warp.iter_mut() {
+        thread.registers[instruction.targets[0]] = result;
     }
     Ok(())
 }

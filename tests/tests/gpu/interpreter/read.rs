@@ -144,7 +144,7 @@ impl Reader {
                 let targets = self.registers(&operands[0]);
                 Ok(Meaning { kind: Kind::Together, targets, sources: vec![base], number })
             }
-            "shfl" | "mma" | "vote" | "movmatrix" => Ok(Meaning {
+            "shfl" | "mma" | "vote" | "redux" | "movmatrix" => Ok(Meaning {
                 kind: Kind::Together,
                 targets: self.registers(&operands[0]),
                 sources: self.sources(&operands[1..])?,

@@ -1,26 +1,28 @@
-//! Decode by the interpreter as the conformance suite's subject: planned for an H100, run on the CPU.
+//! The attention kernels by the interpreter as the conformance suite's subject: planned for an H100, run on the CPU.
 
 use pagewise_attention::conformance::{
     AttentionTask, CopyTask, MergeTask, PlannedMemory, ProbabilityRounding, Refusal, Subject, SwapTask,
     WriteTask, cuda_rounding, place_attention,
 };
-use pagewise_attention::cuda::{ComputeCapability, CudaError, CudaVersion, DecodePlan, Device, PlanOptions};
+use pagewise_attention::cuda::{
+    AttentionOptions, AttentionPlan, ComputeCapability, CudaError, CudaVersion, Device, PlannedLaunch,
+};
 use pagewise_attention::{AttentionConfig, HostTensorMut};
 
 use super::interpreter::Interpreter;
 use super::machine::Machine;
 
-pub struct InterpretedDecode {
+pub struct Interpreted {
     pub machine: Interpreter,
     /// Makes the plans of the next cases.
-    pub options: PlanOptions,
+    pub options: AttentionOptions,
     /// Kernel variants that ran since this was last emptied.
     pub variants: Vec<String>,
 }
 
-impl InterpretedDecode {
+impl Interpreted {
     pub fn new(alter: impl Fn(&str, &str) -> String + 'static) -> Self {
-        Self { machine: Interpreter::new(alter), options: PlanOptions::default(), variants: Vec::new() }
+        Self { machine: Interpreter::new(alter), options: AttentionOptions::default(), variants: Vec::new() }
     }
 }
 
@@ -44,13 +46,13 @@ fn refusal(error: CudaError) -> Refusal {
     }
 }
 
-fn not_decode<T>() -> Result<T, Refusal> {
-    Err(Refusal::Unsupported("decode only".to_owned()))
+fn not_attention<T>() -> Result<T, Refusal> {
+    Err(Refusal::Unsupported("attention only".to_owned()))
 }
 
-impl Subject for InterpretedDecode {
+impl Subject for Interpreted {
     fn name(&self) -> String {
-        "decode, interpreted".to_owned()
+        "PTX, interpreted".to_owned()
     }
 
     fn probability_rounding(&self, config: &AttentionConfig) -> ProbabilityRounding {
@@ -63,18 +65,15 @@ impl Subject for InterpretedDecode {
         mut out: HostTensorMut<'_>,
         lse: Option<&mut [f32]>,
     ) -> Result<(), Refusal> {
-        let plan = DecodePlan::new(&task.problem, &h100(), self.options).map_err(refusal)?;
-        if plan.items().is_empty() {
-            return Ok(());
-        }
+        let plan = AttentionPlan::new(&task.problem, &h100(), self.options).map_err(refusal)?;
         let machine = &mut self.machine;
         machine.clear();
         let memory = PlannedMemory { work: plan.work(), workspace: plan.workspace() };
         let mut upload = |bytes: &[u8]| Ok(machine.upload(bytes));
         let call = place_attention(task, &memory, out.as_ref(), lse.as_deref(), &mut upload)?;
-        let args = plan.args(&call).map_err(refusal)?;
-        let (decode, launch) = plan.rendered().map_err(refusal)?;
-        self.variants.push(machine.run(decode.kernel(), launch, &args.values()).map_err(Refusal::Failed)?);
+        for PlannedLaunch { kernel, launch, args } in plan.launches(&call).map_err(refusal)? {
+            self.variants.push(machine.run(&kernel, launch, &args).map_err(Refusal::Failed)?);
+        }
         out.set_bytes(&machine.download(call.out));
         if let Some(lse) = lse {
             HostTensorMut::F32(lse).set_bytes(&machine.download(call.lse));
@@ -91,7 +90,7 @@ impl Subject for InterpretedDecode {
         _: HostTensorMut<'_>,
         _: HostTensorMut<'_>,
     ) -> Result<(), Refusal> {
-        not_decode()
+        not_attention()
     }
 
     fn copy_blocks(
@@ -100,7 +99,7 @@ impl Subject for InterpretedDecode {
         _: HostTensorMut<'_>,
         _: HostTensorMut<'_>,
     ) -> Result<(), Refusal> {
-        not_decode()
+        not_attention()
     }
 
     fn swap_blocks(
@@ -109,7 +108,7 @@ impl Subject for InterpretedDecode {
         _: HostTensorMut<'_>,
         _: HostTensorMut<'_>,
     ) -> Result<(), Refusal> {
-        not_decode()
+        not_attention()
     }
 
     fn merge_states(
@@ -118,6 +117,6 @@ impl Subject for InterpretedDecode {
         _: HostTensorMut<'_>,
         _: &mut [f32],
     ) -> Result<(), Refusal> {
-        not_decode()
+        not_attention()
     }
 }
