@@ -122,7 +122,8 @@ impl AttentionPlan {
     }
 
     /// The launches of a run over these addresses, one after the other, for those who launch kernels by other means than a
-    /// [`Context`]: a binding of their own, or an interpreter.
+    /// [`Context`]: a binding of their own, or an interpreter. It renders the kernels, which takes far longer than a launch: the
+    /// parameters are what changes from layer to layer. Dependent variants may be launched as ordinary ones.
     ///
     /// # Errors
     /// As [`Context::attention_raw`]; [`CudaError::Unsupported`] for the Hopper form of prefill, whose tensor maps are the
