@@ -1,6 +1,6 @@
 //! How a step's work is best spread over the GPU: KV heads of a thread block, and where rows are cut.
 //!
-//! A model of time with a few constants, all measured on one H100 (`docs/kernel-notes.md`). Reading takes the bytes of
+//! A model of time with a few constants from one H100 (`docs/kernel-notes.md`). Reading takes the bytes of
 //! all rows over the bandwidth of the memory; but one multiprocessor cannot draw more than a small multiple of its
 //! share, so a thread block that has too much to do is late. Cutting rows makes thread blocks equal; merging what they
 //! found costs time of its own.
@@ -24,7 +24,8 @@ const NEXT: f64 = 36e3;
 const SCATTER: f64 = 0.01;
 
 /// What merging a partial result of another KV head in the same thread block takes, as a part of its bytes: they come
-/// from the L2, but one row after the other.
+/// from the L2, but one row after the other. This one and the next were not measured by themselves: with them the model
+/// takes what measured best of whole plans.
 const MERGE_ROW: f64 = 0.5;
 
 /// What storing a row of another KV head takes a thread block, likewise: about 0.06 µs.

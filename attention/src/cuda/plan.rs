@@ -238,12 +238,15 @@ impl DecodePlan {
 /// The order of a launch for these rows: a dependent one reads early what a step with many query rows of a sequence has
 /// just written.
 fn order_for(rows: &[Keys], options: PlanOptions) -> Result<Order, CudaError> {
+    if options.order == Order::Stream {
+        return Ok(Order::Stream);
+    }
     // Rows of a sequence follow each other and share a block table. Those that see no key, of which a step that is filled
     // up has many, may share one too.
     let reading = |rows: &[Keys]| rows.iter().filter(|row| row.begin < row.end).count();
     let most = rows.chunk_by(|a, b| a.table == b.table).map(reading).max().unwrap_or(0);
-    if options.order == Order::Stream || most <= FRESH_KEYS as usize {
-        return Ok(options.order);
+    if most <= FRESH_KEYS as usize {
+        return Ok(Order::Dependent);
     }
     match options.grid_items {
         None => Ok(Order::Stream),
