@@ -66,6 +66,7 @@ impl Receipts {
         let Some(folder) = std::env::var_os("PAGEWISE_RECEIPTS") else { return };
         let path = std::path::Path::new(&folder).join(format!("receipts_{family}.json"));
         let list: Vec<&Receipt> = self.0.values().collect();
+        std::fs::create_dir_all(&folder).unwrap();
         std::fs::write(path, serde_json::to_string_pretty(&list).unwrap() + "\n").unwrap();
     }
 }

@@ -140,10 +140,13 @@ fn capture(
     checked("cuStreamBeginCapture", gpu.stream.begin_capture(mode))?;
     let logits = forward();
     // Ended whatever came of it: a stream that captures cannot do anything else.
-    let graph = gpu.stream.end_capture(CUgraphInstantiate_flags(0));
-    let logits = logits?;
-    match checked("cuStreamEndCapture", graph)? {
-        Some(graph) => Ok((Graph(graph), logits)),
-        None => Err(BackendError::Library("the CUDA driver captured an empty graph".to_owned())),
+    let graph = checked("cuStreamEndCapture", gpu.stream.end_capture(CUgraphInstantiate_flags(0)));
+    // What `forward` met after the capture had been disturbed says less than the end of the capture: cuBLASLt only reports
+    // that it failed.
+    match (logits, graph) {
+        (_, Err(error)) if was_disturbed(&error) => Err(error),
+        (Err(error), _) | (_, Err(error)) => Err(error),
+        (Ok(logits), Ok(Some(graph))) => Ok((Graph(graph), logits)),
+        (Ok(_), Ok(None)) => Err(BackendError::Library("the CUDA driver captured an empty graph".to_owned())),
     }
 }
