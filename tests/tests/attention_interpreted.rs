@@ -2,7 +2,8 @@
 //! in them are found. No GPU is needed; what a GPU's own rounding and scheduling add is for `cuda_decode` and
 //! `cuda_prefill` to see.
 //!
-//! One case again: `PAGEWISE_CASE="attention q=bf16 …" cargo test -p pagewise-tests --test attention_interpreted`.
+//! One case again: `PAGEWISE_CASE="attention q=bf16 …" cargo test -p pagewise-tests --test attention_interpreted`;
+//! a dependent one of the list below is planned as there.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -14,12 +15,16 @@
 
 #[path = "gpu/blocks.rs"]
 mod blocks;
+#[path = "gpu/chain.rs"]
+mod chain;
 #[path = "gpu/decode_cases.rs"]
 mod decode_cases;
 #[path = "gpu/encode.rs"]
 mod encode;
 #[path = "gpu/faults/mod.rs"]
 mod faults;
+#[path = "gpu/fresh.rs"]
+mod fresh;
 #[path = "gpu/interpreted.rs"]
 mod interpreted;
 #[path = "gpu/interpreter/mod.rs"]
@@ -38,17 +43,21 @@ mod write_kv;
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 
+use chain::{Late, Step, by_rows, dependent, listed};
 use decode_cases::{decode_case, random_options};
 use faults::Fault;
+use fresh::Side;
 use interpreted::{Interpreted, h100};
-use pagewise_attention::conformance::{Case, Outcome, run_case};
+use machine::Machine;
+use pagewise_attention::conformance::{Case, Outcome, Subject, run_case};
 use pagewise_attention::cuda::ptx::decode::Ring;
 use pagewise_attention::cuda::ptx::prefill::Form;
-use pagewise_attention::cuda::{AttentionOptions, Order, PlanOptions};
+use pagewise_attention::cuda::{AttentionOptions, Order, PlanOptions, PlannedLaunch};
 use random::{Random, run_cases, run_seed};
 
 /// Of every type and room for a head the rings that there are, and between them blocks below a tile's, splits in two
-/// levels, windows, bits, caps, biases, sinks, scales, groups that fill no tile or several, empty rows.
+/// levels, windows, bits, caps, biases, sinks, scales, groups that fill no tile or several, empty rows, one fresh key more
+/// than a dependent launch allows.
 const DECODE_CASES: &[(&str, Option<u32>)] = &[
     ("attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal sequences=1:1,1:17,1:130,1:0", None),
     (
@@ -63,6 +72,7 @@ const DECODE_CASES: &[(&str, Option<u32>)] = &[
     ("attention q=f32 kv=f32 heads=4/2 dim=128 block=16 mask=causal scores=60 sequences=1:70,1:5", Some(16)),
     ("attention q=f32 kv=f32 heads=2/1 dim=36 block=1 mask=none sinks sequences=1:40", None),
     ("attention q=bf16 kv=bf16 heads=4/4 dim=128 block=16 mask=causal scores=60 sequences=1:600", Some(16)),
+    ("attention q=bf16 kv=bf16 heads=2/1 dim=128 block=16 mask=causal sequences=17:48", None),
     (
         "attention q=bf16 kv=fp8_e4m3 heads=8/2 dim=128 block=16 mask=causal scale=head sequences=1:90,1:16",
         None,
@@ -89,11 +99,6 @@ fn ways(item_keys: Option<u32>) -> impl Iterator<Item = PlanOptions> {
     })
 }
 
-/// Every query row by itself, through the decode kernel.
-fn by_rows(decode: PlanOptions) -> AttentionOptions {
-    AttentionOptions { decode, tiles_from: Some(usize::MAX), ..AttentionOptions::default() }
-}
-
 /// Every query row in tiles.
 fn in_tiles(form: Form, prefill_keys: Option<u32>) -> AttentionOptions {
     AttentionOptions { form: Some(form), prefill_keys, tiles_from: Some(1), ..AttentionOptions::default() }
@@ -116,7 +121,9 @@ fn draw(line: &str) -> Case {
 fn decode_agrees_with_the_oracle() {
     let mut subject = Interpreted::new(|_, text| text.to_owned());
     if let Ok(line) = std::env::var("PAGEWISE_CASE") {
-        return check(&mut subject, &line.parse().unwrap()).unwrap();
+        let case = line.parse().unwrap();
+        subject.options = listed(&case, DEPENDENT_CASES).map_or(subject.options, by_rows);
+        return check(&mut subject, &case).unwrap();
     }
     let mut ran = BTreeSet::new();
     for &(line, item_keys) in DECODE_CASES {
@@ -185,18 +192,18 @@ fn prefill_agrees_with_the_oracle() {
     println!("{} variants agree: {ran:?}", ran.len());
 }
 
-/// Plants each fault; those that no case finds.
-fn survivors(
+/// Plants each fault; those that no case finds. What stands beside a case says how it is planned.
+fn survivors<Way: Copy>(
     faults: &[Fault],
-    cases: &[(&str, Option<u32>)],
-    options: impl Fn(Option<u32>) -> AttentionOptions,
+    cases: &[(&str, Way)],
+    options: impl Fn(Way) -> AttentionOptions,
 ) -> Vec<&'static str> {
     let survives = |fault: &&Fault| {
         let (alter, planted) = fault.planted();
         let mut subject = Interpreted::new(alter);
         // The same data every time: chance must not hide a fault.
-        let found = cases.iter().any(|&(line, keys)| {
-            subject.options = options(keys);
+        let found = cases.iter().any(|&(line, way)| {
+            subject.options = options(way);
             check(&mut subject, &Case { seed: 1, ..line.parse().unwrap() }).is_err()
         });
         assert!(planted.load(Ordering::Relaxed) > 0, "{}: no kernel has the line {}", fault.name, fault.line);
@@ -219,11 +226,107 @@ const DECODE_FAULT_CASES: &[(&str, Option<u32>)] = &[
     ("attention q=bf16 kv=bf16 heads=8/2 dim=128 block=16 mask=causal scores=60 sequences=1:700", Some(4096)),
 ];
 
+/// What makes a dependent launch of the variant for bf16 with heads of 128 wait at one place or another: rows that fill the
+/// rings of all warps with old keys, as many query rows as a sequence may have, around all ends of a tile, small blocks,
+/// bits, windows, several KV heads to a thread block, rows that see nothing, items without work, nothing else.
+const DEPENDENT_CASES: &[(&str, PlanOptions)] = &[
+    (
+        "attention q=bf16 kv=bf16 heads=4/2 dim=128 block=16 mask=causal sequences=1:310,1:0",
+        dependent(Some(4096), None, None),
+    ),
+    (
+        "attention q=bf16 kv=bf16 heads=2/1 dim=128 block=16 mask=causal sequences=16:79,16:3",
+        dependent(Some(4096), None, None),
+    ),
+    (
+        "attention q=bf16 kv=bf16 heads=8/1 dim=128 block=16 mask=causal sequences=0:9",
+        dependent(None, None, Some(3)),
+    ),
+    (
+        "attention q=bf16 kv=bf16 heads=2/1 dim=128 block=4 mask=none layout=hnd sequences=16:95,3:48",
+        dependent(None, None, Some(40)),
+    ),
+    (
+        "attention q=bf16 kv=bf16 heads=4/2 dim=128 block=16 mask=bits poison_unseen sequences=5:79,1:200",
+        dependent(Some(128), None, Some(20)),
+    ),
+    (
+        "attention q=bf16 kv=bf16 heads=8/4 dim=128 block=32 mask=window:40 sequences=7:100,1:64",
+        dependent(None, Some(4), None),
+    ),
+    (
+        "attention q=bf16 kv=bf16 heads=8/8 dim=128 block=16 mask=causal sequences=2:95,1:17",
+        dependent(Some(64), Some(8), Some(13)),
+    ),
+    (
+        "attention q=bf16 kv=bf16 heads=8/8 dim=128 block=16 mask=bits sequences=16:31",
+        dependent(None, Some(8), None),
+    ),
+];
+
 #[test]
 fn faults_of_decode_are_found() {
     let large =
         |item_keys| by_rows(PlanOptions { item_keys, ring: Some(Ring::Large), ..PlanOptions::default() });
     let left = survivors(faults::DECODE, DECODE_FAULT_CASES, large);
+    assert!(left.is_empty(), "no case finds {left:?}");
+}
+
+#[test]
+fn dependent_decode_reads_and_writes_nothing_too_early() {
+    let mut subject = Interpreted::new(|_, text| text.to_owned());
+    for &(line, options) in DEPENDENT_CASES {
+        subject.options = by_rows(options);
+        check(&mut subject, &draw(line)).unwrap_or_else(|error| panic!("{error}"));
+        let all_depend = subject.variants.drain(..).all(|variant| variant.ends_with("_pdl"));
+        assert!(all_depend, "{line} with {options:?} has no dependent launch");
+    }
+}
+
+/// What `cuda_dependent` launches on a GPU, one after the other.
+#[test]
+fn a_chain_of_launches_writes_what_decode_reads() {
+    let mut subject = Interpreted::new(|_, text| text.to_owned());
+    for &(line, options) in DEPENDENT_CASES {
+        let step = Step::new(&draw(line));
+        if step.data.total_queries() == 0 {
+            continue; // Nothing to write.
+        }
+        let plan = step.plan(&h100(), options);
+        let machine = &mut subject.machine;
+        machine.clear();
+        let launches = step.place(&plan, Late::BOTH, &mut |bytes| machine.upload(bytes));
+        let (no_slots, rotary) = &launches.write_queries;
+        for variant in [
+            machine.write_kv(&launches.write_keys, None).unwrap(),
+            machine.write_kv(no_slots, Some(rotary)).unwrap(),
+        ] {
+            assert!(variant.ends_with("_pdl"), "{variant} is no dependent variant");
+        }
+        let call = &launches.decode;
+        let queries = step.data.q.as_ref().to_bytes();
+        let (k, v) = (step.cache(Side::K), step.cache(Side::V));
+        let early =
+            [(call.q, [queries.clone(), vec![0xff; queries.len()]]), (call.k_cache, k), (call.v_cache, v)];
+        for (address, [after, before]) in early {
+            assert!(machine.download(address) == after, "{line}: not all is written");
+            machine.set_early(address, before);
+        }
+        for PlannedLaunch { kernel, launch, args } in plan.launches(call).unwrap() {
+            machine.run(&kernel, launch, &args).unwrap();
+        }
+        let found = machine.download(call.out);
+        let mut expected = step.data.poisoned_out();
+        subject.options = by_rows(PlanOptions { order: Order::Stream, ..options });
+        subject.attention(&step.data.task().unwrap(), expected.as_mut(), None).unwrap();
+        assert!(found == expected.as_ref().to_bytes(), "PAGEWISE_CASE=\"{}\": other bits", step.data.case);
+    }
+}
+
+#[test]
+fn faults_of_dependent_decode_are_found() {
+    let faults = [faults::DECODE_READS, faults::DECODE_WRITES].concat();
+    let left = survivors(&faults, DEPENDENT_CASES, by_rows);
     assert!(left.is_empty(), "no case finds {left:?}");
 }
 

@@ -281,6 +281,7 @@ fn every_fault_is_listed_in_the_documentation() {
     let listed = include_str!("../../docs/kernel-testing.md");
     for fault in faults::all() {
         let kernel = match fault.family {
+            "decode_bf16_bf16_d128_pdl" => "`decode`, dependent".to_owned(),
             "prefill_bf16_d128" => "`prefill`".to_owned(),
             "prefill_bf16_d128_bits" => "`prefill`, bits".to_owned(),
             "prefill_bf16_d128_hopper" => "`prefill`, Hopper".to_owned(),

@@ -1,4 +1,5 @@
 //! The attention kernels by the interpreter as the conformance suite's subject: planned for an H100, run on the CPU.
+//! Dependent variants find NaN, until they have waited, wherever the kernels before them may still write.
 
 use pagewise_attention::conformance::{
     AttentionTask, CopyTask, MergeTask, PlannedMemory, ProbabilityRounding, Refusal, Subject, SwapTask,
@@ -9,6 +10,7 @@ use pagewise_attention::cuda::{
 };
 use pagewise_attention::{AttentionConfig, HostTensorMut};
 
+use super::fresh::{Side, before, fresh_slots};
 use super::interpreter::Interpreter;
 use super::machine::Machine;
 
@@ -71,6 +73,11 @@ impl Subject for Interpreted {
         let memory = PlannedMemory { work: plan.work(), workspace: plan.workspace() };
         let mut upload = |bytes: &[u8]| Ok(machine.upload(bytes));
         let call = place_attention(task, &memory, out.as_ref(), lse.as_deref(), &mut upload)?;
+        machine.set_early(call.q, vec![0xff; machine.download(call.q).len()]);
+        let slots = fresh_slots(&task.problem);
+        for (side, address) in Side::BOTH.into_iter().zip([call.k_cache, call.v_cache]) {
+            machine.set_early(address, before(&task.problem, side, &machine.download(address), &slots));
+        }
         for PlannedLaunch { kernel, launch, args } in plan.launches(&call).map_err(refusal)? {
             self.variants.push(machine.run(&kernel, launch, &args).map_err(Refusal::Failed)?);
         }

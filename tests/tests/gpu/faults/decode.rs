@@ -131,3 +131,57 @@ pub const DECODE: &[Fault] = &[
         breaks: "splits count alike, whatever their maxima",
     },
 ];
+
+/// The dependent variant's family: the same types and head_dim.
+const DEPENDENT: &str = "decode_bf16_bf16_d128_pdl";
+
+/// Faults of dependent launches that read what the kernels before may still write.
+pub const DECODE_READS: &[Fault] = &[
+    Fault {
+        name: "wait before the queries",
+        family: DEPENDENT,
+        line: "@%p_a bra QUERIES_KEPT;\ngriddepcontrol.wait;",
+        instead: "@%p_a bra QUERIES_KEPT;",
+        breaks: "queries are read that the kernel before still writes",
+    },
+    Fault {
+        name: "wait before fresh keys",
+        family: DEPENDENT,
+        line: "@!%p_a bra SETTLED;\ngriddepcontrol.wait;",
+        instead: "@!%p_a bra SETTLED;",
+        breaks: "keys are read that the kernels before still write",
+    },
+    Fault {
+        name: "fresh keys",
+        family: DEPENDENT,
+        line: "add.u32 %r_x, %r_ahead, 32;",
+        instead: "add.u32 %r_x, %r_ahead, 16;",
+        breaks: "a tile of which all keys are fresh is read early",
+    },
+    Fault {
+        name: "first fresh key",
+        family: DEPENDENT,
+        line: "add.u32 %r_x, %r_ahead, 32;",
+        instead: "add.u32 %r_x, %r_ahead, 31;",
+        breaks: "a tile of which the last key is fresh is read early",
+    },
+];
+
+/// Faults of dependent launches that end, or write, while the kernels before may still run. Results show them by chance
+/// only: the interpreter sees the writes themselves.
+pub const DECODE_WRITES: &[Fault] = &[
+    Fault {
+        name: "wait of warps without a tile",
+        family: DEPENDENT,
+        line: "WARP_DONE:\ngriddepcontrol.wait;",
+        instead: "WARP_DONE:",
+        breaks: "outputs are written before the kernels before have ended",
+    },
+    Fault {
+        name: "wait of items without work",
+        family: DEPENDENT,
+        line: "@%p_a bra ITEM_COUNTS;\ngriddepcontrol.wait;",
+        instead: "@%p_a bra ITEM_COUNTS;",
+        breaks: "a launch without any work ends before the kernels before it",
+    },
+];

@@ -1,4 +1,4 @@
-//! Faults of one line each, planted in kernels to see that the tests find them.
+//! Faults of a line or two each, planted in kernels to see that the tests find them.
 //!
 //! Owns how a fault gets into a text; the tables are a file for each group of kernels. A fault must end (no endless
 //! loop) and stay within the memory that the kernel may touch, so that it shows as a wrong result and not as a dead GPU.
@@ -13,25 +13,36 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use cache::{COPY_BLOCKS, MERGE_STATES, WRITE_KV};
-pub use decode::DECODE;
+pub use decode::{DECODE, DECODE_READS, DECODE_WRITES};
 pub use model::MODEL;
 pub use prefill::{PREFILL, PREFILL_HOPPER};
 pub use wgsl::{DECODE_WGSL, PREFILL_MATRIX, PREFILL_TILED};
 
 /// Every fault of every table.
 pub fn all() -> impl Iterator<Item = Fault> {
-    let ptx = [WRITE_KV, MERGE_STATES, COPY_BLOCKS, DECODE, PREFILL, PREFILL_HOPPER, MODEL];
+    let ptx = [
+        WRITE_KV,
+        MERGE_STATES,
+        COPY_BLOCKS,
+        DECODE,
+        DECODE_READS,
+        DECODE_WRITES,
+        PREFILL,
+        PREFILL_HOPPER,
+        MODEL,
+    ];
     let wgsl = [DECODE_WGSL, PREFILL_TILED, PREFILL_MATRIX];
     ptx.into_iter().chain(wgsl).flatten().copied()
 }
 
-/// One line of a kernel family's text that becomes another.
+/// A line of a kernel family's text that becomes another.
 #[derive(Clone, Copy, Debug)]
 pub struct Fault {
     pub name: &'static str,
     /// The kernels that it is planted in: their entry points begin so.
     pub family: &'static str,
-    /// The line as it is rendered, without indentation and comment. Its first occurrence is meant.
+    /// The line as it is rendered, without indentation and comment; or several, with nothing but comments between them.
+    /// Their first occurrence is meant.
     pub line: &'static str,
     /// What stands there instead; may be nothing, or several lines.
     pub instead: &'static str,
@@ -48,20 +59,17 @@ impl Fault {
             if !entry.starts_with(self.family) {
                 return text.to_owned();
             }
-            let mut found = false;
-            let mut altered = String::with_capacity(text.len());
-            for line in text.split_inclusive('\n') {
-                let code = line.split_once("//").map_or(line, |(code, _)| code).trim();
-                if !found && code == self.line {
-                    found = true;
-                    altered.push_str(self.instead);
-                    altered.push('\n');
-                } else {
-                    altered.push_str(line);
-                }
-            }
-            counted.fetch_add(usize::from(found), Ordering::Relaxed);
-            altered
+            let lines: Vec<&str> = text.split_inclusive('\n').collect();
+            let code = |at: usize| lines[at].split_once("//").map_or(lines[at], |(code, _)| code).trim();
+            let of_code: Vec<usize> = (0..lines.len()).filter(|&at| !code(at).is_empty()).collect();
+            let wanted: Vec<&str> = self.line.lines().collect();
+            let found = of_code
+                .windows(wanted.len())
+                .find(|places| places.iter().map(|&at| code(at)).eq(wanted.iter().copied()));
+            let Some(&[first, ..]) = found else { return text.to_owned() };
+            let behind = found.and_then(|places| places.last()).map_or(first, |last| last + 1);
+            counted.fetch_add(1, Ordering::Relaxed);
+            [&lines[..first].concat(), self.instead, "\n", &lines[behind..].concat()].concat()
         };
         (alter, count)
     }

@@ -14,11 +14,13 @@ pub(super) struct Copy {
     pub(super) size: usize,
     /// Bytes that are read.
     pub(super) read: usize,
+    /// Whether the thread had waited for the kernels before its own when the copy began: it may be done at once.
+    pub(super) waited: bool,
 }
 
 impl Copy {
     /// Bytes of the source; of none at all the address may be any.
-    fn source(self, memory: &mut Memory) -> Result<Vec<u8>, String> {
+    fn source(self, memory: &Memory) -> Result<Vec<u8>, String> {
         if self.read > self.size {
             return Err(format!("{} bytes are read into {}", self.read, self.size));
         }
@@ -28,7 +30,7 @@ impl Copy {
         if !self.from.is_multiple_of(self.size as u64) {
             return Err(format!("{} bytes at {:#x}: misaligned", self.size, self.from));
         }
-        memory.bytes(self.from, self.read).map(|bytes| bytes.to_vec())
+        memory.seen(self.from, self.read, self.waited).map(|bytes| bytes.to_vec())
     }
 }
 

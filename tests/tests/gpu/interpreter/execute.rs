@@ -153,9 +153,9 @@ pub(super) fn execute(
             let address = value(0).wrapping_add(*number);
             // Without a space in its name a load takes either's addresses.
             let is_generic = !words.iter().any(|word| word == "shared" || word == "global");
-            let bytes = match is_shared(words) || (is_generic && address & SHARED_WINDOW != 0) {
+            let bytes: &[u8] = match is_shared(words) || (is_generic && address & SHARED_WINDOW != 0) {
                 true => memory.shared_slice(address, size * targets.len())?,
-                false => memory.slice(address, size * targets.len())?,
+                false => memory.load(address, size * targets.len())?,
             };
             for (&target, bytes) in targets.iter().zip(bytes.chunks_exact(*size)) {
                 let mut word = [0; 8];
@@ -169,7 +169,7 @@ pub(super) fn execute(
             let words: Vec<[u8; 8]> = (1..sources.len()).map(|i| value(i).to_le_bytes()).collect();
             let bytes = match is_shared(&instruction.words) {
                 true => memory.shared_slice(address, size * words.len())?,
-                false => memory.slice(address, size * words.len())?,
+                false => memory.store(address, size * words.len())?,
             };
             for (word, bytes) in words.iter().zip(bytes.chunks_exact_mut(*size)) {
                 bytes.copy_from_slice(&word[..*size]);
@@ -179,7 +179,7 @@ pub(super) fn execute(
         Kind::Atomic => {
             let bytes = match is_shared(words) {
                 true => memory.shared_slice(value(0), *size)?,
-                false => memory.slice(value(0), *size)?,
+                false => memory.store(value(0), *size)?,
             };
             let mut word = [0; 8];
             word[..*size].copy_from_slice(bytes);
@@ -207,7 +207,8 @@ pub(super) fn execute(
         | Kind::Together
         | Kind::CopyAsync
         | Kind::CommitCopies
-        | Kind::WaitCopies => return Ok(()),
+        | Kind::WaitCopies
+        | Kind::WaitKernels => return Ok(()),
     };
     if let Some(&target) = targets.first() {
         registers[target] = result;

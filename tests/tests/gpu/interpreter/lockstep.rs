@@ -17,20 +17,28 @@ pub(super) struct Thread {
     registers: Vec<u64>,
     at: Option<usize>,
     copies: Copies,
+    /// See [`Memory::waited`]. Each thread waits for itself: what a barrier passes on is not counted on.
+    waited: bool,
 }
 
 impl Thread {
-    pub(super) fn new(special: [[u32; 3]; 4], registers: usize) -> Self {
+    pub(super) fn new(special: [[u32; 3]; 4], program: &Program) -> Self {
         Self {
             special,
-            registers: vec![0xdead_beef_dead_beef; registers],
+            registers: vec![0xdead_beef_dead_beef; program.registers],
             at: Some(0),
             copies: Copies::default(),
+            waited: !program.is_dependent,
         }
+    }
+
+    pub(super) fn has_waited(&self) -> bool {
+        self.waited
     }
 
     /// Runs up to the next thing that is done together, or to the end.
     fn run(&mut self, program: &Program, args: &[Arg], memory: &mut Memory) -> Result<(), String> {
+        memory.waited = self.waited;
         // No kernel here loops for long: more is an endless loop.
         for _ in 0..10_000_000u64 {
             let Some(instruction) = self.at.and_then(|at| program.instructions.get(at)) else {
@@ -55,6 +63,11 @@ impl Thread {
                             self.copies.commit();
                             Ok(())
                         }
+                        Kind::WaitKernels => {
+                            self.waited = true;
+                            memory.waited = true;
+                            Ok(())
+                        }
                         Kind::WaitCopies => self.copies.wait(instruction.number as usize, memory),
                         _ => execute(instruction, &mut self.registers, &self.special, args, memory),
                     }
@@ -72,6 +85,7 @@ impl Thread {
             from: value(2).wrapping_add(value(3)),
             size: value(4) as usize,
             read: value(5) as u32 as usize,
+            waited: self.waited,
         }
     }
 

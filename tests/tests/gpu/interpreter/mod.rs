@@ -1,8 +1,10 @@
 //! Runs a rendered kernel on the CPU, one thread after the other, so that a machine without a GPU sees wrong index
 //! arithmetic, wrong masks and accesses outside of an allocation.
 //!
-//! Owns the subset of PTX that the kernels here use, but for what is Hopper's alone. What threads do together is `lockstep`'s, copies that a thread does not wait for `copies`'. It says
-//! nothing about speed or races, and `ex2.approx` and its like are exact to the last bit here.
+//! Owns the subset of PTX that the kernels here use, but for what is Hopper's alone. What threads do together is
+//! `lockstep`'s, copies that a thread does not wait for `copies`'; `memory` has what a dependent launch finds before it has
+//! waited for the kernels before it, and refuses what it writes by then. It says nothing about speed or other races, and
+//! `ex2.approx` and its like are exact to the last bit here.
 
 mod copies;
 mod execute;
@@ -33,6 +35,12 @@ pub struct Interpreter {
 impl Interpreter {
     pub fn new(alter: impl Fn(&str, &str) -> String + 'static) -> Self {
         Self { memory: Memory::default(), alter: Box::new(alter) }
+    }
+
+    /// What the next kernels find in an allocation before they have waited for those before them: for dependent variants,
+    /// what those before write is not there yet.
+    pub fn set_early(&mut self, address: u64, bytes: Vec<u8>) {
+        self.memory.set_early(address, bytes);
     }
 
     pub fn run(&mut self, kernel: &Kernel, launch: Launch, args: &[Arg]) -> Result<String, String> {
@@ -70,6 +78,12 @@ impl Machine for Interpreter {
         let args = rotary.map_or_else(|| call.args(), |rotary| rotary.args(call)).map_err(text)?;
         let descriptor = WriteKv::new(variant.spec()).map_err(text)?;
         let launch = descriptor.launch(args.shape).map_err(text)?;
+        // The rows come from kernels that may still run.
+        let queries = rotary.and_then(|rotary| rotary.queries).map(|queries| queries.q);
+        for address in [call.k, call.v].into_iter().chain(queries) {
+            let poison = vec![0xff; self.memory.download(address).len()];
+            self.memory.set_early(address, poison);
+        }
         self.run(descriptor.kernel(), launch, &args.values())
     }
 

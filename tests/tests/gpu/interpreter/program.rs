@@ -54,6 +54,8 @@ pub(super) enum Kind {
     CommitCopies,
     /// All but so many of the latest groups are waited for.
     WaitCopies,
+    /// The kernels before this one are waited for.
+    WaitKernels,
     /// What the threads of a warp or of a block do together.
     Together,
     Branch,
@@ -103,6 +105,8 @@ pub struct Program {
     pub(super) registers: usize,
     /// Bytes of shared memory that the text declares.
     pub(super) shared: usize,
+    /// Whether it may begin before the kernels before it have ended (programmatic dependent launch).
+    pub(super) is_dependent: bool,
 }
 
 impl Program {
@@ -110,20 +114,27 @@ impl Program {
         Reader::default().read(text)
     }
 
-    /// Runs a launch. The first bad access or unknown instruction ends it.
+    /// Runs a launch. The first bad access or unknown instruction ends it. A dependent one must wait for the kernels before
+    /// it, in one thread at least: whoever waits for its end takes theirs for granted.
     pub fn run(&self, launch: Launch, args: &[Arg], memory: &mut Memory) -> Result<(), String> {
+        let mut has_waited = !self.is_dependent;
         for_each(launch.grid, |block| {
             let mut threads = Vec::new();
             for_each(launch.block, |thread| {
-                threads
-                    .push(lockstep::Thread::new([block, launch.block, thread, launch.grid], self.registers));
+                threads.push(lockstep::Thread::new([block, launch.block, thread, launch.grid], self));
                 Ok(())
             })?;
             let shared = self.shared + launch.dynamic_shared as usize;
             memory.shared = vec![0xff; shared];
             lockstep::run_block(self, &mut threads, args, memory)
-                .map_err(|error| format!("block {block:?}: {error}"))
-        })
+                .map_err(|error| format!("block {block:?}: {error}"))?;
+            has_waited |= threads.iter().any(lockstep::Thread::has_waited);
+            Ok(())
+        })?;
+        match has_waited {
+            true => Ok(()),
+            false => Err("no thread waits for the kernels before this one".to_owned()),
+        }
     }
 }
 

@@ -67,6 +67,7 @@ impl Reader {
             instructions: self.instructions,
             registers: self.registers.len(),
             shared: self.shared_bytes,
+            is_dependent: code.contains("griddepcontrol."),
         })
     }
 
@@ -135,6 +136,7 @@ impl Reader {
     fn meaning(&mut self, words: &[String], operands: &[String]) -> Result<Meaning, String> {
         let plain = |kind| Ok(Meaning { kind, ..Meaning::default() });
         match words[0].as_str() {
+            "griddepcontrol" if words[1] == "wait" => plain(Kind::WaitKernels),
             "createpolicy" | "griddepcontrol" | "fence" | "prefetch" => plain(Kind::Nothing),
             "bar" => plain(Kind::Together),
             "ret" => plain(Kind::Return),
