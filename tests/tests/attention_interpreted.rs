@@ -47,12 +47,12 @@ use chain::{Late, Step, by_rows, dependent, listed};
 use decode_cases::{decode_case, random_options};
 use faults::Fault;
 use fresh::Side;
-use interpreted::{Interpreted, h100};
+use interpreted::Interpreted;
 use machine::Machine;
 use pagewise_attention::conformance::{Case, Outcome, Subject, run_case};
 use pagewise_attention::cuda::ptx::decode::Ring;
 use pagewise_attention::cuda::ptx::prefill::Form;
-use pagewise_attention::cuda::{AttentionOptions, Order, PlanOptions, PlannedLaunch};
+use pagewise_attention::cuda::{AttentionOptions, Device, Order, PlanOptions, PlannedLaunch};
 use random::{Random, run_cases, run_seed};
 
 /// Of every type and room for a head the rings that there are, and between them blocks below a tile's, splits in two
@@ -142,7 +142,7 @@ fn random_cases_agree_with_the_oracle() {
     let mut random = Random::new(run_seed());
     for turn in 0..run_cases(7) {
         let case = decode_case(&mut random, turn, 60);
-        let mut options = random_options(&mut random, &case, &h100());
+        let mut options = random_options(&mut random, &case, &Device::h100());
         // At most 8 sequences of 5 rows in 4 tiles: a grid of thousands, most without work, takes long here.
         options.grid_items = options.grid_items.map(|_| 200);
         subject.options = by_rows(options);
@@ -292,7 +292,7 @@ fn a_chain_of_launches_writes_what_decode_reads() {
         if step.data.total_queries() == 0 {
             continue; // Nothing to write.
         }
-        let plan = step.plan(&h100(), options);
+        let plan = step.plan(&Device::h100(), options);
         let machine = &mut subject.machine;
         machine.clear();
         let launches = step.place(&plan, Late::BOTH, &mut |bytes| machine.upload(bytes));

@@ -91,9 +91,15 @@ impl AttentionPlan {
         self.decode.items().len()
     }
 
+    /// KV heads of a thread block of those rows' launch.
+    pub fn decode_block_heads(&self) -> u32 {
+        self.decode.block_heads()
+    }
+
     /// The same plan with a launch of so many work items for the rows that are worked on one by one, of which those
-    /// without work end at once. Plans that were made with [`PlanOptions::grid_items`] and agree in this number and
-    /// in their rows can share a captured CUDA graph, however long their sequences are.
+    /// without work end at once. Plans that were made with [`PlanOptions::grid_items`] and agree in this number, in
+    /// [`AttentionPlan::decode_block_heads`] and in their rows can share a captured CUDA graph, however long their
+    /// sequences are.
     ///
     /// # Errors
     /// [`CudaError::TooLarge`] if there is more work than that.

@@ -3,14 +3,17 @@
 //! A model of time with a few constants from one H100 (`docs/kernel-notes.md`). Reading takes the bytes of
 //! all rows over the bandwidth of the memory; but one multiprocessor cannot draw more than a small multiple of its
 //! share, so a thread block that has too much to do is late. Cutting rows makes thread blocks equal; merging what they
-//! found costs time of its own.
+//! found costs time of its own. Where the memory is faster than an H100's, a share has more bytes, so what takes a time of
+//! its own costs more of them ([`Step::pace`]).
 
 use pagewise_ptx::decode::TILE_KEYS;
 
+use super::Device;
 use super::split::{Shrink, shrinking};
 use crate::plan::{Cut, Keys};
 
-/// How many times its share of the bandwidth one multiprocessor can draw.
+/// How many times its share of the bandwidth one multiprocessor can draw. That is what it can draw at all, 42 GB/s, so with
+/// faster memory it is less.
 const MOST_SHARES: f64 = 1.75;
 
 /// What the merge of splits takes, in bytes that a multiprocessor reads in that time: about 2 µs.
@@ -18,6 +21,10 @@ const MERGE: f64 = 48e3;
 
 /// What it takes a multiprocessor to go from one thread block to the next, likewise: about 1.5 µs.
 const NEXT: f64 = 36e3;
+
+/// What a thread block takes from its launch to its first keys and from its last to its end, likewise: about 2.35 µs. Others
+/// hide it, as far as they draw more than their shares.
+const ENDS: f64 = 57e3;
 
 /// What the DRAM loses when a thread block reads one KV head of a block instead of eight, as a part of the time; a
 /// third less for two heads, two thirds less for four.
@@ -38,6 +45,22 @@ const MERGE_GROUP: u32 = 16;
 /// all end together.
 const WAVE: f64 = 0.04;
 
+/// KV heads that a thread block may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Heads {
+    /// As many as suit the lengths.
+    Any,
+    /// So many.
+    Fixed(u32),
+    /// One, or the most with which whole rows give nearly every multiprocessor a thread block. Those follow from the number of
+    /// rows alone, so steps of as many rows have two kinds of launches at most.
+    OneOrMost,
+}
+
+/// The part of the multiprocessors that are enough for [`Heads::OneOrMost`]: 0.73 of them took two thirds of the time that
+/// twice as many thread blocks of half the heads took, at 192 keys, on an H200.
+const ENOUGH: f64 = 0.7;
+
 /// What there is to spread, and over what.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Step {
@@ -52,6 +75,17 @@ pub(super) struct Step {
     pub(super) blocks_each: u64,
     /// Bytes of K and V of a key of one KV head.
     pub(super) key_bytes: u64,
+    /// A multiprocessor's share of the memory's bandwidth, over what it is on an H100.
+    pub(super) pace: f64,
+}
+
+/// [`Step::pace`] of a GPU; 1 where the driver does not say.
+pub(super) fn pace(device: &Device) -> f64 {
+    let share = |device: &Device| device.memory_bandwidth as f64 / f64::from(device.multiprocessors.max(1));
+    match device.memory_bandwidth {
+        0 => 1.0,
+        _ => share(device) / share(&Device::h100()),
+    }
 }
 
 impl Step {
@@ -70,12 +104,20 @@ impl Step {
         self.warps / block_heads.max(1) * TILE_KEYS
     }
 
-    /// Numbers of KV heads that a thread block can have.
-    fn head_choices(&self, fixed: Option<u32>) -> impl Iterator<Item = u32> {
+    /// Numbers of KV heads that a thread block can have, in a step of so many rows.
+    fn head_choices(&self, heads: Heads, rows: usize) -> impl Iterator<Item = u32> {
         let Self { kv_heads, warps, .. } = *self;
         let fits = move |heads: &u32| *heads <= warps && kv_heads.is_multiple_of(*heads);
-        let free = [1, 2, 4, 8].into_iter().filter(move |heads| fixed.is_none() && fits(heads));
-        free.chain(fixed)
+        let busy = |heads: u32| rows as f64 * self.blocks_per_item(heads) as f64;
+        let enough = |heads: &u32| fits(heads) && busy(*heads) >= ENOUGH * self.slots() as f64;
+        let most = [8, 4, 2].into_iter().find(enough).unwrap_or(1);
+        let offered = move |number: &u32| match heads {
+            Heads::Any => fits(number),
+            Heads::Fixed(_) => false,
+            Heads::OneOrMost => *number == 1 || *number == most,
+        };
+        let fixed = if let Heads::Fixed(number) = heads { Some(number) } else { None };
+        [1, 2, 4, 8].into_iter().filter(offered).chain(fixed)
     }
 }
 
@@ -105,7 +147,7 @@ impl Choice {
 }
 
 /// KV heads of a thread block, and how rows are cut.
-pub(super) fn choose(rows: &[Keys], step: &Step, block_heads: Option<u32>, shrink: Option<Shrink>) -> Choice {
+pub(super) fn choose(rows: &[Keys], step: &Step, heads: Heads, shrink: Option<Shrink>) -> Choice {
     let lengths =
         rows.iter().map(Keys::span).fold(Lengths { rows: 0.0, total: 0.0, longest: 0.0 }, |so_far, span| {
             Lengths {
@@ -118,17 +160,24 @@ pub(super) fn choose(rows: &[Keys], step: &Step, block_heads: Option<u32>, shrin
     // The bytes of a multiprocessor's share, the floor of every choice.
     let bytes = lengths.total * (step.key_bytes * step.blocks_per_item(1)) as f64;
     let share = bytes / step.multiprocessors as f64;
+    let most_shares = (MOST_SHARES / step.pace).clamp(1.0, MOST_SHARES);
     // The most that one thread block draws, as long as others share its multiprocessor.
-    let most = MOST_SHARES / each;
+    let most = most_shares / each;
     let scattered = |heads: u32| share * (1.0 + SCATTER * (1.0 - f64::from(heads).log2() / 3.0));
-    let (next, crowd) = (NEXT / each, (1.0 + each) / 2.0);
-    let merge = MERGE * crowd;
+    let (next, crowd) = (NEXT * step.pace / each, (1.0 + each) / 2.0);
+    let merge = MERGE * step.pace * crowd;
 
-    let cut_heads = block_heads.unwrap_or(1);
+    let cut_heads = if let Heads::Fixed(heads) = heads { heads } else { 1 };
+    // Pieces shrink within rows: of short rows each is a thread block, whose beginning and end nothing hides.
+    let short = {
+        let mean = (u64::from(cut_heads) * step.key_bytes) as f64 * lengths.total / lengths.rows.max(1.0);
+        let ends = ENDS * step.pace / each - mean * (1.0 - 1.0 / most_shares);
+        ends.max(0.0) * lengths.rows * step.blocks_per_item(cut_heads) as f64 / slots
+    };
     let shrunk = Choice {
         block_heads: cut_heads,
         cut: shrinking(shrink.unwrap_or_default(), lengths.total as u64, step, cut_heads),
-        cost: scattered(cut_heads) + merge + 2.0 * next,
+        cost: scattered(cut_heads) + merge + 2.0 * next + short,
         floor: share,
     };
     if shrink.is_some() {
@@ -144,20 +193,20 @@ pub(super) fn choose(rows: &[Keys], step: &Step, block_heads: Option<u32>, shrin
         // The last thread blocks have the memory to themselves and still need their time.
         let last = mean * (blocks - (waves - 1.0) * slots) / step.multiprocessors as f64;
         let tail = match waves > 1.0 {
-            true => (mean / MOST_SHARES - last).max(0.0) + (next + WAVE * mean) * (waves - 1.0),
+            true => (mean / most_shares - last).max(0.0) + (next + WAVE * mean) * (waves - 1.0),
             false => 0.0,
         };
         let cost = (scattered(heads) + tail).max(key * lengths.longest / most);
         Choice { block_heads: heads, cut: Cut::Equal(u32::MAX), cost, floor: share }
     };
-    let whole = step.head_choices(block_heads).map(whole).reduce(cheaper).unwrap_or(shrunk);
+    let whole = step.head_choices(heads, rows.len()).map(whole).reduce(cheaper).unwrap_or(shrunk);
     if whole.cost <= scattered(cut_heads) + merge {
         return whole;
     }
     // Equal pieces that fill the GPU once; or pieces that shrink with what is left. Several heads to a piece are for one
     // row, whose pieces are no longer than the share: 64 ragged rows took 12% longer in such pieces.
     let single = lengths.rows == 1.0;
-    let offered = step.head_choices(block_heads).filter(|&heads| heads == cut_heads || single);
+    let offered = step.head_choices(heads, rows.len()).filter(|&heads| heads == cut_heads || single);
     let equal = offered.filter_map(|heads| {
         let (keys, splits) = one_wave(rows, step, heads)?;
         let piece = f64::from(keys) * (u64::from(heads) * step.key_bytes) as f64;
@@ -165,7 +214,7 @@ pub(super) fn choose(rows: &[Keys], step: &Step, block_heads: Option<u32>, shrin
         // A partial result is about as large as a key.
         let groups = if splits > MERGE_GROUP { splits.div_ceil(MERGE_GROUP) } else { 0 };
         let partials = f64::from(splits.min(MERGE_GROUP) + groups) * step.key_bytes as f64;
-        let more = f64::from(heads - 1) * f64::from(step.tile_rows) * (MERGE_ROW * partials + STORE_ROW);
+        let more = f64::from(heads - 1) * f64::from(step.tile_rows) * (MERGE_ROW * partials + STORE_ROW * step.pace);
         let cost = scattered(heads).max(longest) + merge + more * crowd;
         Some(Choice { block_heads: heads, cut: Cut::Equal(keys), cost, floor: share })
     });
@@ -221,13 +270,14 @@ mod tests {
             multiprocessors: 132,
             blocks_each: 1,
             key_bytes: 512,
+            pace: 1.0,
         }
     }
 
     #[test]
     fn what_measured_best_is_chosen() {
         let choice = |kv_heads, lens: &[u32]| {
-            let Choice { block_heads, cut, .. } = choose(&rows(lens), &h100(kv_heads), None, None);
+            let Choice { block_heads, cut, .. } = choose(&rows(lens), &h100(kv_heads), Heads::Any, None);
             (block_heads, cut)
         };
         let whole = Cut::Equal(u32::MAX);
@@ -250,9 +300,51 @@ mod tests {
     }
 
     #[test]
+    fn short_rows_take_several_heads_to_a_thread_block() {
+        let heads = |step: &Step, lens: &[u32]| {
+            let Choice { block_heads, cut, .. } = choose(&rows(lens), step, Heads::Any, None);
+            (cut == Cut::Equal(u32::MAX)).then_some(block_heads)
+        };
+        // A decode of OPT-13B and of Llama 3 8B by 64 requests: a thread block to each head took 1.3 times as long (H200).
+        for step in [h100(40), Step { pace: pace(&Device::h200()), ..h100(40) }] {
+            assert!(heads(&step, &[192; 64]).is_some_and(|heads| heads >= 4));
+            assert!(heads(&step, &[64; 256]).is_some_and(|heads| heads == 8));
+        }
+        assert_eq!(heads(&h100(8), &[192; 64]), Some(4));
+        assert_eq!(heads(&h100(8), &[192; 256]), Some(8));
+    }
+
+    #[test]
+    fn steps_of_as_many_rows_have_two_kinds_of_launches() {
+        let numbers = |kv_heads, count: usize| {
+            let lens = [1, 16, 64, 192, 512, 2048, 8192, 100_000].map(|len| vec![len; count]);
+            let heads = |lens: &Vec<u32>| choose(&rows(lens), &h100(kv_heads), Heads::OneOrMost, None).block_heads;
+            lens.iter().map(heads).collect::<std::collections::BTreeSet<_>>()
+        };
+        for (kv_heads, count, most) in
+            [(8, 1, 1), (8, 16, 1), (8, 32, 2), (8, 48, 4), (8, 64, 4), (8, 256, 8), (40, 8, 2), (40, 64, 8)]
+        {
+            let found = numbers(kv_heads, count);
+            assert!(found.contains(&most), "{kv_heads} heads, {count} rows: {found:?}");
+            assert!(found.iter().all(|heads| [1, most].contains(heads)), "{count} rows: {found:?}");
+        }
+    }
+
+    #[test]
+    fn faster_memory_leaves_less_to_draw_beyond_a_share() {
+        let h200 = Step { pace: pace(&Device::h200()), ..h100(8) };
+        assert!((1.46..1.47).contains(&h200.pace), "{}", h200.pace);
+        // 96 thread blocks of eight heads are enough for an H100's memory, by the model, but took 18% longer than 384 of two on an H200.
+        let heads = |step: &Step| choose(&rows(&[512; 96]), step, Heads::Any, None).block_heads;
+        assert_eq!((heads(&h100(8)), heads(&h200)), (8, 2));
+        let unknown = Device { memory_bandwidth: 0, ..Device::h100() };
+        assert_eq!((pace(&unknown), pace(&Device::h100())), (1.0, 1.0));
+    }
+
+    #[test]
     fn two_thread_blocks_a_multiprocessor_take_what_would_be_two_waves() {
         let two = Step { warps: 4, blocks_each: 2, ..h100(1) };
-        let cost = |step: &Step, lens: &[u32]| choose(&rows(lens), step, None, None).cost;
+        let cost = |step: &Step, lens: &[u32]| choose(&rows(lens), step, Heads::Any, None).cost;
         assert!(cost(&two, &[512; 256]) < cost(&h100(1), &[512; 256]));
         assert!(cost(&two, &[8192; 8]) > cost(&h100(1), &[8192; 8]));
     }
@@ -260,7 +352,7 @@ mod tests {
     #[test]
     fn nothing_to_do_is_no_special_case() {
         for lens in [&[][..], &[0], &[0, 0, 1]] {
-            let choice = choose(&rows(lens), &h100(8), None, None);
+            let choice = choose(&rows(lens), &h100(8), Heads::Any, None);
             assert!([1, 2, 4, 8].contains(&choice.block_heads));
         }
     }

@@ -73,6 +73,8 @@ pub struct Device {
     pub compute_capability: ComputeCapability,
     /// Bytes of its memory.
     pub memory: u64,
+    /// Bytes a second that its memory moves at most, as the driver states clock and width; 0 if it does not.
+    pub memory_bandwidth: u64,
     /// Streaming multiprocessors.
     pub multiprocessors: u32,
     /// Bytes of shared memory that a thread block can have when it asks for it.
@@ -82,17 +84,28 @@ pub struct Device {
 }
 
 impl Device {
-    /// An H100, for tests of plans.
-    #[cfg(test)]
-    pub(super) fn h100() -> Self {
+    /// What an H100 (SXM) with a driver of CUDA 13.0 says of itself: plans are host arithmetic, and can be made and looked at
+    /// where there is no GPU.
+    pub fn h100() -> Self {
         Self {
             ordinal: 0,
-            name: String::new(),
+            name: "NVIDIA H100 80GB HBM3".to_owned(),
             compute_capability: ComputeCapability { major: 9, minor: 0 },
             memory: 80 << 30,
+            memory_bandwidth: 3_352_320_000_000,
             multiprocessors: 132,
             shared_memory_per_block: 232_448,
             driver: CudaVersion { major: 13, minor: 0 },
+        }
+    }
+
+    /// The same for an H200: an H100 with more and faster memory.
+    pub fn h200() -> Self {
+        Self {
+            name: "NVIDIA H200".to_owned(),
+            memory: 141 << 30,
+            memory_bandwidth: 4_916_736_000_000,
+            ..Self::h100()
         }
     }
 
@@ -246,6 +259,10 @@ pub(super) fn describe(
         },
         // SAFETY: `device` came from the driver.
         memory: unsafe { result::device::total_mem(device) }? as u64,
+        // Two transfers a clock, as all memory has done since long before the GPUs that the kernels run on.
+        memory_bandwidth: 2_000 * u64::from(attribute(A::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?)
+            * u64::from(attribute(A::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?)
+            / 8,
         multiprocessors: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
         shared_memory_per_block: attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
         driver,
@@ -262,6 +279,7 @@ mod tests {
             name: "A GPU".into(),
             compute_capability: ComputeCapability { major, minor },
             memory: 24 << 30,
+            memory_bandwidth: 760_000_000_000,
             multiprocessors: 68,
             shared_memory_per_block: 101_376,
             driver: CudaVersion::from_number(driver),

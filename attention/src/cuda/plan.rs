@@ -7,7 +7,7 @@ use pagewise_ptx::decode::{
     Decode, DecodeShape, DecodeSpec, DecodeTuning, FRESH_KEYS, Ring, TILE_KEYS, WorkItem, WorkspaceSizes,
 };
 
-use super::balance::{Choice, Step, choose};
+use super::balance::{Choice, Heads, Step, choose, pace};
 use super::decode::ptx_type;
 use super::split::most_items;
 use super::{CudaError, Device, Order, Shrink};
@@ -30,8 +30,12 @@ pub struct PlanOptions {
     pub block_heads: Option<u32>,
     /// Work items of the launch, if more than there is work for: those of [`DecodePlan::bound`] let plans of
     /// different lengths share one captured CUDA graph. Every plan then has the same kernel, with one KV head to
-    /// a thread block unless `block_heads` says otherwise.
+    /// a thread block unless `block_heads` or `free_heads` says otherwise.
     pub grid_items: Option<u32>,
+    /// With `grid_items`, whether the lengths choose the KV heads of a thread block: one, or a number that follows from how
+    /// many rows there are; many short rows take half the time with several. Plans that share a graph must then agree in
+    /// [`DecodePlan::block_heads`] too.
+    pub free_heads: bool,
     /// When the launch begins. [`Order::Dependent`] is for a GPU and a driver that know such launches: the kernel asks for
     /// its first keys while those before it still run. What it reads so early must be complete when the last ordinary
     /// launch before it begins: work items, block tables, mask bits, and all keys and values of a row but the last
@@ -130,10 +134,16 @@ impl DecodePlan {
         let options = PlanOptions { order: order_for(rows, options)?, ..options };
         let choices = Kind::choices(config, device, options)?;
         // The heads of a thread block are part of a launch, which a captured graph repeats.
-        let heads = options.block_heads.or(options.grid_items.map(|_| 1));
+        let heads = match (options.block_heads, options.grid_items) {
+            (Some(heads), _) => Heads::Fixed(heads),
+            (None, None) => Heads::Any,
+            (None, Some(_)) if options.free_heads => Heads::OneOrMost,
+            (None, Some(_)) => Heads::Fixed(1),
+        };
         let choose = |kind: &Kind| match options.item_keys {
             Some(keys) => {
-                Choice { block_heads: heads.unwrap_or(1), cut: Cut::Equal(keys), cost: 0.0, floor: 0.0 }
+                let block_heads = options.block_heads.unwrap_or(1);
+                Choice { block_heads, cut: Cut::Equal(keys), cost: 0.0, floor: 0.0 }
             }
             None => choose(rows, &kind.step, heads, options.shrink),
         };
@@ -191,25 +201,36 @@ impl DecodePlan {
         config.validate()?;
         let choices = Kind::choices(config, device, options)?;
         let (rows, keys) = (limits.rows as u64, limits.keys as u64);
-        let heads = options.block_heads.unwrap_or(1);
         let shrink = options.shrink.unwrap_or_default();
+        let heads = options.block_heads.unwrap_or(1);
         let most = |kind: &Kind| most_items(rows, keys, &kind.step, heads, options.item_keys, shrink);
         let items = choices.iter().map(most).max().unwrap_or(0);
-        let items = small("the number of work items", usize::try_from(items).unwrap_or(usize::MAX))?;
+        // Where the lengths choose the heads of a thread block, a row may be cut into as many pieces with several as fill the
+        // GPU once.
+        let free = options.block_heads.is_none() && options.item_keys.is_none();
+        let wave = choices.iter().map(|kind| kind.step.slots()).max().filter(|_| free).unwrap_or(0);
+        let (with_heads, number) = (items.max(rows + wave), "the number of work items");
+        let partials = small(number, usize::try_from(with_heads).unwrap_or(usize::MAX))?;
+        let items = if options.free_heads { with_heads } else { items };
+        let items = small(number, usize::try_from(items).unwrap_or(usize::MAX))?;
         let Some(kind) = choices.first() else {
             return Err(unsupported("this tuning", "see DecodeTuning for its bounds"));
         };
-        let shape = DecodeShape { items, ..kind.shape };
         Ok(PlanBound {
             items,
             work: u64::from(items) * 4 * WorkItem::WORDS as u64,
-            workspace: Decode::workspace_of(kind.spec, items, shape),
+            workspace: Decode::workspace_of(kind.spec, partials, kind.shape),
         })
     }
 
     /// The kernel variant: `decode_bf16_bf16_d128`.
     pub fn variant(&self) -> String {
         self.spec.entry()
+    }
+
+    /// KV heads of a thread block.
+    pub fn block_heads(&self) -> u32 {
+        self.shape.block_heads
     }
 
     /// The work items, without those that only fill a grid of fixed size.
@@ -321,6 +342,7 @@ impl Kind {
             multiprocessors: u64::from(device.multiprocessors.max(1)),
             blocks_each: u64::from(spec.tuning.blocks_per_multiprocessor.min(fit)),
             key_bytes: ((config.head_dim_qk + config.head_dim_v) * config.kv_dtype.size()) as u64,
+            pace: pace(device),
         };
         Ok(Self { spec, shape, step })
     }

@@ -63,7 +63,7 @@ pub(super) fn most_items(
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::balance::choose;
+    use super::super::balance::{Heads, choose};
     use super::*;
     use crate::plan::{Keys, Piece, split};
 
@@ -91,14 +91,15 @@ mod tests {
             shrink in prop::option::of((1..8u32, 1..3000u32)),
             log_warps in 0..4u32,
             blocks_each in 1..4u64,
+            pace in 0.2..3.0f64,
         ) {
-            let step = Step { kv_heads, query_tiles: 1, tile_rows: 4, warps: 1 << log_warps, multiprocessors: slots, blocks_each, key_bytes: 512 };
+            let step = Step { kv_heads, query_tiles: 1, tile_rows: 4, warps: 1 << log_warps, multiprocessors: slots, blocks_each, key_bytes: 512, pace };
             let shrink = shrink.map(|(shares, smallest)| Shrink { shares, smallest });
             let fixed = fixed.map(|tiles| tiles * TILE_KEYS);
             let (heads, cut) = match fixed {
                 Some(keys) => (1, Cut::Equal(keys)),
                 None => {
-                    let choice = choose(&rows, &step, None, shrink);
+                    let choice = choose(&rows, &step, Heads::Any, shrink);
                     (choice.block_heads, choice.cut)
                 }
             };
@@ -145,8 +146,8 @@ mod tests {
                 .enumerate()
                 .map(|(i, &end)| Keys { table: 0, row: i as u32, begin: 0, end, position: 0 })
                 .collect();
-            let step = Step { kv_heads, query_tiles: 1, tile_rows: 4, warps: 8, multiprocessors: slots, blocks_each: 1, key_bytes: 512 };
-            let choice = choose(&rows, &step, None, None);
+            let step = Step { kv_heads, query_tiles: 1, tile_rows: 4, warps: 8, multiprocessors: slots, blocks_each: 1, key_bytes: 512, pace: 1.0 };
+            let choice = choose(&rows, &step, Heads::Any, None);
             let (heads, cut) = (choice.block_heads, choice.cut);
             let blocks_per_item = step.blocks_per_item(heads);
             let (items, _) = split(&rows, blocks_per_item, cut).unwrap();

@@ -26,6 +26,7 @@ pub const fn dependent(
         ring: Some(Ring::Large),
         block_heads,
         grid_items,
+        free_heads: false,
         order: Order::Dependent,
     }
 }

@@ -110,5 +110,6 @@ pub fn random_options(random: &mut Random, case: &Case, device: &Device) -> Plan
     let grid_items = random.one_in(3).then(|| 40_000 + random.below(1000) as u32);
     let early = device.launches_dependently() && random.one_in(2);
     let order = if early { Order::Dependent } else { Order::Stream };
-    PlanOptions { item_keys, shrink, tuning, ring: Some(ring), block_heads, grid_items, order }
+    let free_heads = random.one_in(2);
+    PlanOptions { item_keys, shrink, tuning, ring: Some(ring), block_heads, grid_items, free_heads, order }
 }

@@ -6,7 +6,7 @@ use pagewise_attention::conformance::{
     WriteTask, cuda_rounding, place_attention,
 };
 use pagewise_attention::cuda::{
-    AttentionOptions, AttentionPlan, ComputeCapability, CudaError, CudaVersion, Device, PlannedLaunch,
+    AttentionOptions, AttentionPlan, CudaError, Device, PlannedLaunch,
 };
 use pagewise_attention::{AttentionConfig, HostTensorMut};
 
@@ -25,19 +25,6 @@ pub struct Interpreted {
 impl Interpreted {
     pub fn new(alter: impl Fn(&str, &str) -> String + 'static) -> Self {
         Self { machine: Interpreter::new(alter), options: AttentionOptions::default(), variants: Vec::new() }
-    }
-}
-
-/// What plans are made for.
-pub fn h100() -> Device {
-    Device {
-        ordinal: 0,
-        name: "an interpreter".to_owned(),
-        compute_capability: ComputeCapability { major: 9, minor: 0 },
-        memory: 80 << 30,
-        multiprocessors: 132,
-        shared_memory_per_block: 227 << 10,
-        driver: CudaVersion { major: 13, minor: 0 },
     }
 }
 
@@ -67,7 +54,7 @@ impl Subject for Interpreted {
         mut out: HostTensorMut<'_>,
         lse: Option<&mut [f32]>,
     ) -> Result<(), Refusal> {
-        let plan = AttentionPlan::new(&task.problem, &h100(), self.options).map_err(refusal)?;
+        let plan = AttentionPlan::new(&task.problem, &Device::h100(), self.options).map_err(refusal)?;
         let machine = &mut self.machine;
         machine.clear();
         let memory = PlannedMemory { work: plan.work(), workspace: plan.workspace() };

@@ -19,8 +19,28 @@ use crate::backend::{AttentionSpec, BackendError, LayerPlace, StepBatch};
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct GraphKey {
     pub(super) rows: usize,
-    /// Work items of each group's attention.
-    pub(super) grids: Vec<u32>,
+    /// The launch of each group's attention.
+    pub(super) launches: Vec<LaunchSize>,
+}
+
+/// What of the launch of a decode's attention depends on the lengths of its sequences.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct LaunchSize {
+    /// KV heads of a thread block.
+    pub(super) block_heads: u32,
+    /// Work items: a power of two.
+    pub(super) items: u32,
+}
+
+/// How a group's attention is launched.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Launching {
+    /// As it suits this step alone.
+    Once,
+    /// As a graph may repeat it: the lengths choose its size.
+    Repeatably,
+    /// The same, of this size: for graphs that are captured before there are such lengths.
+    As(LaunchSize),
 }
 
 /// A step on the device.
@@ -96,7 +116,8 @@ pub(super) fn sizes(backend: &CudaBackend, spec: &AttentionSpec) -> Result<Sizes
     let mut sizes = Sizes { work_bytes: 0, workspace: Workspace::default() };
     for config in &spec.groups {
         let limits = DecodeLimits { rows, keys };
-        let bound = DecodePlan::bound(config, backend.gpu().device(), limits, PlanOptions::default())?;
+        let options = PlanOptions { free_heads: true, ..PlanOptions::default() };
+        let bound = DecodePlan::bound(config, backend.gpu().device(), limits, options)?;
         let items = launch_size(bound.items as usize, 1)
             .map_or(bound.work, |items| bound.work / u64::from(bound.items.max(1)) * u64::from(items));
         sizes.work_bytes = sizes.work_bytes.max(usize::try_from(items).unwrap_or(usize::MAX));
@@ -109,13 +130,13 @@ pub(super) fn sizes(backend: &CudaBackend, spec: &AttentionSpec) -> Result<Sizes
 }
 
 impl CudaBackend {
-    /// Makes a step ready. Where it is a decode, each group's attention is launched with as many work items as it has
-    /// work for, or with those of `grids` where that is more.
+    /// Makes a step ready. Where it is a decode, each group's attention is launched as its lengths ask for, or as
+    /// `launches` says.
     pub(super) fn prepare_step<'a>(
         &'a self,
         spec: &'a AttentionSpec,
         batch: &StepBatch,
-        grids: &[u32],
+        launches: &[LaunchSize],
     ) -> Result<CudaStep<'a>, BackendError> {
         self.gpu().bind()?;
         let asked_logit_rows = batch.logit_rows.len();
@@ -132,8 +153,12 @@ impl CudaBackend {
             .zip(&batch.groups)
             .enumerate()
             .map(|(index, (config, group))| {
-                let least = filled.map(|_| grids.get(index).copied().unwrap_or(0));
-                let planned = planner.plan_group(config, batch.paged(group), least)?;
+                let launching = match (filled, launches.get(index)) {
+                    (None, _) => Launching::Once,
+                    (Some(_), None) => Launching::Repeatably,
+                    (Some(_), Some(&size)) => Launching::As(size),
+                };
+                let planned = planner.plan_group(config, batch.paged(group), launching)?;
                 self.gpu().context.prepare(&planned.plan)?;
                 Ok(planned)
             })
@@ -181,8 +206,8 @@ impl CudaBackend {
         // SAFETY: the tokens are part of what was just made room for, one a row.
         unsafe { self.place_earlier(&batch.earlier, inputs.part(layout.tokens)) }?;
 
-        let grids = planned.iter().map(|group| group.grid).collect();
-        let key = filled.map(|rows| GraphKey { rows, grids });
+        let launches = planned.iter().map(|group| group.size).collect();
+        let key = filled.map(|rows| GraphKey { rows, launches });
         let groups = planned
             .into_iter()
             .enumerate()
@@ -234,37 +259,47 @@ pub(super) struct Planned {
     /// Strides of the queries.
     q: RowStrides,
     plan: AttentionPlan,
-    /// Work items of a decode's launch.
-    pub(super) grid: u32,
+    /// The size of its launch.
+    pub(super) size: LaunchSize,
 }
 
 impl Planner<'_> {
-    /// Plans a group's attention. The launch of a decode, which has a `least` size, is filled up, so that few graphs
-    /// serve sequences of all lengths.
+    /// Plans a group's attention. A launch that graphs repeat is filled up, so that few of them serve sequences of all
+    /// lengths.
     pub(super) fn plan_group(
         &self,
         config: &AttentionConfig,
         batch: PagedBatch<'_>,
-        least: Option<u32>,
+        launching: Launching,
     ) -> Result<Planned, BackendError> {
         let layout = CacheLayout::nhd(self.spec.num_blocks, self.spec.block_size, config);
         let q = RowStrides { token: query_stride(config) as u64, head: config.head_dim_qk as u64 };
         let out = RowStrides::packed(config.q_heads, config.head_dim_v);
         let rows = batch.total_queries();
         let problem = Problem::with_strides(config, layout, q, out, batch)?;
-        // With a fixed grid every plan has the same kernel.
-        let grid_items = least.map(|_| u32::MAX);
-        let decode = PlanOptions { grid_items, order: self.order, ..PlanOptions::default() };
+        let (grid_items, block_heads, least) = match launching {
+            Launching::Once => (None, None, 0),
+            // With a fixed grid every plan has the same kernel.
+            Launching::Repeatably => (Some(u32::MAX), None, 0),
+            Launching::As(size) => (Some(u32::MAX), Some(size.block_heads), size.items),
+        };
+        let decode = PlanOptions {
+            grid_items,
+            block_heads,
+            free_heads: true,
+            order: self.order,
+            ..PlanOptions::default()
+        };
         let options = AttentionOptions { decode, ..AttentionOptions::default() };
         let mut plan = AttentionPlan::new(&problem, self.device, options)?;
-        let mut grid = 0;
-        if let Some(least) = least
-            && let Some(size) = launch_size(plan.decode_items(), rows.max(least as usize))
+        let mut size = LaunchSize { block_heads: plan.decode_block_heads(), items: 0 };
+        if grid_items.is_some()
+            && let Some(items) = launch_size(plan.decode_items(), rows.max(least as usize))
         {
-            grid = size;
-            plan = plan.with_decode_grid(size)?;
+            size.items = items;
+            plan = plan.with_decode_grid(items)?;
         }
-        Ok(Planned { q, plan, grid })
+        Ok(Planned { q, plan, size })
     }
 }
 

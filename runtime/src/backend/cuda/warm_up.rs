@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use super::buckets::all_buckets;
-use super::step::{GraphKey, Planner};
+use super::step::{GraphKey, LaunchSize, Launching, Planner};
 use super::{CudaBackend, CudaCache, lock, profile};
 use crate::backend::{AttentionSpec, BackendError, StepBatch};
 use crate::executor::ModelExecutor;
@@ -59,10 +59,10 @@ impl CudaBackend {
             // As it is, once: this loads every kernel and chooses every algorithm.
             let step = self.prepare_step(spec, &batch, &[])?;
             model.forward(self, &step, cache)?;
-            for grids in launch_sizes(self.planner(spec), rows)? {
-                let step = self.prepare_step(spec, &batch, &grids)?;
+            for launches in launch_sizes(self.planner(spec), rows)? {
+                let step = self.prepare_step(spec, &batch, &launches)?;
                 let Some(key) = &step.key else { continue };
-                debug_assert_eq!(key, &GraphKey { rows, grids });
+                debug_assert_eq!(key, &GraphKey { rows, launches });
                 let forward = self.repeatable(|| model.forward(self, &step, cache));
                 lock(&self.shared.graphs).foresee(self.gpu(), key, forward)?;
             }
@@ -84,7 +84,7 @@ impl CudaBackend {
 
 /// The sizes of each group's launch for so many sequences, of all lengths that the cache has room for: every size of one
 /// group with every size of another, because a window does not let one follow from the other. Models have one group or two.
-fn launch_sizes(planner: Planner<'_>, rows: usize) -> Result<Vec<Vec<u32>>, BackendError> {
+fn launch_sizes(planner: Planner<'_>, rows: usize) -> Result<Vec<Vec<LaunchSize>>, BackendError> {
     let spec = planner.spec;
     let room = spec.num_blocks.saturating_mul(spec.block_size).max(rows);
     let longest = spec.limits.max_seq_len.max(1);
@@ -96,9 +96,9 @@ fn launch_sizes(planner: Planner<'_>, rows: usize) -> Result<Vec<Vec<u32>>, Back
     let mut all = vec![Vec::new()];
     for (index, config) in spec.groups.iter().enumerate() {
         let groups = batches.iter().filter_map(|batch| Some(batch.paged(batch.groups.get(index)?)));
-        let size = |batch| planner.plan_group(config, batch, Some(0)).map(|planned| planned.grid);
-        let sizes: BTreeSet<u32> = groups.map(size).collect::<Result<_, _>>()?;
-        let with = |before: &Vec<u32>, size: u32| [before.as_slice(), &[size]].concat();
+        let size = |batch| planner.plan_group(config, batch, Launching::Repeatably).map(|planned| planned.size);
+        let sizes: BTreeSet<LaunchSize> = groups.map(size).collect::<Result<_, _>>()?;
+        let with = |before: &Vec<LaunchSize>, size: LaunchSize| [before.as_slice(), &[size]].concat();
         all = all.iter().flat_map(|before| sizes.iter().map(move |&size| with(before, size))).collect();
     }
     Ok(all)
@@ -133,9 +133,9 @@ fn lengths(longest: usize) -> Vec<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::StepLimits;
+    use crate::backend::{GroupBatch, StepLimits};
     use crate::backend::cuda::buckets::bucket;
-    use pagewise_attention::cuda::{ComputeCapability, CudaVersion, Device, Order};
+    use pagewise_attention::cuda::{Device, Order};
     use pagewise_attention::{AttentionConfig, DType, Mask};
     use proptest::prelude::*;
 
@@ -147,18 +147,6 @@ mod tests {
         assert_eq!(lens.last(), Some(&131_072));
         assert!(lens.is_sorted() && lens.windows(2).all(|pair| pair[1] <= 2 * pair[0]));
         assert_eq!(lens.len(), 34);
-    }
-
-    fn h100() -> Device {
-        Device {
-            ordinal: 0,
-            name: String::new(),
-            compute_capability: ComputeCapability { major: 9, minor: 0 },
-            memory: 80 << 30,
-            multiprocessors: 132,
-            shared_memory_per_block: 232_448,
-            driver: CudaVersion { major: 13, minor: 0 },
-        }
     }
 
     /// Llama 3 8B, and the same with a window in every second layer, in what is left of an H100's memory.
@@ -181,7 +169,7 @@ mod tests {
 
     #[test]
     fn graphs_of_a_large_model_are_not_many() {
-        let device = h100();
+        let device = Device::h100();
         for (window, most) in [(false, 150), (true, 300)] {
             let spec = spec(window);
             let planner = Planner { spec: &spec, device: &device, order: Order::Dependent };
@@ -204,7 +192,7 @@ mod tests {
             shares in prop::collection::vec(0.0..1.0f64, 1..=256),
             even in any::<bool>(),
         ) {
-            let device = h100();
+            let device = Device::h100();
             let spec = spec(window);
             let planner = Planner { spec: &spec, device: &device, order: Order::Dependent };
             let longest = longest.min(spec.limits.max_seq_len);
@@ -219,9 +207,10 @@ mod tests {
             let mut batch = profile::decode(&spec, &lens);
             crate::backend::cuda::buckets::fill_up(&mut batch, rows);
             let groups = spec.groups.iter().zip(&batch.groups);
-            let found: Vec<u32> = groups
-                .map(|(config, group)| planner.plan_group(config, batch.paged(group), Some(0)).unwrap().grid)
-                .collect();
+            let size = |(config, group): (&AttentionConfig, &GroupBatch)| {
+                planner.plan_group(config, batch.paged(group), Launching::Repeatably).unwrap().size
+            };
+            let found: Vec<LaunchSize> = groups.map(size).collect();
             let sizes = launch_sizes(planner, rows).unwrap();
             prop_assert!(sizes.contains(&found), "{} rows, {lens:?}: {found:?} of {sizes:?}", lens.len());
         }
