@@ -301,6 +301,23 @@ fn a_chat_goes_through_the_template() {
 }
 
 #[test]
+fn caches_of_fp8_are_another_rounding_of_the_same_answer() {
+    let llama = fixture("llama_gqa");
+    let logprobs = |dtype: &str| {
+        let args = ["generate", "--prompts", "-", "--json", "--model", llama.to_str().unwrap()];
+        let options = ["--backend", "cpu", "--kv-dtype", dtype];
+        let prompt = r#"{"prompt_token_ids": [5, 6, 7, 8, 9, 10, 11, 12], "max_tokens": 1, "temperature": 0, "logprobs": 1}"#;
+        let run = pagewise(&[&args[..], &options].concat(), prompt);
+        assert_eq!(run.code, Some(0), "{}", run.stderr);
+        let line: Value = serde_json::from_str(&run.stdout).unwrap();
+        line["outputs"][0]["logprobs"][0]["logprob"].as_f64().unwrap()
+    };
+    let [exact, fp8, e4m3, e5m2] = ["auto", "fp8", "fp8_e4m3", "fp8_e5m2"].map(logprobs);
+    assert_eq!(fp8, e4m3, "fp8 is short for fp8_e4m3");
+    assert!(exact != e4m3 && exact != e5m2 && e4m3 != e5m2, "{exact} {e4m3} {e5m2}");
+}
+
+#[test]
 fn failures_are_one_message_an_exit_code_and_an_empty_stdout() {
     let llama = fixture("llama_gqa");
     let llama = llama.to_str().unwrap();
@@ -319,7 +336,7 @@ fn failures_are_one_message_an_exit_code_and_an_empty_stdout() {
         (&["generate", "hi", "--prompts", "x", "--model", llama], 2, "--prompts"),
         (&["generate", "hi", "--model", llama, "--backend", "tpu"], 2, "tpu"),
         (&["generate", "hi", "--model", llama, "--dtype", "int4"], 2, "int4"),
-        (&["generate", "hi", "--model", llama, "--kv-dtype", "int4"], 2, "int4"),
+        (&["generate", "hi", "--model", llama, "--kv-dtype", "int4"], 2, "fp8_e4m3"),
         (&["generate", "hi", "--model", llama, "--temperature", "warm"], 2, "warm"),
         (&["generate", "hi", "--model", llama, "--temperature", "nan"], 2, "nan"),
         (&["generate", "hi", "--model", llama, "--max-tokens", "-3"], 2, "-3"),

@@ -29,7 +29,9 @@ mod engine_oracle;
 mod engine_sampling;
 
 use engine_load::serve_loads;
-use engine_machine::{Machine, bound, config, difference, rows_alone, rows_decoded, rows_mixed, texts};
+use engine_machine::{
+    Machine, Types, bound, calmed, config, difference, rows_alone, rows_decoded, rows_mixed, texts,
+};
 use engine_oracle::{Oracle, Way, crowded, empty, engine, generate, requests, tokens, way};
 use pagewise_attention::DType;
 use pagewise_runtime::load::BackendChoice;
@@ -37,26 +39,35 @@ use pagewise_runtime::scheduler::Preemption;
 use pagewise_tests::{FIXTURES, fixture, smollm2_f32};
 use std::path::Path;
 
+/// Weights, and caches of their type.
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
 
+/// Caches of fp8, and the fixtures whose calmer copies they are tried with: plain, with biases, with a window.
+const FP8: [Types; 3] = [
+    Types::new(DType::F16, DType::F8E4M3),
+    Types::new(DType::F16, DType::F8E5M2),
+    Types::new(DType::Bf16, DType::F8E4M3),
+];
+const FP8_FIXTURES: [&str; 3] = ["llama_gqa", "qwen2", "mistral_swa"];
+
 /// Logits of given tokens, in every way to compute them.
-fn logits_agree(name: &str, dir: &Path, dtype: DType, count: usize, longest: usize) {
+fn logits_agree(name: &str, dir: &Path, types: Types, count: usize, longest: usize) {
     let texts = texts(config(dir).vocab_size, count, longest, 17);
-    let bound = bound(dir, dtype, &texts);
-    let expected = rows_alone(&mut Machine::cpu(dir, dtype), &texts);
+    let bound = bound(dir, types, &texts);
+    let expected = rows_alone(&mut Machine::cpu(dir, types), &texts);
     let check = |way: &str, found: &[Vec<Vec<f32>>], of: usize| {
-        let label = format!("{name} {dtype} {way}");
+        let label = format!("{name} {types} {way}");
         let worst = difference(&label, found, &expected[..of]);
         println!("{label}: {worst:.2e} apart, {bound:.2e} allowed");
         assert!(worst <= bound, "{label}: {worst:.3e} of the largest logit apart, {bound:.3e} allowed");
     };
-    check("alone", &rows_alone(&mut Machine::cuda(dir, dtype, true), &texts), count);
-    check("mixed", &rows_mixed(&mut Machine::cuda(dir, dtype, true), &texts, 5), count);
+    check("alone", &rows_alone(&mut Machine::cuda(dir, types, true), &texts), count);
+    check("mixed", &rows_mixed(&mut Machine::cuda(dir, types, true), &texts, 5), count);
     for of in [1, 3, 8, count] {
-        let replayed = rows_decoded(&mut Machine::cuda(dir, dtype, true), &texts[..of]);
+        let replayed = rows_decoded(&mut Machine::cuda(dir, types, true), &texts[..of]);
         check(&format!("decoded by {of}"), &replayed, of);
-        let launched = rows_decoded(&mut Machine::cuda(dir, dtype, false), &texts[..of]);
-        assert!(replayed == launched, "{name} {dtype}: graphs change bits in a batch of {of}");
+        let launched = rows_decoded(&mut Machine::cuda(dir, types, false), &texts[..of]);
+        assert!(replayed == launched, "{name} {types}: graphs change bits in a batch of {of}");
     }
 }
 
@@ -67,11 +78,11 @@ fn logits_of_given_tokens_agree() {
     }
     let mut failures = Vec::new();
     for name in FIXTURES {
-        for dtype in DTYPES {
+        for types in DTYPES.map(Types::from) {
             // Every fixture is tried, so that one run says all.
-            let run = || logits_agree(name, &fixture(name), dtype, 19, 40);
+            let run = || logits_agree(name, &fixture(name), types, 19, 40);
             if std::panic::catch_unwind(run).is_err() {
-                failures.push(format!("{name} {dtype}"));
+                failures.push(format!("{name} {types}"));
             }
         }
     }
@@ -84,17 +95,17 @@ fn smollm2_logits_of_given_tokens_agree() {
         return;
     }
     let Some(dir) = smollm2_f32() else { return };
-    for dtype in DTYPES {
-        logits_agree("SmolLM2", &dir, dtype, 9, 30);
+    for types in DTYPES.map(Types::from) {
+        logits_agree("SmolLM2", &dir, types, 9, 30);
     }
 }
 
 /// Requests through the whole engine: few and many at once, crowded with both preemptions, with graphs and without.
-fn answers_agree(name: &str, dir: &Path, dtype: DType, count: usize) {
+fn answers_agree(name: &str, dir: &Path, types: Types, count: usize) {
     let config = config(dir);
-    let mut oracle = Oracle::new(dir, dtype);
+    let mut oracle = Oracle::new(dir, types);
     let requests = requests(config.vocab_size, count, 23);
-    let roomy = way(BackendChoice::Cuda, dtype);
+    let roomy = way(BackendChoice::Cuda, types);
     let crowded = crowded(dir, roomy);
     let ways = [
         ("roomy", roomy),
@@ -103,7 +114,7 @@ fn answers_agree(name: &str, dir: &Path, dtype: DType, count: usize) {
     ];
     let mut same = 0;
     for (what, way) in ways {
-        let label = format!("{name} {dtype} {what}");
+        let label = format!("{name} {types} {what}");
         let mut with_graphs = engine(dir, way);
         let found = generate(&mut with_graphs, &requests);
         for (index, (request, found)) in requests.iter().zip(&found).enumerate() {
@@ -125,7 +136,7 @@ fn answers_agree(name: &str, dir: &Path, dtype: DType, count: usize) {
             "{label}: graphs change tokens"
         );
     }
-    println!("{name} {dtype}: {same} of {} answers are the CPU's to the token", 3 * count);
+    println!("{name} {types}: {same} of {} answers are the CPU's to the token", 3 * count);
 }
 
 #[test]
@@ -135,9 +146,9 @@ fn answers_agree_with_the_cpu() {
     }
     let mut failures = Vec::new();
     for name in FIXTURES {
-        for dtype in DTYPES {
-            if std::panic::catch_unwind(|| answers_agree(name, &fixture(name), dtype, 21)).is_err() {
-                failures.push(format!("{name} {dtype}"));
+        for types in DTYPES.map(Types::from) {
+            if std::panic::catch_unwind(|| answers_agree(name, &fixture(name), types, 21)).is_err() {
+                failures.push(format!("{name} {types}"));
             }
         }
     }
@@ -152,12 +163,12 @@ fn answers_of_small_steps_agree_with_the_cpu() {
         return;
     }
     let dir = fixture("llama_gqa");
-    for dtype in DTYPES {
-        let mut oracle = Oracle::new(&dir, dtype);
+    for types in DTYPES.map(Types::from) {
+        let mut oracle = Oracle::new(&dir, types);
         let requests = requests(config(&dir).vocab_size, 4, 31);
-        let mut engine = engine(&dir, Way { budget: 8, ..way(BackendChoice::Cuda, dtype) });
+        let mut engine = engine(&dir, Way { budget: 8, ..way(BackendChoice::Cuda, types) });
         for (index, (request, found)) in requests.iter().zip(&generate(&mut engine, &requests)).enumerate() {
-            oracle.check(&format!("{dtype}, request {index}"), request, found);
+            oracle.check(&format!("{types}, request {index}"), request, found);
         }
         empty("small steps", &engine);
     }
@@ -169,9 +180,31 @@ fn smollm2_answers_agree_with_the_cpu() {
         return;
     }
     let Some(dir) = smollm2_f32() else { return };
-    for dtype in DTYPES {
-        answers_agree("SmolLM2", &dir, dtype, 21);
+    for types in DTYPES.map(Types::from) {
+        answers_agree("SmolLM2", &dir, types, 21);
     }
+}
+
+/// Caches of fp8: logits of given tokens, and requests through the whole engine.
+#[test]
+fn fp8_caches_agree_with_the_cpu() {
+    if cuda::context().is_none() {
+        return;
+    }
+    let mut failures = Vec::new();
+    for name in FP8_FIXTURES {
+        let copy = calmed(&fixture(name));
+        for types in FP8 {
+            let run = || {
+                logits_agree(name, copy.path(), types, 19, 40);
+                answers_agree(name, copy.path(), types, 21);
+            };
+            if std::panic::catch_unwind(run).is_err() {
+                failures.push(format!("{name} {types}"));
+            }
+        }
+    }
+    assert!(failures.is_empty(), "{failures:?}");
 }
 
 #[test]
@@ -203,30 +236,40 @@ fn a_crowded_cache_preempts_on_the_cpu_too() {
     }
 }
 
-/// A bound must not allow everything: a model that takes one token for another is far beyond it.
+/// That a bound does not allow everything: a model that takes one token for another is far beyond it.
+fn catches_a_wrong_token(name: &str, dir: &Path, types: Types) {
+    let vocab_size = config(dir).vocab_size;
+    let right = texts(vocab_size, 19, 40, 17);
+    let mut wrong = right.clone();
+    wrong.iter_mut().for_each(|text| text[0] = (text[0] + 1) % vocab_size as u32);
+    let bound = bound(dir, types, &right);
+    let mut machine = Machine::cpu(dir, types);
+    // The last rows, which see the wrong token through attention alone.
+    let mut last = |texts: &[Vec<u32>]| -> Vec<Vec<Vec<f32>>> {
+        let rows = rows_alone(&mut machine, texts);
+        rows.into_iter().map(|mut rows| rows.split_off(rows.len() - 1)).collect()
+    };
+    let expected = last(&right);
+    let fault = difference(name, &last(&wrong), &expected);
+    println!("{name} {types}: {bound:.2e} allowed, {fault:.2e} with a wrong token");
+    assert!(fault > 2.0 * bound, "{name} {types}: {bound:.2e} would allow a wrong token's {fault:.2e}");
+}
+
 #[test]
 fn bounds_catch_a_wrong_token() {
     for name in FIXTURES {
-        let dir = fixture(name);
-        let vocab_size = config(&dir).vocab_size;
-        let right = texts(vocab_size, 19, 40, 17);
-        let mut wrong = right.clone();
-        wrong.iter_mut().for_each(|text| text[0] = (text[0] + 1) % vocab_size as u32);
         for dtype in DTYPES {
-            let bound = bound(&dir, dtype, &right);
-            let mut machine = Machine::cpu(&dir, dtype);
-            // The last rows, which see the wrong token through attention alone.
-            let mut last = |texts: &[Vec<u32>]| -> Vec<Vec<Vec<f32>>> {
-                let rows = rows_alone(&mut machine, texts);
-                rows.into_iter().map(|mut rows| rows.split_off(rows.len() - 1)).collect()
-            };
-            let expected = last(&right);
-            let fault = difference(name, &last(&wrong), &expected);
-            println!("{name} {dtype}: {bound:.2e} allowed, {fault:.2e} with a wrong token");
-            assert!(
-                fault > 2.0 * bound,
-                "{name} {dtype}: {bound:.2e} would allow a wrong token's {fault:.2e}"
-            );
+            catches_a_wrong_token(name, &fixture(name), dtype.into());
+        }
+    }
+}
+
+#[test]
+fn bounds_over_fp8_caches_catch_a_wrong_token() {
+    for name in FP8_FIXTURES {
+        let copy = calmed(&fixture(name));
+        for types in FP8 {
+            catches_a_wrong_token(name, copy.path(), types);
         }
     }
 }

@@ -260,7 +260,8 @@ pub(super) fn describe(
         // SAFETY: `device` came from the driver.
         memory: unsafe { result::device::total_mem(device) }? as u64,
         // Two transfers a clock, as all memory has done since long before the GPUs that the kernels run on.
-        memory_bandwidth: 2_000 * u64::from(attribute(A::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?)
+        memory_bandwidth: 2_000
+            * u64::from(attribute(A::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?)
             * u64::from(attribute(A::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?)
             / 8,
         multiprocessors: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,

@@ -8,13 +8,13 @@ use pagewise_runtime::scheduler::Preemption;
 use std::path::Path;
 
 use super::engine_beams;
-use super::engine_machine::{Machine, bound, config, rows_alone, texts};
+use super::engine_machine::{Machine, Types, bound, config, rows_alone, texts};
 
 /// How an engine is set up.
 #[derive(Clone, Copy)]
 pub struct Way {
     pub backend: BackendChoice,
-    pub dtype: DType,
+    pub types: Types,
     pub graphs: bool,
     pub preemption: Preemption,
     /// Blocks; `None` for plenty.
@@ -22,14 +22,16 @@ pub struct Way {
     pub budget: usize,
 }
 
-pub const fn way(backend: BackendChoice, dtype: DType) -> Way {
-    Way { backend, dtype, graphs: true, preemption: Preemption::Recompute, blocks: None, budget: 512 }
+pub fn way(backend: BackendChoice, types: impl Into<Types>) -> Way {
+    let types = types.into();
+    Way { backend, types, graphs: true, preemption: Preemption::Recompute, blocks: None, budget: 512 }
 }
 
 pub fn engine(dir: &Path, way: Way) -> Engine {
     let mut options = LoadOptions::new(dir.to_str().unwrap());
     options.backend = way.backend;
-    options.dtype = Some(way.dtype);
+    options.dtype = Some(way.types.weights);
+    options.kv_dtype = Some(way.types.cache);
     options.block_size = 4;
     options.cuda_graphs = way.graphs;
     options.preemption = way.preemption;
@@ -73,12 +75,13 @@ pub struct Oracle {
 }
 
 impl Oracle {
-    pub fn new(dir: &Path, dtype: DType) -> Self {
+    pub fn new(dir: &Path, types: impl Into<Types>) -> Self {
+        let types = types.into();
         let texts = texts(config(dir).vocab_size, 7, 30, 3);
-        let margin = 2.0 * bound(dir, dtype, &texts) * scale(dir, &texts);
+        let margin = 2.0 * bound(dir, types, &texts) * scale(dir, &texts);
         Self {
-            engine: engine(dir, way(BackendChoice::Cpu, dtype)),
-            machine: Machine::cpu(dir, dtype),
+            engine: engine(dir, way(BackendChoice::Cpu, types)),
+            machine: Machine::cpu(dir, types),
             margin,
         }
     }

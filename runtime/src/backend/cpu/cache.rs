@@ -27,6 +27,8 @@ enum Buffer {
     F32(Vec<f32>),
     F16(Vec<f16>),
     Bf16(Vec<bf16>),
+    F8E4M3(Vec<u8>),
+    F8E5M2(Vec<u8>),
 }
 
 impl CpuCache {
@@ -108,16 +110,17 @@ impl Buffer {
             wanted: count.saturating_mul(dtype.size()),
             hint,
         };
-        Ok(match dtype {
-            DType::F32 => Self::F32(bytemuck::allocation::try_zeroed_vec(count).map_err(|()| fail())?),
-            DType::F16 => Self::F16(bytemuck::allocation::try_zeroed_vec(count).map_err(|()| fail())?),
-            DType::Bf16 => Self::Bf16(bytemuck::allocation::try_zeroed_vec(count).map_err(|()| fail())?),
-            DType::F8E4M3 | DType::F8E5M2 => {
-                let problem =
-                    format!("the CPU engine does not keep its cache in {dtype}; use f32, f16 or bf16");
-                return Err(ProblemError::Input { input: "--kv-dtype", problem }.into());
-            }
-        })
+        fn zeros<T: bytemuck::Zeroable>(count: usize) -> Result<Vec<T>, ()> {
+            bytemuck::allocation::try_zeroed_vec(count)
+        }
+        match dtype {
+            DType::F32 => zeros(count).map(Self::F32),
+            DType::F16 => zeros(count).map(Self::F16),
+            DType::Bf16 => zeros(count).map(Self::Bf16),
+            DType::F8E4M3 => zeros(count).map(Self::F8E4M3),
+            DType::F8E5M2 => zeros(count).map(Self::F8E5M2),
+        }
+        .map_err(|()| fail())
     }
 
     fn host(&self) -> HostTensor<'_> {
@@ -125,6 +128,8 @@ impl Buffer {
             Self::F32(x) => HostTensor::F32(x),
             Self::F16(x) => HostTensor::F16(x),
             Self::Bf16(x) => HostTensor::Bf16(x),
+            Self::F8E4M3(x) => HostTensor::F8E4M3(x),
+            Self::F8E5M2(x) => HostTensor::F8E5M2(x),
         }
     }
 
@@ -133,6 +138,8 @@ impl Buffer {
             Self::F32(x) => HostTensorMut::F32(x),
             Self::F16(x) => HostTensorMut::F16(x),
             Self::Bf16(x) => HostTensorMut::Bf16(x),
+            Self::F8E4M3(x) => HostTensorMut::F8E4M3(x),
+            Self::F8E5M2(x) => HostTensorMut::F8E5M2(x),
         }
     }
 }

@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use pagewise_attention::cuda::cudarc::driver::CudaEvent;
 use pagewise_attention::cuda::{
-    BlockNumberType, BlockPairs, CacheBlocks, CopyBlocksCall, LayerAddresses, SwapBlocksCall, SwapMethod,
+    BlockNumberType, BlockPairs, CacheBlocks, CopyBlocksCall, KvScales, LayerAddresses, SwapBlocksCall,
+    SwapMethod,
 };
 use pagewise_attention::{AttentionConfig, CacheLayout, check_block_pairs};
 use pagewise_kvcache::{BlockCopy, BlockOps};
@@ -30,6 +31,8 @@ pub struct CudaCache {
     config: AttentionConfig,
     device: Pool<DeviceMemory>,
     host: Pool<PinnedMemory>,
+    /// The scale of an fp8 cache's keys and values: 1, as no checkpoint of these models brings others.
+    scale: Option<DeviceMemory>,
     /// Block pairs on the device: of blocks that leave, that come back, that are copied.
     pairs: DeviceMemory,
     staging: Staging,
@@ -112,7 +115,17 @@ impl CudaCache {
         let layers = extent.layers(gpu.context.pinned_address(memory.as_ptr())?);
         let host = Pool { layout, table: table(&layers)?, layers, _memory: memory };
         let pairs = DeviceMemory::new(gpu, 3 * PAIRS * 8, Purpose::CACHE)?;
-        let cache = Self { gpu: Arc::clone(gpu), config, device, host, pairs, staging, swapped: None };
+        let scale = match config.kv_dtype.is_fp8() {
+            true => {
+                let one = DeviceMemory::zeros(gpu, size_of::<f32>(), Purpose::CACHE)?;
+                // SAFETY: the memory is as large as an f32.
+                unsafe { staging.send(&[(one.address(), &1f32.to_ne_bytes())], &gpu.stream) }?;
+                Some(one)
+            }
+            false => None,
+        };
+        let gpu = Arc::clone(gpu);
+        let cache = Self { gpu, config, device, host, scale, pairs, staging, swapped: None };
         cache.load_kernels()?;
         Ok(cache)
     }
@@ -123,6 +136,12 @@ impl CudaCache {
             Some(&[k, v]) => Ok((k, v)),
             _ => Err(no_layer(buffer)),
         }
+    }
+
+    /// What new keys and values are divided by; for an fp8 cache only.
+    pub(super) fn scales(&self) -> Option<KvScales> {
+        let scale = self.scale.as_ref()?.address();
+        Some(KvScales { k: scale, v: scale, per_head: false })
     }
 
     /// Loads what moving blocks takes, so that the first time takes no longer than others.

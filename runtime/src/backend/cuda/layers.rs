@@ -4,7 +4,6 @@
 
 use std::sync::Arc;
 
-use pagewise_attention::DType;
 use pagewise_attention::cuda::ptx::model::Rows;
 use pagewise_attention::cuda::ptx::model::add::AddArgs;
 use pagewise_attention::cuda::ptx::model::embed::EmbedArgs;
@@ -12,8 +11,9 @@ use pagewise_attention::cuda::ptx::model::gather_rows::GatherRowsArgs;
 use pagewise_attention::cuda::ptx::model::scale::ScaleArgs;
 use pagewise_attention::cuda::ptx::write_kv::RotaryStyle;
 use pagewise_attention::cuda::{
-    AttentionCall, PositionType, Rotary, RotaryQueries, RotaryTables, WriteKvCall,
+    AttentionCall, ComputeCapability, Device, PositionType, Rotary, RotaryQueries, RotaryTables, WriteKvCall,
 };
+use pagewise_attention::{AttentionConfig, DType};
 
 use super::CudaBackend;
 use super::cache::CudaCache;
@@ -68,23 +68,39 @@ impl RotaryTable {
     }
 }
 
+/// The first GPU generation that converts fp8 numbers.
+const FP8_SINCE: ComputeCapability = ComputeCapability { major: 8, minor: 9 };
+
+/// Whether there are kernels for weights of a type and this cache.
+fn check_cache_type(config: &AttentionConfig, dtype: DType, gpu: &Device) -> Result<(), BackendError> {
+    let kv = config.kv_dtype;
+    if config.q_dtype == dtype && kv == dtype {
+        return Ok(());
+    }
+    let fits = config.q_dtype == dtype && dtype.size() == 2 && kv.is_fp8();
+    let problem = match (fits, gpu.compute_capability >= FP8_SINCE) {
+        (true, true) => return Ok(()),
+        (true, false) => format!(
+            "{kv} takes compute capability {FP8_SINCE}, and {} has {}; leave it at auto",
+            gpu.name, gpu.compute_capability
+        ),
+        (false, _) => format!(
+            "on CUDA the KV cache has the type of the weights ({dtype}) or, with weights of 16 bits, one of fp8, and {kv} is \
+             asked for; leave it at auto"
+        ),
+    };
+    Err(BackendError::Option { option: "--kv-dtype", problem })
+}
+
 impl CudaBackend {
     /// Whether a cache of this kind can be had.
     ///
     /// # Errors
-    /// [`BackendError::Option`] if it has another type than the weights.
+    /// [`BackendError::Option`] if it has neither the type of the weights nor, with weights of 16 bits, one of fp8, or if
+    /// the GPU is too old for fp8.
     pub fn check_cache(&self, spec: &AttentionSpec) -> Result<(), BackendError> {
-        let dtype = self.dtype();
-        if let Some(config) =
-            spec.groups.iter().find(|config| config.q_dtype != dtype || config.kv_dtype != dtype)
-        {
-            let kv = config.kv_dtype;
-            let problem = format!(
-                "on CUDA the KV cache has the type of the weights ({dtype}), and {kv} is asked for; leave it at auto"
-            );
-            return Err(BackendError::Option { option: "--kv-dtype", problem });
-        }
-        Ok(())
+        let (dtype, gpu) = (self.dtype(), self.gpu().device());
+        spec.groups.iter().try_for_each(|config| check_cache_type(config, dtype, gpu))
     }
 
     /// The cache, and with it all that is made once for steps within the limits of `spec`.
@@ -219,7 +235,7 @@ impl CudaBackend {
             v_strides: v.heads(config.head_dim_v),
             k_cache,
             v_cache,
-            scales: None,
+            scales: cache.scales(),
             order: self.gpu().order(),
         };
         let (context, stream) = (&self.gpu().context, self.gpu().raw_stream());
@@ -281,5 +297,35 @@ impl CudaBackend {
         unsafe { self.gpu().context.attention_raw(&group.plan, &call, self.gpu().raw_stream()) }?;
         self.set_attended(out.address);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn caches_have_the_type_of_the_weights_or_of_fp8() {
+        let check = |weights, kv_dtype, device: &Device| {
+            let config = AttentionConfig { kv_dtype, ..AttentionConfig::new(8, 2, 64, weights) };
+            check_cache_type(&config, weights, device).map_err(|error| error.to_string())
+        };
+        let (h100, f8) = (Device::h100(), DType::F8E4M3);
+        for dtype in [DType::F32, DType::F16, DType::Bf16] {
+            assert_eq!(check(dtype, dtype, &h100), Ok(()));
+        }
+        assert_eq!(check(DType::Bf16, f8, &h100), Ok(()));
+        assert_eq!(check(DType::F16, DType::F8E5M2, &h100), Ok(()));
+        for (weights, kv) in [(DType::F32, f8), (DType::Bf16, DType::F16), (DType::F16, DType::F32)] {
+            let refused = check(weights, kv, &h100).unwrap_err();
+            assert!(refused.contains("--kv-dtype") && refused.contains(&kv.to_string()), "{refused}");
+        }
+        let a100 = Device {
+            name: "NVIDIA A100".to_owned(),
+            compute_capability: ComputeCapability { major: 8, minor: 0 },
+            ..h100
+        };
+        let refused = check(DType::Bf16, f8, &a100).unwrap_err();
+        assert!(refused.contains("NVIDIA A100 has 8.0"), "{refused}");
     }
 }

@@ -23,9 +23,10 @@ pub(crate) struct ModelOptions {
     /// Type of the weights; auto keeps them as stored, another value converts them while loading
     #[arg(long, value_enum, default_value_t = DTypeName::Auto)]
     dtype: DTypeName,
-    /// Type of the KV cache; auto is the type of the weights
-    #[arg(long, value_enum, default_value_t = DTypeName::Auto)]
-    kv_dtype: DTypeName,
+    /// Type of the KV cache; auto is the type of the weights. fp8 halves its memory and what attention reads, and rounds
+    /// keys and values to 3 bits (fp8_e4m3, also fp8) or 2 bits of significand
+    #[arg(long, value_enum, default_value_t = KvDTypeName::Auto)]
+    kv_dtype: KvDTypeName,
     /// Tokens a block of the KV cache: a power of two
     #[arg(long, value_name = "TOKENS", default_value = "16", value_parser = parse_block_size)]
     block_size: usize,
@@ -115,6 +116,31 @@ impl From<BackendName> for BackendChoice {
             BackendName::Cpu => Self::Cpu,
             BackendName::Wgpu => Self::Wgpu,
             BackendName::Cuda => Self::Cuda,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum KvDTypeName {
+    Auto,
+    F32,
+    F16,
+    Bf16,
+    #[value(name = "fp8_e4m3", alias = "fp8")]
+    F8E4M3,
+    #[value(name = "fp8_e5m2")]
+    F8E5M2,
+}
+
+impl From<KvDTypeName> for Option<DType> {
+    fn from(name: KvDTypeName) -> Self {
+        match name {
+            KvDTypeName::Auto => None,
+            KvDTypeName::F32 => Some(DType::F32),
+            KvDTypeName::F16 => Some(DType::F16),
+            KvDTypeName::Bf16 => Some(DType::Bf16),
+            KvDTypeName::F8E4M3 => Some(DType::F8E4M3),
+            KvDTypeName::F8E5M2 => Some(DType::F8E5M2),
         }
     }
 }
