@@ -22,6 +22,8 @@ mod host;
 mod prefill;
 #[path = "shared/shapes.rs"]
 mod shapes;
+#[path = "cuda/short_rows.rs"]
+mod short_rows;
 #[path = "cuda/sweep.rs"]
 mod sweep;
 #[path = "cuda/yardsticks.rs"]
@@ -55,6 +57,7 @@ fn main() {
     let copies = if wanted("copy_blocks") { Some(blocks::copy_blocks(&gpu)) } else { None };
     let swaps = if wanted("swap_blocks") { Some(blocks::swap_blocks(&gpu)) } else { None };
     let shapes = decode::all_shapes(&gpu, &yardsticks, wanted);
+    let short = if wanted("short rows") { short_rows::measure(&gpu, &yardsticks) } else { Vec::new() };
     let prefill = if wanted("prefill") { prefill::all_shapes(&gpu) } else { Vec::new() };
 
     if let Some(path) = std::env::var_os("PAGEWISE_BENCH_JSON") {
@@ -70,6 +73,7 @@ fn main() {
             "copy_blocks": copies,
             "swap_blocks": swaps,
             "decode": shapes,
+            "short_rows": short,
             "prefill": prefill,
         });
         std::fs::write(path, serde_json::to_string_pretty(&json).unwrap() + "\n").unwrap();

@@ -1,12 +1,13 @@
 //! `PAGEWISE_SWEEP=1`: tries tunings of the decode kernel and cuts of its work on two dozen shapes, each checked first.
 //!
-//! First rings, heads of a thread block and cuts together, then what the L2 fetches and the groups of the merge for
+//! `PAGEWISE_SWEEP_SHAPES` names others than these, between semicolons ("32/32 256x512;64/8 64x4096"), and
+//! `PAGEWISE_SWEEP_DEPENDENT=1` launches them as dependents. First rings, heads of a thread block and cuts together, then what the L2 fetches and the groups of the merge for
 //! the best of them. Stops after `PAGEWISE_SWEEP_SECONDS` (150).
 
 use std::time::Instant;
 
 use pagewise_attention::cuda::ptx::decode::{DecodeTuning, Prefetch, Ring};
-use pagewise_attention::cuda::{PlanOptions, Shrink};
+use pagewise_attention::cuda::{Order, PlanOptions, Shrink};
 use serde_json::{Value, json};
 
 use crate::cache::{BLOCK, Layout};
@@ -49,8 +50,14 @@ pub fn run(gpu: &Gpu<'_>) -> Vec<Value> {
     let seconds = std::env::var("PAGEWISE_SWEEP_SECONDS").ok().and_then(|text| text.parse().ok());
     let budget: f64 = seconds.unwrap_or(150.0);
     let all = shapes();
+    let order = match std::env::var_os("PAGEWISE_SWEEP_DEPENDENT") {
+        Some(_) => Order::Dependent,
+        None => Order::Stream,
+    };
+    let asked = std::env::var("PAGEWISE_SWEEP_SHAPES");
+    let asked = asked.as_ref().map(|names| names.split(';').map(|name| (name, false)).collect::<Vec<_>>());
     let mut results = Vec::new();
-    for (name, hnd) in SHAPES {
+    for &(name, hnd) in asked.as_deref().unwrap_or(&SHAPES) {
         if started.elapsed().as_secs_f64() > budget {
             println!("sweep: out of time before {name}");
             break;
@@ -63,7 +70,7 @@ pub fn run(gpu: &Gpu<'_>) -> Vec<Value> {
             if tried.iter().any(|(_, before)| *before == options) {
                 return;
             }
-            let Measured { us, error, items, .. } = prepared.measure(options);
+            let Measured { us, error, items, .. } = prepared.measure(PlanOptions { order, ..options });
             let tuning = options.tuning.unwrap_or(usual);
             results.push(json!({
                 "chosen": options == PlanOptions::default(),
