@@ -10,6 +10,7 @@
 mod adapter;
 mod attention;
 mod buffer;
+mod call;
 mod context;
 mod copy_blocks;
 mod dtype;
@@ -19,6 +20,7 @@ mod pipeline_cache;
 mod plan;
 mod prefill_plan;
 mod swap_blocks;
+mod variant;
 mod write_kv;
 
 pub use ::wgpu;
@@ -26,8 +28,9 @@ pub use adapter::{
     AdapterReport, REQUIRED_LIMITS, adapters, check_limits, device_descriptor, matrix_shape, open,
     wanted_features,
 };
-pub use attention::{AttentionCall, HeadTerms, KvScale, PreparedAttention};
+pub use attention::PreparedAttention;
 pub use buffer::BufferRange;
+pub use call::{AttentionCall, HeadTerms, KvScale};
 pub use context::{Context, UniformOffset};
 pub use copy_blocks::CopyBlocksCall;
 pub use error::WgpuError;
