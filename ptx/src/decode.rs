@@ -259,7 +259,8 @@ impl Decode {
         // movmatrix came with PTX 7.8; Ada brought the fp8 conversions, PTX 8.1 their names; dependent launches came with
         // Hopper.
         let target = match (kv_dtype.is_fp8(), dependent) {
-            (_, true) => Target::from(90, (8, 0)),
+            (true, true) => Target::from(90, (8, 1)),
+            (false, true) => Target::from(90, (8, 0)),
             (true, false) => Target::from(89, (8, 1)),
             (false, false) => Target::from(80, (7, 8)),
         };

@@ -141,8 +141,8 @@ impl DecodeSpec {
             .filter(|spec| spec.exists())
     }
 
-    /// The same for a programmatic dependent launch, where there is one: for caches of the queries' type, with the large
-    /// ring. Before it waits for the kernel before it, it reads work items, block tables, and keys and values but the last
+    /// The same for a programmatic dependent launch, where there is one: with the large ring. Before it waits for the kernel
+    /// before it, it reads work items, block tables, and keys and values but the last
     /// [`FRESH_KEYS`](super::FRESH_KEYS) of each row.
     pub fn dependently(self) -> Option<Self> {
         Some(Self { dependent: true, ..self }).filter(|spec| spec.exists())
@@ -164,7 +164,7 @@ impl DecodeSpec {
     pub fn exists(self) -> bool {
         let Self { q_dtype, kv_dtype, .. } = self;
         let types = !q_dtype.is_fp8() && (q_dtype == kv_dtype || (q_dtype.size() == 2 && kv_dtype.is_fp8()));
-        let depends = !self.dependent || (self.ring == Ring::Large && !kv_dtype.is_fp8());
+        let depends = !self.dependent || self.ring == Ring::Large;
         types && depends && HEAD_DIMS.contains(&self.head_dim) && self.tuning.is_valid()
     }
 
