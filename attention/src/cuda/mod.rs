@@ -56,7 +56,7 @@ pub use launch::{Order, RawStream};
 pub use merge_states::{MergeStatesCall, MergeStatesVariant};
 pub use own_kernel::OwnKernel;
 pub use pagewise_ptx as ptx;
-pub use plan::{DecodePlan, PlanBound, PlanOptions, StepLimits};
+pub use plan::{DecodePlan, GridHeads, PlanBound, PlanOptions, StepLimits};
 pub use rotary::{PositionType, Rotary, RotaryQueries, RotaryTables};
 pub use slices::{AttentionSlices, AttentionWorkspace};
 pub use split::Shrink;

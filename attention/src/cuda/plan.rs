@@ -14,6 +14,20 @@ use super::{CudaError, Device, Order, Shrink};
 use crate::plan::{Cut, Keys, MAX_PIECE_KEYS, Piece, count, split, visible_rows};
 use crate::{AttentionConfig, BlockTables, CacheLayout, Problem, RowStrides};
 
+/// KV heads of a thread block where the launch is to be the same for many lengths. Many short rows take half the time with
+/// several; but plans that share a captured graph must agree in [`DecodePlan::block_heads`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum GridHeads {
+    /// One.
+    #[default]
+    One,
+    /// One, or the most with which whole rows give nearly every multiprocessor a thread block: that number follows from how
+    /// many rows there are.
+    OneOrMost,
+    /// As many as suit the lengths, as without `grid_items`.
+    Any,
+}
+
 /// How a plan is made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PlanOptions {
@@ -30,12 +44,10 @@ pub struct PlanOptions {
     pub block_heads: Option<u32>,
     /// Work items of the launch, if more than there is work for: those of [`DecodePlan::bound`] let plans of
     /// different lengths share one captured CUDA graph. Every plan then has the same kernel, with one KV head to
-    /// a thread block unless `block_heads` or `free_heads` says otherwise.
+    /// a thread block unless `block_heads` or `grid_heads` says otherwise.
     pub grid_items: Option<u32>,
-    /// With `grid_items`, whether the lengths choose the KV heads of a thread block: one, or a number that follows from how
-    /// many rows there are; many short rows take half the time with several. Plans that share a graph must then agree in
-    /// [`DecodePlan::block_heads`] too.
-    pub free_heads: bool,
+    /// How the KV heads of a thread block are chosen with `grid_items`.
+    pub grid_heads: GridHeads,
     /// When the launch begins. [`Order::Dependent`] is for a GPU and a driver that know such launches: the kernel asks for
     /// its first keys while those before it still run. What it reads so early must be complete when the last ordinary
     /// launch before it begins: work items, block tables, mask bits, and all keys and values of a row but the last
@@ -137,8 +149,11 @@ impl DecodePlan {
         let heads = match (options.block_heads, options.grid_items) {
             (Some(heads), _) => Heads::Fixed(heads),
             (None, None) => Heads::Any,
-            (None, Some(_)) if options.free_heads => Heads::OneOrMost,
-            (None, Some(_)) => Heads::Fixed(1),
+            (None, Some(_)) => match options.grid_heads {
+                GridHeads::One => Heads::Fixed(1),
+                GridHeads::OneOrMost => Heads::OneOrMost,
+                GridHeads::Any => Heads::Any,
+            },
         };
         let choose = |kind: &Kind| match options.item_keys {
             Some(keys) => {
@@ -211,7 +226,7 @@ impl DecodePlan {
         let wave = choices.iter().map(|kind| kind.step.slots()).max().filter(|_| free).unwrap_or(0);
         let (with_heads, number) = (items.max(rows + wave), "the number of work items");
         let partials = small(number, usize::try_from(with_heads).unwrap_or(usize::MAX))?;
-        let items = if options.free_heads { with_heads } else { items };
+        let items = if options.grid_heads == GridHeads::One { items } else { with_heads };
         let items = small(number, usize::try_from(items).unwrap_or(usize::MAX))?;
         let Some(kind) = choices.first() else {
             return Err(unsupported("this tuning", "see DecodeTuning for its bounds"));

@@ -6,8 +6,8 @@ use pagewise_attention::conformance::{AttentionData, Case, PlannedMemory, place_
 use pagewise_attention::cuda::ptx::decode::Ring;
 use pagewise_attention::cuda::ptx::write_kv::RotaryStyle;
 use pagewise_attention::cuda::{
-    AttentionCall, AttentionOptions, AttentionPlan, Device, Order, PlanOptions, PositionType, Rotary,
-    RotaryQueries, RotaryTables, WriteKvCall,
+    AttentionCall, AttentionOptions, AttentionPlan, Device, GridHeads, Order, PlanOptions, PositionType,
+    Rotary, RotaryQueries, RotaryTables, WriteKvCall,
 };
 use pagewise_attention::{HostTensor, RowStrides};
 
@@ -26,7 +26,7 @@ pub const fn dependent(
         ring: Some(Ring::Large),
         block_heads,
         grid_items,
-        free_heads: false,
+        grid_heads: GridHeads::One,
         order: Order::Dependent,
     }
 }

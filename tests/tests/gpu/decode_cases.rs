@@ -4,7 +4,7 @@ use pagewise_attention::conformance::{
     Case, CaseMask, Layout, Operation, Rows, ScaleKind, SequenceShape, Tables,
 };
 use pagewise_attention::cuda::ptx::decode::{DecodeTuning, Prefetch, Ring};
-use pagewise_attention::cuda::{Device, Order, PlanOptions, Shrink};
+use pagewise_attention::cuda::{Device, GridHeads, Order, PlanOptions, Shrink};
 use pagewise_attention::{DType, MAX_HEAD_DIM};
 
 use super::random::Random;
@@ -110,6 +110,6 @@ pub fn random_options(random: &mut Random, case: &Case, device: &Device) -> Plan
     let grid_items = random.one_in(3).then(|| 40_000 + random.below(1000) as u32);
     let early = device.launches_dependently() && random.one_in(2);
     let order = if early { Order::Dependent } else { Order::Stream };
-    let free_heads = random.one_in(2);
-    PlanOptions { item_keys, shrink, tuning, ring: Some(ring), block_heads, grid_items, free_heads, order }
+    let grid_heads = random.pick(&[GridHeads::One, GridHeads::OneOrMost, GridHeads::Any]);
+    PlanOptions { item_keys, shrink, tuning, ring: Some(ring), block_heads, grid_items, grid_heads, order }
 }

@@ -5,7 +5,8 @@
 use std::borrow::Cow;
 
 use pagewise_attention::cuda::{
-    AttentionOptions, AttentionPlan, DecodePlan, Device, Order, PlanOptions, StepLimits as DecodeLimits,
+    AttentionOptions, AttentionPlan, DecodePlan, Device, GridHeads, Order, PlanOptions,
+    StepLimits as DecodeLimits,
 };
 use pagewise_attention::{AttentionConfig, CacheLayout, PagedBatch, Problem, ProblemError, RowStrides};
 
@@ -116,7 +117,7 @@ pub(super) fn sizes(backend: &CudaBackend, spec: &AttentionSpec) -> Result<Sizes
     let mut sizes = Sizes { work_bytes: 0, workspace: Workspace::default() };
     for config in &spec.groups {
         let limits = DecodeLimits { rows, keys };
-        let options = PlanOptions { free_heads: true, ..PlanOptions::default() };
+        let options = PlanOptions { grid_heads: GridHeads::Any, ..PlanOptions::default() };
         let bound = DecodePlan::bound(config, backend.gpu().device(), limits, options)?;
         let items = launch_size(bound.items as usize, 1)
             .map_or(bound.work, |items| bound.work / u64::from(bound.items.max(1)) * u64::from(items));
@@ -286,7 +287,8 @@ impl Planner<'_> {
         let decode = PlanOptions {
             grid_items,
             block_heads,
-            free_heads: true,
+            // Of several groups every size of one meets every size of another.
+            grid_heads: if self.spec.groups.len() == 1 { GridHeads::Any } else { GridHeads::OneOrMost },
             order: self.order,
             ..PlanOptions::default()
         };

@@ -4,6 +4,7 @@
 
 use std::ffi::{c_int, c_void};
 use std::path::PathBuf;
+use std::sync::OnceLock;
 
 use libloading::Library;
 
@@ -116,11 +117,24 @@ pub(super) struct Functions {
 }
 
 impl Functions {
-    /// Looks for the library as the system does, then in the folders of CUDA toolkits.
+    /// The library, which is loaded once and stays: unloaded, it would take along kernels that graphs still name, and what
+    /// other threads' ends still call.
     ///
     /// # Errors
-    /// What was looked for, in a sentence that says what to install.
-    pub(super) fn load() -> Result<Self, String> {
+    /// What was looked for, in a sentence that says what to install. The next call looks again.
+    pub(super) fn get() -> Result<&'static Self, String> {
+        static LOADED: OnceLock<Functions> = OnceLock::new();
+        match LOADED.get() {
+            Some(functions) => Ok(functions),
+            None => {
+                let functions = Self::load()?;
+                Ok(LOADED.get_or_init(|| functions))
+            }
+        }
+    }
+
+    /// Looks for the library as the system does, then in the folders of CUDA toolkits.
+    fn load() -> Result<Self, String> {
         let mut problem = None;
         for candidate in candidates() {
             // SAFETY: opens a library of NVIDIA's, whose initialisers its maker answers for.

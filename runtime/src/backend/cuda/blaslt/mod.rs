@@ -78,7 +78,7 @@ struct Key {
 /// The library, a handle of it, and what it chose.
 #[derive(Debug)]
 pub(super) struct BlasLt {
-    functions: Functions,
+    functions: &'static Functions,
     handle: Handle,
     gpu: Arc<Gpu>,
     workspace: DeviceMemory,
@@ -95,7 +95,7 @@ unsafe impl Sync for BlasLt {}
 /// # Errors
 /// A sentence that says what to install.
 pub(super) fn find() -> Result<String, String> {
-    Functions::load().map(|functions| version_text(functions.version))
+    Functions::get().map(|functions| version_text(functions.version))
 }
 
 fn version_text(version: usize) -> String {
@@ -106,7 +106,7 @@ fn version_text(version: usize) -> String {
 impl BlasLt {
     pub(super) fn new(gpu: &Arc<Gpu>) -> Result<Self, BackendError> {
         gpu.bind()?;
-        let functions = Functions::load().map_err(BackendError::Library)?;
+        let functions = Functions::get().map_err(BackendError::Library)?;
         let workspace = DeviceMemory::new(gpu, WORKSPACE_BYTES, Purpose::STEP)?;
         let mut handle = ptr::null_mut();
         // SAFETY: writes a handle through a valid pointer; the context is current.
@@ -124,7 +124,7 @@ impl BlasLt {
     /// Addresses and strides are those of device memory that is valid for the shapes, until the product has completed.
     pub(super) unsafe fn product(&self, product: &Product) -> Result<bool, BackendError> {
         self.gpu.bind()?;
-        let call = Call::new(&self.functions, product, product.rows)?;
+        let call = Call::new(self.functions, product, product.rows)?;
         let key = Key::of(product);
         let known = self.chosen().get(&key).copied();
         if let Some(algorithm) = known {
@@ -135,7 +135,7 @@ impl BlasLt {
                 _ => tracing::debug!(?key, rows = product.rows, "cuBLASLt refuses the algorithm of a bucket"),
             }
         }
-        let bucket = Call::new(&self.functions, product, key.rows)?;
+        let bucket = Call::new(self.functions, product, key.rows)?;
         let mut proposals = self.propose(&bucket, &key)?;
         if key.rows != product.rows {
             proposals.extend(self.propose(&call, &key)?);
@@ -157,7 +157,7 @@ impl BlasLt {
 
     /// # Safety
     /// As of [`BlasLt::product`].
-    unsafe fn run(&self, call: &Call<'_>, product: &Product, algorithm: &Algorithm) -> Status {
+    unsafe fn run(&self, call: &Call, product: &Product, algorithm: &Algorithm) -> Status {
         let (one, beta) = (1.0f32, if product.adds { 1.0f32 } else { 0.0 });
         let out = product.out.address as *mut c_void;
         // SAFETY: the descriptions are whole, the workspace is as large as said, and the caller answers for the rest.
@@ -183,8 +183,8 @@ impl BlasLt {
         }
     }
 
-    fn propose(&self, call: &Call<'_>, key: &Key) -> Result<Vec<Proposal>, BackendError> {
-        let functions = &self.functions;
+    fn propose(&self, call: &Call, key: &Key) -> Result<Vec<Proposal>, BackendError> {
+        let functions = self.functions;
         let preference = Object::new("cublasLtMatmulPreferenceCreate", functions.pref_destroy, |object| {
             // SAFETY: writes a handle through a valid pointer.
             unsafe { (functions.pref_create)(object) }
@@ -271,16 +271,15 @@ fn alignment(address: u64) -> u32 {
 }
 
 /// What the library is told about a product.
-struct Call<'a> {
+struct Call {
     desc: Object,
     weight: Object,
     x: Object,
     out: Object,
-    _functions: &'a Functions,
 }
 
-impl<'a> Call<'a> {
-    fn new(functions: &'a Functions, product: &Product, rows: usize) -> Result<Self, BackendError> {
+impl Call {
+    fn new(functions: &Functions, product: &Product, rows: usize) -> Result<Self, BackendError> {
         let layout = |dtype: DType, rows: usize, columns: usize, stride: usize| {
             Object::new("cublasLtMatrixLayoutCreate", functions.layout_destroy, |object| {
                 // SAFETY: writes a handle through a valid pointer.
@@ -316,7 +315,6 @@ impl<'a> Call<'a> {
             x: layout(x.dtype, k, rows, x.stride)?,
             out: layout(out.dtype, n, rows, out.stride)?,
             desc,
-            _functions: functions,
         })
     }
 }
@@ -341,7 +339,7 @@ impl Object {
 
 impl Drop for Object {
     fn drop(&mut self) {
-        // SAFETY: created by us, destroyed once; the library outlives it, as whoever holds it borrows the functions.
+        // SAFETY: created by us, destroyed once; the library stays.
         let _ = unsafe { (self.destroy)(self.object) };
     }
 }
