@@ -79,12 +79,14 @@ pub(super) struct Step {
     pub(super) pace: f64,
 }
 
+/// A multiprocessor's share of an H100's bandwidth, bytes a second.
+const H100_SHARE: f64 = 3.352_32e12 / 132.0;
+
 /// [`Step::pace`] of a GPU; 1 where the driver does not say.
 pub(super) fn pace(device: &Device) -> f64 {
-    let share = |device: &Device| device.memory_bandwidth as f64 / f64::from(device.multiprocessors.max(1));
     match device.memory_bandwidth {
         0 => 1.0,
-        _ => share(device) / share(&Device::h100()),
+        bandwidth => bandwidth as f64 / f64::from(device.multiprocessors.max(1)) / H100_SHARE,
     }
 }
 
