@@ -214,7 +214,8 @@ pub(super) fn choose(rows: &[Keys], step: &Step, heads: Heads, shrink: Option<Sh
         // A partial result is about as large as a key.
         let groups = if splits > MERGE_GROUP { splits.div_ceil(MERGE_GROUP) } else { 0 };
         let partials = f64::from(splits.min(MERGE_GROUP) + groups) * step.key_bytes as f64;
-        let more = f64::from(heads - 1) * f64::from(step.tile_rows) * (MERGE_ROW * partials + STORE_ROW * step.pace);
+        let more =
+            f64::from(heads - 1) * f64::from(step.tile_rows) * (MERGE_ROW * partials + STORE_ROW * step.pace);
         let cost = scattered(heads).max(longest) + merge + more * crowd;
         Some(Choice { block_heads: heads, cut: Cut::Equal(keys), cost, floor: share })
     });
@@ -318,7 +319,8 @@ mod tests {
     fn steps_of_as_many_rows_have_two_kinds_of_launches() {
         let numbers = |kv_heads, count: usize| {
             let lens = [1, 16, 64, 192, 512, 2048, 8192, 100_000].map(|len| vec![len; count]);
-            let heads = |lens: &Vec<u32>| choose(&rows(lens), &h100(kv_heads), Heads::OneOrMost, None).block_heads;
+            let heads =
+                |lens: &Vec<u32>| choose(&rows(lens), &h100(kv_heads), Heads::OneOrMost, None).block_heads;
             lens.iter().map(heads).collect::<std::collections::BTreeSet<_>>()
         };
         for (kv_heads, count, most) in
