@@ -5,9 +5,7 @@ use pagewise_attention::conformance::{
     AttentionTask, CopyTask, MergeTask, PlannedMemory, ProbabilityRounding, Refusal, Subject, SwapTask,
     WriteTask, cuda_rounding, place_attention,
 };
-use pagewise_attention::cuda::{
-    AttentionOptions, AttentionPlan, CudaError, Device, PlannedLaunch,
-};
+use pagewise_attention::cuda::{AttentionOptions, AttentionPlan, CudaError, Device, PlannedLaunch};
 use pagewise_attention::{AttentionConfig, HostTensorMut};
 
 use super::fresh::{Side, before, fresh_slots};
@@ -45,7 +43,7 @@ impl Subject for Interpreted {
     }
 
     fn probability_rounding(&self, config: &AttentionConfig) -> ProbabilityRounding {
-        cuda_rounding(config)
+        cuda_rounding(config, self.options)
     }
 
     fn attention(

@@ -96,7 +96,8 @@ fn launch_sizes(planner: Planner<'_>, rows: usize) -> Result<Vec<Vec<LaunchSize>
     let mut all = vec![Vec::new()];
     for (index, config) in spec.groups.iter().enumerate() {
         let groups = batches.iter().filter_map(|batch| Some(batch.paged(batch.groups.get(index)?)));
-        let size = |batch| planner.plan_group(config, batch, Launching::Repeatably).map(|planned| planned.size);
+        let size =
+            |batch| planner.plan_group(config, batch, Launching::Repeatably).map(|planned| planned.size);
         let sizes: BTreeSet<LaunchSize> = groups.map(size).collect::<Result<_, _>>()?;
         let with = |before: &Vec<LaunchSize>, size: LaunchSize| [before.as_slice(), &[size]].concat();
         all = all.iter().flat_map(|before| sizes.iter().map(move |&size| with(before, size))).collect();
@@ -133,8 +134,8 @@ fn lengths(longest: usize) -> Vec<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::{GroupBatch, StepLimits};
     use crate::backend::cuda::buckets::bucket;
+    use crate::backend::{GroupBatch, StepLimits};
     use pagewise_attention::cuda::{Device, Order};
     use pagewise_attention::{AttentionConfig, DType, Mask};
     use proptest::prelude::*;
