@@ -28,13 +28,15 @@ pub enum Error {
         /// Elements of a head that there is to be room for.
         head_dim: u32,
     },
-    /// The prefill kernel has no variant for this type, this head dimension or this form.
+    /// The prefill kernel has no variant for these types, this head dimension or this form.
     #[error(
-        "prefill has no variant for {dtype} with room for {head_dim} elements: it takes f16 and bf16 with 64, 128 or 256"
+        "prefill has no variant for {dtype} queries over a {kv_dtype} cache with room for {head_dim} elements: it takes f16 and bf16 over a cache of the same type or an fp8 one, with 64, 128 or 256"
     )]
     UnsupportedPrefill {
-        /// Element type of queries, cache and output.
+        /// Element type of queries and output.
         dtype: DType,
+        /// Element type of the cache.
+        kv_dtype: DType,
         /// Elements of a head that there is to be room for.
         head_dim: u32,
     },

@@ -95,6 +95,12 @@ pub struct PrefillArgs {
     pub mask_bits: u64,
     /// Words of a row of them.
     pub mask_words: u32,
+    /// Device address of the factor of stored keys, f32, one or one for each KV head, or 0 for 1: for fp8 caches.
+    pub k_scale: u64,
+    /// The same for values.
+    pub v_scale: u64,
+    /// Whether each KV head has its own.
+    pub scale_per_head: bool,
     /// Device address of the work items.
     pub work: u64,
     /// Device address of what each query row sees, i32 `[rows, 4]`: first key, end, position, 0.
@@ -150,6 +156,14 @@ parameters! {
     mask_words: U32 = self.mask_words,
 }
 
+parameters! {
+    /// What the variants for fp8 caches have beside, behind all others.
+    const FP8_PARAMS of fn PrefillArgs::values_of_fp8(&self);
+    k_scale: Pointer = self.k_scale,
+    v_scale: Pointer = self.v_scale,
+    scale_head_stride: U32 = u32::from(self.scale_per_head),
+}
+
 /// The parameters of the Hopper form: two tensor maps, those of all forms, and the number of items.
 fn hopper_params() -> Vec<Param> {
     let param = |name, ty| Param { name, ty };
@@ -158,12 +172,14 @@ fn hopper_params() -> Vec<Param> {
 }
 
 impl PrefillArgs {
-    /// Those of the variants with bits.
-    pub fn bits_values(&self) -> [Arg; BITS_VALUES] {
-        let mut values = [Arg::u32(0); BITS_VALUES];
-        let known = self.values().into_iter().chain(self.values_of_bits());
-        values.iter_mut().zip(known).for_each(|(place, value)| *place = value);
-        values
+    /// Those of a variant of the `mma.sync` forms: the first so many of the array.
+    pub fn values_for(&self, spec: PrefillSpec) -> ([Arg; MOST_VALUES], usize) {
+        let bits = self.values_of_bits().into_iter().filter(|_| spec.bits);
+        let fp8 = self.values_of_fp8().into_iter().filter(|_| spec.kv_dtype.is_fp8());
+        let mut values = [Arg::u32(0); MOST_VALUES];
+        let known = self.values().into_iter().chain(bits).chain(fp8);
+        let count = values.iter_mut().zip(known).map(|(place, value)| *place = value).count();
+        (values, count)
     }
 
     /// Those of the Hopper form that follow the tensor maps, for so many items.
@@ -177,8 +193,15 @@ impl PrefillArgs {
 /// The parameters of the Hopper form after the tensor maps.
 const HOPPER_VALUES: usize = PARAMS.len() + 1;
 
-/// The parameters of the variants with bits.
-const BITS_VALUES: usize = PARAMS.len() + BITS_PARAMS.len();
+/// The parameters of a variant of the `mma.sync` forms that has all.
+const MOST_VALUES: usize = PARAMS.len() + BITS_PARAMS.len() + FP8_PARAMS.len();
+
+/// The parameters of a variant of the `mma.sync` forms.
+fn mma_params(spec: PrefillSpec) -> Vec<Param> {
+    let bits = BITS_PARAMS.into_iter().filter(|_| spec.bits);
+    let fp8 = FP8_PARAMS.into_iter().filter(|_| spec.kv_dtype.is_fp8());
+    PARAMS.into_iter().chain(bits).chain(fp8).collect()
+}
 
 /// One variant, rendered.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -193,25 +216,29 @@ impl Prefill {
     /// # Errors
     /// [`Error::UnsupportedPrefill`] for a type, a head dimension or a form without a variant.
     pub fn new(spec: PrefillSpec) -> Result<Self, Error> {
-        let PrefillSpec { dtype, head_dim, .. } = spec;
+        let PrefillSpec { dtype, kv_dtype, head_dim, .. } = spec;
         if !spec.exists() {
-            return Err(Error::UnsupportedPrefill { dtype, head_dim });
+            return Err(Error::UnsupportedPrefill { dtype, kv_dtype, head_dim });
         }
-        let target = match spec.form {
-            Form::Hopper => Target::only(90, (8, 0)),
-            // The prefetch size of cp.async came with PTX 7.4, sm_90 with 7.8.
-            Form::Large => Target::from(90, (7, 8)),
-            Form::Small => Target::from(80, (7, 4)),
+        let fp8 = kv_dtype.is_fp8();
+        let target = match (spec.form, fp8) {
+            (Form::Hopper, _) => Target::only(90, (8, 0)),
+            // The prefetch size of cp.async came with PTX 7.4, sm_90 with 7.8; Ada brought the fp8 conversions, PTX 8.1
+            // their names.
+            (Form::Large, false) => Target::from(90, (7, 8)),
+            (Form::Large, true) => Target::from(90, (8, 1)),
+            (Form::Small, false) => Target::from(80, (7, 4)),
+            (Form::Small, true) => Target::from(89, (8, 1)),
         };
         let ptx_version = format!("{}.{}", target.ptx.0, target.ptx.1);
-        let (entry, dtype) = (spec.entry(), dtype.name());
+        let (entry, dtype, kv_dtype) = (spec.entry(), dtype.name(), kv_dtype.name());
         let (text, params) = match spec.form {
             Form::Hopper => (
                 template::render(
                     FAMILY,
                     include_str!("../kernels/prefill_hopper.ptx"),
                     context! {
-                        entry, ptx_version, dtype, head_dim,
+                        entry, ptx_version, dtype, kv_dtype, fp8, head_dim,
                         stages => spec.stages(),
                         // Of 65,536: 128 threads with the first, 256 with the second.
                         producer_registers => 40,
@@ -227,7 +254,7 @@ impl Prefill {
                     FAMILY,
                     include_str!("../kernels/prefill.ptx"),
                     context! {
-                        entry, ptx_version, dtype, head_dim,
+                        entry, ptx_version, dtype, kv_dtype, fp8, head_dim,
                         sm => target.sm,
                         warps => spec.warps(),
                         atoms => spec.atoms(),
@@ -238,7 +265,7 @@ impl Prefill {
                         words => spec.tile_words(),
                     },
                 )?,
-                if spec.bits { [&PARAMS[..], &BITS_PARAMS].concat() } else { PARAMS.to_vec() },
+                mma_params(spec),
             ),
         };
         Ok(Self {

@@ -31,6 +31,7 @@ const LIB: &[(&str, &str)] = &[
     ("model/vocab.ptx", include_str!("../kernels/model/vocab.ptx")),
     ("prefill/bits.ptx", include_str!("../kernels/prefill/bits.ptx")),
     ("prefill/contract.ptx", include_str!("../kernels/prefill/contract.ptx")),
+    ("prefill/fp8.ptx", include_str!("../kernels/prefill/fp8.ptx")),
     ("prefill/params.ptx", include_str!("../kernels/prefill/params.ptx")),
     ("prefill/rows.ptx", include_str!("../kernels/prefill/rows.ptx")),
     ("prefill/softmax.ptx", include_str!("../kernels/prefill/softmax.ptx")),

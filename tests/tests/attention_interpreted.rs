@@ -178,11 +178,39 @@ const PREFILL_CASES: &[(&str, Option<u32>)] = &[
     ("attention q=f16 kv=f16 heads=2/1 dim=256 block=16 mask=causal sequences=70:100", None),
 ];
 
+/// The same over fp8 caches: each type with queries of each, scales of all kinds, rows that end in half a chunk.
+const PREFILL_FP8_CASES: &[(&str, Option<u32>)] = &[
+    (
+        "attention q=bf16 kv=fp8_e4m3 heads=8/2 dim=128 block=16 mask=causal scale=head poison_unseen sequences=40:40,17:90,1:0",
+        None,
+    ),
+    (
+        "attention q=bf16 kv=fp8_e4m3 heads=4/1 dim=128 block=16 mask=causal scale=tensor scores=60 sequences=33:200",
+        Some(64),
+    ),
+    (
+        "attention q=bf16 kv=fp8_e4m3 heads=4/2 dim=128 block=32 mask=bits scale=head poison_unseen sequences=40:150,20:60",
+        None,
+    ),
+    (
+        "attention q=f16 kv=fp8_e4m3 heads=4/2 dim=64 block=4 mask=causal softcap=30 alibi sinks scale=head sequences=20:90",
+        Some(64),
+    ),
+    (
+        "attention q=bf16 kv=fp8_e5m2 heads=6/2 dim=80 dim_v=72 block=16 layout=shared mask=window:37 scale=tensor poison_unseen sequences=30:101,9:9",
+        None,
+    ),
+    (
+        "attention q=f16 kv=fp8_e5m2 heads=2/1 dim=256 block=16 mask=causal scale=tensor sequences=70:100",
+        None,
+    ),
+];
+
 #[test]
 fn prefill_agrees_with_the_oracle() {
     let mut subject = Interpreted::new(|_, text| text.to_owned());
     let mut ran = BTreeSet::new();
-    for &(line, prefill_keys) in PREFILL_CASES {
+    for &(line, prefill_keys) in PREFILL_CASES.iter().chain(PREFILL_FP8_CASES) {
         for form in [Form::Large, Form::Small] {
             subject.options = in_tiles(form, prefill_keys);
             check(&mut subject, &draw(line)).unwrap_or_else(|error| panic!("{error}"));
@@ -327,6 +355,13 @@ fn a_chain_of_launches_writes_what_decode_reads() {
 fn faults_of_dependent_decode_are_found() {
     let faults = [faults::DECODE_READS, faults::DECODE_WRITES].concat();
     let left = survivors(&faults, DEPENDENT_CASES, by_rows);
+    assert!(left.is_empty(), "no case finds {left:?}");
+}
+
+#[test]
+fn faults_of_prefill_over_fp8_are_found() {
+    let faults = [faults::PREFILL_FP8, faults::PREFILL_FP8_ORDER].concat();
+    let left = survivors(&faults, PREFILL_FP8_CASES, |keys| in_tiles(Form::Large, keys));
     assert!(left.is_empty(), "no case finds {left:?}");
 }
 

@@ -190,11 +190,11 @@ const PREFILL_CASES: &[(&str, Option<u32>)] = &[
     ("attention q=bf16 kv=bf16 heads=4/1 dim=128 block=64 mask=bits poison_unseen sequences=9*50:50", None),
 ];
 
-fn check_prefill(context: &Context, form: Form) -> Verdict {
+fn check_prefill(context: &Context, form: Form, cases: &[(&str, Option<u32>)]) -> Verdict {
     let mut subject = cuda_subject::subject(context);
     // Random data hide a fault sometimes: two draws of each case.
     for turn in 0..2 {
-        for (line, prefill_keys) in PREFILL_CASES {
+        for (line, prefill_keys) in cases {
             subject.options = AttentionOptions {
                 form: Some(form),
                 prefill_keys: *prefill_keys,
@@ -215,13 +215,38 @@ fn check_prefill(context: &Context, form: Form) -> Verdict {
 
 #[test]
 fn faults_of_prefill_are_found() {
-    every_fault_is_found(faults::PREFILL, |context| check_prefill(context, Form::Large));
+    every_fault_is_found(faults::PREFILL, |context| check_prefill(context, Form::Large, PREFILL_CASES));
+}
+
+/// The same over fp8 caches, with scales of both kinds.
+const PREFILL_FP8_CASES: &[(&str, Option<u32>)] = &[
+    (
+        "attention q=bf16 kv=fp8_e4m3 heads=8/2 dim=128 block=16 mask=causal scale=head poison_unseen sequences=70:70,33:300,1:0",
+        None,
+    ),
+    (
+        "attention q=bf16 kv=fp8_e4m3 heads=8/2 dim=128 block=16 mask=causal scale=tensor scores=60 sequences=64:900,17:1200",
+        Some(256),
+    ),
+];
+
+#[test]
+fn faults_of_prefill_over_fp8_are_found() {
+    let Some(context) = cuda::context() else { return };
+    let capability = context.device().compute_capability;
+    if Form::Large.runs_on(capability.major) {
+        every_fault_is_found(faults::PREFILL_FP8, |context| {
+            check_prefill(context, Form::Large, PREFILL_FP8_CASES)
+        });
+    }
 }
 
 #[test]
 fn faults_of_prefill_on_hopper_are_found() {
     let Some(context) = cuda::context() else { return };
     if Form::Hopper.runs_on(context.device().compute_capability.major) {
-        every_fault_is_found(faults::PREFILL_HOPPER, |context| check_prefill(context, Form::Hopper));
+        every_fault_is_found(faults::PREFILL_HOPPER, |context| {
+            check_prefill(context, Form::Hopper, PREFILL_CASES)
+        });
     }
 }

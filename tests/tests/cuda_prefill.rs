@@ -23,8 +23,8 @@ use cuda_subject::bytes;
 use cudarc::driver::DevicePtr;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use pagewise_attention::conformance::{
-    AttentionData, Buffer, Case, CaseMask, Cuda, Layout, Operation, Outcome, Rows, SequenceShape, Subject,
-    Tables, quick, run_case,
+    AttentionData, Buffer, Case, CaseMask, Cuda, Layout, Operation, Outcome, Rows, ScaleKind, SequenceShape,
+    Subject, Tables, quick, run_case,
 };
 use pagewise_attention::cuda::ptx::all_kernels;
 use pagewise_attention::cuda::ptx::prefill::Form;
@@ -45,13 +45,17 @@ fn prefill_case(random: &mut Random, turn: usize, form: Form) -> Case {
     let dtype = [DType::Bf16, DType::F16][turn % 2];
     let hopper = form == Form::Hopper;
     let room = [64, 128, 256][turn / 2 % if hopper { 2 } else { 3 }];
+    // Only the forms by mma.sync read fp8.
+    let kv_dtype = if hopper { dtype } else { [dtype, DType::F8E4M3, DType::F8E5M2][turn / 6 % 3] };
+    // 16 bytes, to which rows of the cache are aligned.
+    let multiple = 16 / kv_dtype.size();
     let dim = |random: &mut Random| match random.below(3) {
-        0 => (room / 2 + 8 + 8 * random.below(room / 16)).min(room),
+        0 => (room / 2 + multiple + multiple * random.below(room / 2 / multiple)).min(room),
         _ => room,
     };
     let head_dim_qk = dim(random);
     let head_dim_v = match random.below(6) {
-        0 => 8 * (1 + random.below(head_dim_qk / 8)),
+        0 => multiple * (1 + random.below(head_dim_qk / multiple)),
         _ => head_dim_qk,
     };
     let kv_heads = random.pick(&[1, 2, 2, 3, 4]);
@@ -78,7 +82,7 @@ fn prefill_case(random: &mut Random, turn: usize, form: Form) -> Case {
     Case {
         operation: Operation::Attention,
         q_dtype: dtype,
-        kv_dtype: dtype,
+        kv_dtype,
         q_heads: kv_heads * random.pick(&[1, 1, 2, 3, 4, 4, 5, 7, 8, 20]),
         kv_heads,
         head_dim_qk,
@@ -89,6 +93,8 @@ fn prefill_case(random: &mut Random, turn: usize, form: Form) -> Case {
         tables: random.pick(&[Tables::Padded, Tables::Csr]),
         // Nothing of Hopper's own knows bits: those rows would go one by one.
         mask: match random.below(if hopper { 6 } else { 10 }) {
+            // Every variant with bits comes up in 72 turns, and every one without.
+            _ if !hopper && turn / 18 % 2 == 1 => CaseMask::Bits,
             0 => CaseMask::None,
             1 | 2 => CaseMask::Window(1 + random.below(300)),
             3..6 => CaseMask::Causal,
@@ -100,6 +106,10 @@ fn prefill_case(random: &mut Random, turn: usize, form: Form) -> Case {
         softcap: random.one_in(5).then(|| random.pick(&[2.0, 30.0, 50.0])),
         alibi: random.one_in(5),
         sinks: random.one_in(5),
+        scale: match kv_dtype.is_fp8() {
+            true => random.pick(&[ScaleKind::One, ScaleKind::Tensor, ScaleKind::Head]),
+            false => ScaleKind::One,
+        },
         scores: random.pick(&[0.5, 8.0, 8.0, 60.0, 1e5]),
         sequences,
         seed: random.next() % 1_000_000_000,
@@ -151,7 +161,7 @@ fn random_cases_agree_with_the_oracle() {
     let mut random = Random::new(run_seed());
     let (mut ran, mut skipped) = (0, 0);
     for form in forms {
-        for turn in 0..run_cases(72) {
+        for turn in 0..run_cases(if form == Form::Hopper { 72 } else { 144 }) {
             let case = prefill_case(&mut random, turn, form);
             let tiles = random.pick(&[1, 1, 2, 8, 64]);
             subject.options = AttentionOptions {
@@ -194,6 +204,8 @@ fn long_prompts_chunks_and_mixtures_agree_with_the_oracle() {
         "attention q=bf16 kv=bf16 heads=2/1 dim=128 block=16 mask=window:500 sequences=900:1500",
         "attention q=bf16 kv=bf16 heads=4/1 dim=128 block=16 mask=bits poison_unseen sequences=700:1500,64:4000,300:300",
         "attention q=f16 kv=f16 heads=8/1 dim=256 block=32 mask=bits poison_unseen sequences=200:2500",
+        "attention q=bf16 kv=fp8_e4m3 heads=8/2 dim=128 block=16 mask=causal scale=head sequences=1300:1300,40:5000",
+        "attention q=f16 kv=fp8_e5m2 heads=8/2 dim=128 block=16 mask=causal scale=tensor sequences=12*1:700,300:300",
     ] {
         for form in forms(&context).into_iter().map(Some).chain([None]) {
             subject.options = AttentionOptions { form, ..AttentionOptions::default() };

@@ -284,6 +284,7 @@ fn every_fault_is_listed_in_the_documentation() {
             "decode_bf16_bf16_d128_pdl" => "`decode`, dependent".to_owned(),
             "prefill_bf16_d128" => "`prefill`".to_owned(),
             "prefill_bf16_d128_bits" => "`prefill`, bits".to_owned(),
+            "prefill_bf16_e4m3_d128" => "`prefill`, fp8".to_owned(),
             "prefill_bf16_d128_hopper" => "`prefill`, Hopper".to_owned(),
             family if family.starts_with("matvec") => "`matvec`".to_owned(),
             family => format!("`{family}`"),

@@ -51,7 +51,7 @@ pub struct AttentionPlan {
 
 impl AttentionPlan {
     /// Plans a step. Sequences with few query rows go to the decode kernel, and so do those that the prefill kernel
-    /// has no variant for: f32, fp8 caches, queries whose windows lie apart.
+    /// has no variant for: f32, fp8 caches before sm_89, queries whose windows lie apart.
     ///
     /// # Errors
     /// [`CudaError::Unsupported`] for what neither kernel does, [`CudaError::TooLarge`] beyond their 32-bit sizes.
@@ -154,7 +154,8 @@ impl AttentionPlan {
     }
 
     fn check(&self, call: &AttentionCall) -> Result<(), CudaError> {
-        if self.prefill.is_some() && (call.scales.k, call.scales.v) != (0, 0) {
+        let takes_scales = self.decode.config.kv_dtype.is_fp8();
+        if self.prefill.is_some() && !takes_scales && (call.scales.k, call.scales.v) != (0, 0) {
             return Err(CudaError::Unsupported {
                 kernel: "prefill",
                 what: "scales, its caches not being fp8".to_owned(),
@@ -204,7 +205,7 @@ impl Context {
     /// # Errors
     /// [`CudaError::Misaligned`] for an address or stride that is not a multiple of 16 bytes,
     /// [`CudaError::Missing`] for an input that the configuration needs and the call leaves out,
-    /// [`CudaError::Unsupported`] for scales where the plan has tiles, whose kernel takes none,
+    /// [`CudaError::Unsupported`] for scales where the plan has tiles over a cache that is not fp8, whose kernel takes none,
     /// [`CudaError::Driver`] when a launch fails.
     pub unsafe fn attention_raw(
         &self,

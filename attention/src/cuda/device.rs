@@ -18,6 +18,10 @@ pub const MIN_CUDA_VERSION: CudaVersion = CudaVersion { major: 12, minor: 0 };
 /// also in a graph.
 const DEPENDENT_LAUNCH_SINCE: (u32, CudaVersion) = (9, CudaVersion { major: 12, minor: 3 });
 
+/// The same of conversions from fp8 in PTX.
+const FP8_SINCE: (ComputeCapability, CudaVersion) =
+    (ComputeCapability::from_sm(89), CudaVersion { major: 12, minor: 1 });
+
 /// A GPU generation: 8.0 is Ampere, 8.9 Ada, 9.0 Hopper, 10.0 and 12.0 Blackwell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ComputeCapability {
@@ -124,6 +128,12 @@ impl Device {
         self.compute_capability.major >= generation && self.driver >= cuda
     }
 
+    /// Whether kernels can convert fp8 numbers: from Ada on, with a driver that knows how they are named.
+    pub(super) fn converts_fp8(&self) -> bool {
+        let (gpu, cuda) = FP8_SINCE;
+        self.compute_capability >= gpu && self.driver >= cuda
+    }
+
     /// How many thread blocks of a kernel fit a multiprocessor at once, as far as shared memory goes.
     pub(super) fn blocks_that_fit(&self, shared: u32) -> u32 {
         // The system takes 1 KiB of each thread block's, and of the multiprocessor's memory one of them can have all
@@ -135,8 +145,8 @@ impl Device {
     /// does not do, the large one stands in.
     pub fn prefill_form(&self) -> Form {
         let major = self.compute_capability.major;
-        let large =
-            PrefillSpec { dtype: pagewise_ptx::DType::Bf16, head_dim: 128, form: Form::Large, bits: false };
+        let dtype = pagewise_ptx::DType::Bf16;
+        let large = PrefillSpec { dtype, kv_dtype: dtype, head_dim: 128, form: Form::Large, bits: false };
         let fits = self.blocks_that_fit(large.shared_bytes()) >= large.blocks_per_multiprocessor();
         match () {
             () if Form::Hopper.runs_on(major) => Form::Hopper,

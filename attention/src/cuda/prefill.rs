@@ -59,10 +59,11 @@ impl Context {
                     let args = args.hopper_values(part.items.len() as u32);
                     entry.kernel.launch_with_maps(launch, &[k_map, v_map], &args, stream)?;
                 }
-                Form::Large | Form::Small if part.spec.bits => {
-                    entry.kernel.launch(launch, &args.bits_values(), stream)?;
+                Form::Large | Form::Small => {
+                    let (values, count) = args.values_for(part.spec);
+                    let values = values.get(..count).unwrap_or_default();
+                    entry.kernel.launch(launch, values, stream)?;
                 }
-                Form::Large | Form::Small => entry.kernel.launch(launch, &args.values(), stream)?,
             }
         }
         if part.merges.is_empty() {
@@ -79,9 +80,7 @@ impl Context {
     }
 
     fn prefill_merge_kernel(&self, spec: PrefillSpec) -> Result<Arc<Entry<PrefillMerge>>, CudaError> {
-        // One for all forms, with bits and without.
-        let key = PrefillSpec { form: Form::Large, bits: false, ..spec };
-        self.loaded(&self.prefill_merge, key, || PrefillMerge::new(spec), PrefillMerge::kernel)
+        self.loaded(&self.prefill_merge, spec.usual(), || PrefillMerge::new(spec), PrefillMerge::kernel)
     }
 }
 
@@ -114,6 +113,9 @@ impl PrefillPart {
             sinks,
             mask_bits,
             mask_words: self.mask_words,
+            k_scale: call.scales.k,
+            v_scale: call.scales.v,
+            scale_per_head: call.scales.per_head,
             work,
             ranges,
             out,
@@ -151,8 +153,10 @@ impl PrefillPart {
                     advice: "plan with another AttentionOptions::form, or launch through a Context",
                 });
             }
-            Form::Large | Form::Small if self.spec.bits => args.bits_values().to_vec(),
-            Form::Large | Form::Small => args.values().to_vec(),
+            Form::Large | Form::Small => {
+                let (values, count) = args.values_for(self.spec);
+                values.into_iter().take(count).collect()
+            }
         };
         let prefill = Prefill::new(self.spec)?;
         let launch = prefill.launch(self.grid)?;

@@ -49,17 +49,25 @@ struct Tile {
 
 impl PrefillPart {
     /// The variant for a configuration, or `None` where prefill has none, and decode takes the rows one by one. The
-    /// Hopper form knows no bits: where it is not asked for, the large one stands in.
+    /// Hopper form knows neither bits nor fp8 caches: where it is not asked for, the large one stands in. fp8 caches are
+    /// for GPUs and drivers that convert them.
     pub(super) fn spec(problem: &Problem<'_>, device: &Device, form: Option<Form>) -> Option<PrefillSpec> {
         let (config, block_size) = (problem.config(), problem.layout().block_size);
         let room = u32::try_from(config.head_dim_qk.max(config.head_dim_v)).ok()?;
-        let same = config.q_dtype == config.kv_dtype;
+        let fp8 = config.kv_dtype.is_fp8();
+        let readable = if fp8 { device.converts_fp8() } else { config.q_dtype == config.kv_dtype };
         let whole = config.head_dim_qk.is_multiple_of(8) && config.head_dim_v.is_multiple_of(8);
-        if !(same && whole) {
+        if !(readable && whole) {
             return None;
         }
         let bits = config.mask == Mask::Bits;
-        let spec = |form| PrefillSpec::for_head(ptx_type(config.q_dtype), room, form, bits);
+        let (dtype, kv_dtype) = (ptx_type(config.q_dtype), ptx_type(config.kv_dtype));
+        let spec = |form| PrefillSpec::for_head(dtype, kv_dtype, room, form, bits);
+        let form = match form {
+            // The large form has no variant for both.
+            None | Some(Form::Large) if bits && fp8 => Some(Form::Small),
+            form => form,
+        };
         match form {
             Some(Form::Hopper) if block_size < HOPPER_BLOCK => None,
             Some(form) => spec(form),

@@ -2,7 +2,7 @@
 
 use minijinja::context;
 
-use super::{Form, PrefillSpec};
+use super::PrefillSpec;
 use crate::Error;
 use crate::decode::Rows;
 use crate::kernel::{Kernel, Launch, Source, Target, parameters};
@@ -90,7 +90,7 @@ pub struct PrefillMerge {
 impl PrefillMerge {
     /// A variant of prefill for every variant of this kernel.
     pub fn all() -> impl Iterator<Item = PrefillSpec> {
-        PrefillSpec::all().filter(|spec| spec.form == Form::Large && !spec.bits)
+        PrefillSpec::all().filter(|spec| spec.usual() == *spec)
     }
 
     /// The entry point of the variant that goes with one of prefill.
@@ -103,9 +103,9 @@ impl PrefillMerge {
     /// # Errors
     /// [`Error::UnsupportedPrefill`] for a type or a head dimension without a variant.
     pub fn new(spec: PrefillSpec) -> Result<Self, Error> {
-        let PrefillSpec { dtype, head_dim, .. } = spec;
+        let PrefillSpec { dtype, kv_dtype, head_dim, .. } = spec;
         if !spec.exists() {
-            return Err(Error::UnsupportedPrefill { dtype, head_dim });
+            return Err(Error::UnsupportedPrefill { dtype, kv_dtype, head_dim });
         }
         let source = Source {
             family: FAMILY,

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 pub use cache::{COPY_BLOCKS, MERGE_STATES, WRITE_KV};
 pub use decode::{DECODE, DECODE_READS, DECODE_WRITES};
 pub use model::MODEL;
-pub use prefill::{PREFILL, PREFILL_HOPPER};
+pub use prefill::{PREFILL, PREFILL_FP8, PREFILL_FP8_ORDER, PREFILL_HOPPER};
 pub use wgsl::{DECODE_WGSL, PREFILL_MATRIX, PREFILL_TILED};
 
 /// Every fault of every table.
@@ -28,6 +28,8 @@ pub fn all() -> impl Iterator<Item = Fault> {
         DECODE_READS,
         DECODE_WRITES,
         PREFILL,
+        PREFILL_FP8,
+        PREFILL_FP8_ORDER,
         PREFILL_HOPPER,
         MODEL,
     ];

@@ -153,6 +153,70 @@ pub const PREFILL: &[Fault] = &[
     },
 ];
 
+/// Faults of `prefill` by `mma.sync` over fp8 caches, beside those that it shares with the others.
+pub const PREFILL_FP8: &[Fault] = &[
+    Fault {
+        name: "scale of K",
+        family: "prefill_bf16_e4m3_d128",
+        line: "mul.f32 %f_scale, %f_scale, %f_x;",
+        instead: "",
+        breaks: "scores are those of what the cache holds",
+    },
+    Fault {
+        name: "scale of V",
+        family: "prefill_bf16_e4m3_d128",
+        line: "mul.f32 %f_o1, %f_o1, %f_x;",
+        instead: "",
+        breaks: "an element of the output is not scaled",
+    },
+    Fault {
+        name: "head of a scale",
+        family: "prefill_bf16_e4m3_d128",
+        line: "mul.lo.u32 %r_x, %r_x, %r_head;",
+        instead: "mov.u32 %r_x, 0;",
+        breaks: "all KV heads have the first one's scale of K",
+    },
+    Fault {
+        name: "halves of a chunk",
+        family: "prefill_bf16_e4m3_d128",
+        line: "xor.b32 %r_to1, %r_to0, 16;",
+        instead: "mov.u32 %r_to1, %r_to0;",
+        breaks: "the second half of a chunk lands on its first",
+    },
+    Fault {
+        name: "wait for the chunks",
+        family: "prefill_bf16_e4m3_d128",
+        line: "cp.async.wait_group 0;",
+        instead: "cp.async.wait_group 1;",
+        breaks: "chunks are converted before they have arrived",
+    },
+    Fault {
+        name: "numbers of a pair",
+        family: "prefill_bf16_e4m3_d128",
+        line: "cvt.rn.bf16x2.f32 %r_m0, %f_y, %f_x;",
+        instead: "cvt.rn.bf16x2.f32 %r_m0, %f_x, %f_y;",
+        breaks: "neighbours change places",
+    },
+];
+
+/// Faults in the order of its steps, which on a GPU may go well by chance.
+pub const PREFILL_FP8_ORDER: &[Fault] = &[
+    Fault {
+        name: "barrier before the tile is read",
+        family: "prefill_bf16_e4m3_d128",
+        line: "NO_MORE:\nbar.sync 0;",
+        instead: "NO_MORE:",
+        breaks: "a warp reads chunks that others have not converted yet",
+    },
+    Fault {
+        name: "barrier before the tile is overwritten",
+        family: "prefill_bf16_e4m3_d128",
+        line: "cp.async.wait_group 0;\nbar.sync 0;",
+        instead: "cp.async.wait_group 0;",
+        breaks: "a warp converts the next tile while others read this one",
+    },
+];
+
 /// Faults of `prefill`'s Hopper form.
 pub const PREFILL_HOPPER: &[Fault] = &[
     Fault {

@@ -106,15 +106,17 @@ pub(super) fn run_block(
     memory: &mut Memory,
 ) -> Result<(), String> {
     loop {
-        for thread in threads.iter_mut() {
-            thread.run(program, args, memory)?;
-        }
-        let mut moved = false;
+        // One warp after the other, each as far as barriers let it: one that is missing lets a warp read what another has not
+        // written yet, or overwrite what another still reads.
         for warp in threads.chunks_mut(LANES) {
-            moved |= run_warp(program, warp, memory)?;
-        }
-        if moved {
-            continue;
+            loop {
+                for thread in warp.iter_mut() {
+                    thread.run(program, args, memory)?;
+                }
+                if !run_warp(program, warp, memory)? {
+                    break;
+                }
+            }
         }
         // Nothing is left but barriers of the block.
         let waiting: Vec<&mut Thread> = threads.iter_mut().filter(|thread| thread.at.is_some()).collect();
