@@ -47,7 +47,7 @@ pub fn all_shapes(gpu: &Gpu<'_>) -> Vec<Value> {
             if block != BLOCK && *form != Form::Hopper {
                 continue;
             }
-            let prepared = Prepared::new(gpu, &sequences, block);
+            let prepared = Prepared::new(gpu, &sequences, block, DType::Bf16);
             let options = AttentionOptions { form: Some(*form), ..AttentionOptions::default() };
             let (us, error, variants) = prepared.measure(options);
             let rate = prepared.flops() / us / 1e6;
@@ -70,8 +70,8 @@ pub fn all_shapes(gpu: &Gpu<'_>) -> Vec<Value> {
         let causal = vec![(2048, 2048)];
         let options = AttentionOptions { form: Some(*form), ..AttentionOptions::default() };
         let by_rows = AttentionOptions { tiles_from: Some(usize::MAX), ..options };
-        let plain = Prepared::new(gpu, &causal, BLOCK).measure(options).0;
-        let bits = Prepared::new(gpu, &causal, BLOCK).by_bits();
+        let plain = Prepared::new(gpu, &causal, BLOCK, DType::Bf16).measure(options).0;
+        let bits = Prepared::new(gpu, &causal, BLOCK, DType::Bf16).by_bits();
         let (us, error, variants) = bits.measure(options);
         let rows = bits.measure(by_rows).0;
         let rate = bits.flops() / us / 1e6;
@@ -86,11 +86,32 @@ pub fn all_shapes(gpu: &Gpu<'_>) -> Vec<Value> {
             "variants": variants, "causal_us": plain, "by_rows_us": rows,
         }));
     }
+    // Prompts over an fp8 cache, beside those over one of bf16 in the same form.
+    for (name, length) in [("1x2048 e4m3", 2048), ("1x8192 e4m3", 8192)] {
+        for form in forms.iter().filter(|form| **form != Form::Hopper) {
+            let options = AttentionOptions { form: Some(*form), ..AttentionOptions::default() };
+            let prepare = |kv_dtype| Prepared::new(gpu, &[(length, length)], BLOCK, kv_dtype);
+            let bf16 = prepare(DType::Bf16).measure(options).0;
+            let fp8 = prepare(DType::F8E4M3);
+            let (us, error, variants) = fp8.measure(options);
+            let rate = fp8.flops() / us / 1e6;
+            println!(
+                "{name:12} block {BLOCK:3} {form:7?} {us:9.1} us {rate:6.0} TFLOP/s  x{:.2} of the time over bf16  error {error:.1e}  {}",
+                us / bf16,
+                variants.join(" + ")
+            );
+            results.push(json!({
+                "shape": name, "block": BLOCK, "form": format!("{form:?}"), "us": us, "tflop_s": rate, "relative_error": error,
+                "variants": variants, "bf16_us": bf16,
+            }));
+        }
+    }
     // A mixture, and its parts.
     let (decodes, chunk) = (vec![(1, 2048); 64], vec![(2048, 2048)]);
     let mixture = [decodes.clone(), chunk.clone()].concat();
-    let [alone, prefill, together] = [decodes, chunk, mixture]
-        .map(|sequences| Prepared::new(gpu, &sequences, BLOCK).measure(AttentionOptions::default()).0);
+    let [alone, prefill, together] = [decodes, chunk, mixture].map(|sequences| {
+        Prepared::new(gpu, &sequences, BLOCK, DType::Bf16).measure(AttentionOptions::default()).0
+    });
     let ratio = together / (alone + prefill);
     println!(
         "mixture: 64 decodes of 2048 keys {alone:.1} us, one prompt of 2048 {prefill:.1} us, in one plan {together:.1} us: x{ratio:.3} of the sum"
@@ -116,9 +137,10 @@ struct Prepared<'a, 'b> {
 }
 
 impl<'a, 'b> Prepared<'a, 'b> {
-    fn new(gpu: &'a Gpu<'b>, sequences: &[(i32, i32)], block: usize) -> Self {
+    fn new(gpu: &'a Gpu<'b>, sequences: &[(i32, i32)], block: usize, kv_dtype: DType) -> Self {
         let (q_heads, kv_heads, dim) = HEADS;
-        let config = AttentionConfig::new(q_heads, kv_heads, dim, DType::Bf16);
+        let config =
+            AttentionConfig { kv_dtype, ..AttentionConfig::new(q_heads, kv_heads, dim, DType::Bf16) };
         let lens: Vec<i32> = sequences.iter().map(|sequence| sequence.1).collect();
         let mut query_start = vec![0];
         for (queries, _) in sequences {
