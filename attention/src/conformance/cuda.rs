@@ -142,9 +142,10 @@ impl Subject for Cuda<'_> {
         lse: Option<&mut [f32]>,
     ) -> Result<(), Refusal> {
         let problem = &task.problem;
-        // Tiles take no scales; row by row all caches do.
+        // Tiles take the scales of fp8 caches alone; row by row all caches do.
         let tiles_from = match (task.k_scale, task.v_scale) {
             (Scale::One, Scale::One) => self.options.tiles_from,
+            _ if task.problem.config().kv_dtype.is_fp8() => self.options.tiles_from,
             _ => Some(usize::MAX),
         };
         let options = AttentionOptions { tiles_from, ..self.options };

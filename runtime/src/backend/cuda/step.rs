@@ -140,6 +140,7 @@ impl CudaBackend {
         launches: &[LaunchSize],
     ) -> Result<CudaStep<'a>, BackendError> {
         self.gpu().bind()?;
+        self.finish_new_uploads()?;
         let asked_logit_rows = batch.logit_rows.len();
         let filled = bucket(batch.rows(), spec.limits.max_sequences).filter(|_| is_decode(batch));
         let mut batch = Cow::Borrowed(batch);

@@ -125,6 +125,12 @@ impl CudaBackend {
         self.uploads().staging = None;
         self.gpu().synchronize()
     }
+
+    /// The same if there are weights that came after the cache was made: a step must find them all.
+    pub(super) fn finish_new_uploads(&self) -> Result<(), BackendError> {
+        let under_way = self.uploads().staging.is_some();
+        if under_way { self.finish_uploads() } else { Ok(()) }
+    }
 }
 
 #[cfg(test)]
