@@ -129,7 +129,7 @@ impl Device {
     }
 
     /// Whether kernels can convert fp8 numbers: from Ada on, with a driver that knows how they are named.
-    pub(super) fn converts_fp8(&self) -> bool {
+    pub fn converts_fp8(&self) -> bool {
         let (gpu, cuda) = FP8_SINCE;
         self.compute_capability >= gpu && self.driver >= cuda
     }
@@ -271,8 +271,8 @@ pub(super) fn describe(
         memory: unsafe { result::device::total_mem(device) }? as u64,
         // Two transfers a clock, as all memory has done since long before the GPUs that the kernels run on.
         memory_bandwidth: 2_000
-            * u64::from(attribute(A::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?)
-            * u64::from(attribute(A::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?)
+            * u64::from(attribute(A::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE).unwrap_or(0))
+            * u64::from(attribute(A::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH).unwrap_or(0))
             / 8,
         multiprocessors: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
         shared_memory_per_block: attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,

@@ -217,12 +217,16 @@ impl Wanted<'_> {
         line: String,
         progress: &mut dyn FnMut(LoadProgress<'_>),
     ) -> Result<Ready, LoadError> {
+        let max_batch_tokens = self.options.max_batch_tokens.unwrap_or(WGPU_BATCH_TOKENS);
+        let mut spec = self.spec(max_batch_tokens)?;
+        if let Some(config) = spec.groups.iter().find(|config| config.kv_dtype.is_fp8()) {
+            let problem = format!("WGSL has no {}; use f32, f16 or bf16", config.kv_dtype);
+            return Err(LoadError::Option { option: "--kv-dtype", problem });
+        }
         let backend = WgpuBackend::open(adapter)?;
         progress(LoadProgress::Stage("bringing the weights to the GPU"));
         let model = load_model(self.config, self.weights, &backend)?;
         progress(LoadProgress::Stage("making the KV cache"));
-        let max_batch_tokens = self.options.max_batch_tokens.unwrap_or(WGPU_BATCH_TOKENS);
-        let mut spec = self.spec(max_batch_tokens)?;
         // A layer's keys, or its values, lie in one buffer.
         let side = (spec.block_bytes() / (2 * spec.num_buffers().max(1))).max(1) as u64;
         let fitting = (WGPU_CACHE_BYTES / self.block_bytes(&spec)).min(backend.largest_binding() / side);

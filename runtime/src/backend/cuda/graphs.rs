@@ -144,7 +144,12 @@ fn capture(
     // What `forward` met after the capture had been disturbed says less than the end of the capture: cuBLASLt only reports
     // that it failed.
     match (logits, graph) {
-        (_, Err(error)) if was_disturbed(&error) => Err(error),
+        (logits, Err(error)) if was_disturbed(&error) => {
+            if let Err(met) = logits {
+                tracing::debug!(%met, "in a capture that was disturbed");
+            }
+            Err(error)
+        }
         (Err(error), _) | (_, Err(error)) => Err(error),
         (Ok(logits), Ok(Some(graph))) => Ok((Graph(graph), logits)),
         (Ok(_), Ok(None)) => Err(BackendError::Library("the CUDA driver captured an empty graph".to_owned())),

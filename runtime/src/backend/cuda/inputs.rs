@@ -71,6 +71,8 @@ pub(super) type Workspace = pagewise_attention::cuda::ptx::decode::WorkspaceSize
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Sizes {
     pub(super) work_bytes: usize,
+    /// Of all parts together.
+    pub(super) least_bytes: usize,
     pub(super) workspace: Workspace,
 }
 
@@ -83,7 +85,7 @@ impl Inputs {
         // No step names more blocks than there are, but for those that sequences share.
         let table_bytes = (4 * limits.max_sequences * blocks).next_multiple_of(ALIGNMENT);
         let words = vec![sizes.work_bytes.div_ceil(4); groups];
-        let bytes = Layout::new(limits.max_rows, limits.max_rows, &words).bytes;
+        let bytes = Layout::new(limits.max_rows, limits.max_rows, &words).bytes.max(sizes.least_bytes);
         let memory = |bytes: u64| {
             let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
             DeviceMemory::zeros(gpu, bytes, Purpose::STEP)
@@ -98,6 +100,11 @@ impl Inputs {
             partial_max: memory(sizes.workspace.partial_max)?,
             tickets: memory(sizes.workspace.tickets)?,
         })
+    }
+
+    /// Bytes of all parts together.
+    pub(super) fn bytes(&self) -> usize {
+        self.parts.bytes()
     }
 
     /// The address of a part.
@@ -138,8 +145,9 @@ impl Inputs {
         };
         grow(&mut self.parts, parts)?;
         if table_bytes > self.table_bytes {
-            self.table_bytes = table_bytes.next_multiple_of(ALIGNMENT);
-            grow(&mut self.tables, self.table_bytes * groups)?;
+            let table_bytes = table_bytes.next_multiple_of(ALIGNMENT);
+            grow(&mut self.tables, table_bytes * groups)?;
+            self.table_bytes = table_bytes;
         }
         for (memory, bytes) in [
             (&mut self.partial_out, workspace.partial_out),

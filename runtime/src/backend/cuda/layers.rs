@@ -11,7 +11,7 @@ use pagewise_attention::cuda::ptx::model::gather_rows::GatherRowsArgs;
 use pagewise_attention::cuda::ptx::model::scale::ScaleArgs;
 use pagewise_attention::cuda::ptx::write_kv::RotaryStyle;
 use pagewise_attention::cuda::{
-    AttentionCall, ComputeCapability, Device, PositionType, Rotary, RotaryQueries, RotaryTables, WriteKvCall,
+    AttentionCall, Device, PositionType, Rotary, RotaryQueries, RotaryTables, WriteKvCall,
 };
 use pagewise_attention::{AttentionConfig, DType};
 
@@ -68,8 +68,8 @@ impl RotaryTable {
     }
 }
 
-/// The first GPU generation that converts fp8 numbers.
-const FP8_SINCE: ComputeCapability = ComputeCapability { major: 8, minor: 9 };
+/// What rows of a cache begin at a multiple of, in bytes.
+const ROW_ALIGNMENT: usize = 16;
 
 /// Whether there are kernels for weights of a type and this cache.
 fn check_cache_type(config: &AttentionConfig, dtype: DType, gpu: &Device) -> Result<(), BackendError> {
@@ -77,17 +77,23 @@ fn check_cache_type(config: &AttentionConfig, dtype: DType, gpu: &Device) -> Res
     if config.q_dtype == dtype && kv == dtype {
         return Ok(());
     }
-    let fits = config.q_dtype == dtype && dtype.size() == 2 && kv.is_fp8();
-    let problem = match (fits, gpu.compute_capability >= FP8_SINCE) {
-        (true, true) => return Ok(()),
-        (true, false) => format!(
-            "{kv} takes compute capability {FP8_SINCE}, and {} has {}; leave it at auto",
-            gpu.name, gpu.compute_capability
-        ),
-        (false, _) => format!(
+    let mut dims = [config.head_dim_qk, config.head_dim_v].into_iter();
+    let problem = if config.q_dtype != dtype || dtype.size() != 2 || !kv.is_fp8() {
+        format!(
             "on CUDA the KV cache has the type of the weights ({dtype}) or, with weights of 16 bits, one of fp8, and {kv} is \
              asked for; leave it at auto"
-        ),
+        )
+    } else if !gpu.converts_fp8() {
+        format!(
+            "{kv} takes compute capability 8.9 and a driver of CUDA 12.1, and {} has {} and {}; leave it at auto",
+            gpu.name, gpu.compute_capability, gpu.driver
+        )
+    } else if let Some(dim) = dims.find(|dim| !(dim * kv.size()).is_multiple_of(ROW_ALIGNMENT)) {
+        format!(
+            "{kv} takes heads of a multiple of 16 elements on CUDA, and they have {dim}; leave it at auto"
+        )
+    } else {
+        return Ok(());
     };
     Err(BackendError::Option { option: "--kv-dtype", problem })
 }
@@ -111,8 +117,10 @@ impl CudaBackend {
         self.finish_uploads()?;
         // Graphs and inputs of an earlier cache point to what is about to go.
         self.forget_graphs()?;
-        *self.inputs() = None;
-        *self.inputs() = Some(Inputs::new(gpu, spec, sizes(self, spec)?)?);
+        let mut sizes = sizes(self, spec)?;
+        // As much as the largest steps took that were made before: growing later would cost all graphs.
+        sizes.least_bytes = self.inputs().take().map_or(0, |before| before.bytes().next_power_of_two());
+        *self.inputs() = Some(Inputs::new(gpu, spec, sizes)?);
         let positions = spec.limits.max_seq_len;
         if let Some(rope) = &spec.rope
             && !self
@@ -303,6 +311,7 @@ impl CudaBackend {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use pagewise_attention::cuda::ComputeCapability;
 
     #[test]
     fn caches_have_the_type_of_the_weights_or_of_fp8() {
@@ -327,5 +336,8 @@ mod tests {
         };
         let refused = check(DType::Bf16, f8, &a100).unwrap_err();
         assert!(refused.contains("NVIDIA A100 has 8.0"), "{refused}");
+        let config = AttentionConfig { kv_dtype: f8, ..AttentionConfig::new(8, 2, 72, DType::Bf16) };
+        let refused = check_cache_type(&config, DType::Bf16, &Device::h100()).unwrap_err().to_string();
+        assert!(refused.contains("they have 72"), "{refused}");
     }
 }

@@ -114,7 +114,7 @@ pub(super) fn sizes(backend: &CudaBackend, spec: &AttentionSpec) -> Result<Sizes
     let narrow = spec.groups.first().is_some_and(|config| config.q_dtype.size() == 2);
     let rows = if narrow { limits.max_sequences } else { limits.max_rows };
     let keys = rows.saturating_mul(limits.max_seq_len);
-    let mut sizes = Sizes { work_bytes: 0, workspace: Workspace::default() };
+    let mut sizes = Sizes { work_bytes: 0, least_bytes: 0, workspace: Workspace::default() };
     for config in &spec.groups {
         let limits = DecodeLimits { rows, keys };
         let options = PlanOptions { grid_heads: GridHeads::Any, ..PlanOptions::default() };
@@ -201,9 +201,12 @@ impl CudaBackend {
             let problem = "a step is prepared before there is a cache".to_owned();
             return Err(ProblemError::Input { input: "step", problem }.into());
         };
-        if inputs.make_room(layout.bytes, table_bytes, workspace)? {
+        let moved = inputs.make_room(layout.bytes, table_bytes, workspace);
+        // Where it failed some of it may have moved.
+        if !matches!(moved, Ok(false)) {
             self.forget_graphs()?;
         }
+        moved?;
         inputs.send(&bytes, &tables)?;
         // SAFETY: the tokens are part of what was just made room for, one a row.
         unsafe { self.place_earlier(&batch.earlier, inputs.part(layout.tokens)) }?;
