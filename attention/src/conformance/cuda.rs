@@ -132,7 +132,7 @@ impl Subject for Cuda<'_> {
     }
 
     fn probability_rounding(&self, config: &AttentionConfig) -> ProbabilityRounding {
-        cuda_rounding(config, self.options)
+        cuda_rounding(config, &self.variants)
     }
 
     fn attention(

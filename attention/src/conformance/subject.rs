@@ -106,7 +106,8 @@ pub trait Subject {
     /// What the report calls it: backend, device, instruction set.
     fn name(&self) -> String;
 
-    /// How the probabilities are rounded before they meet the values: not at all, unless a backend says otherwise.
+    /// How the probabilities were rounded before they met the values, in the attention that ran last: not at all, unless a
+    /// backend says otherwise.
     fn probability_rounding(&self, config: &AttentionConfig) -> ProbabilityRounding {
         let _ = config;
         ProbabilityRounding::default()

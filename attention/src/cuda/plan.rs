@@ -69,7 +69,7 @@ pub struct StepLimits {
 /// What no step within its [`StepLimits`] exceeds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PlanBound {
-    /// Work items, for [`PlanOptions::grid_items`].
+    /// Work items, for [`PlanOptions::grid_items`] with the same [`PlanOptions::grid_heads`].
     pub items: u32,
     /// Bytes of the work items in device memory.
     pub work: u64,
@@ -225,6 +225,7 @@ impl DecodePlan {
         let free = options.block_heads.is_none() && options.item_keys.is_none();
         let wave = choices.iter().map(|kind| kind.step.slots()).max().filter(|_| free).unwrap_or(0);
         let (with_heads, number) = (items.max(rows + wave), "the number of work items");
+        // Plans of no fixed grid are within work and workspace too.
         let partials = small(number, usize::try_from(with_heads).unwrap_or(usize::MAX))?;
         let items = if options.grid_heads == GridHeads::One { items } else { with_heads };
         let items = small(number, usize::try_from(items).unwrap_or(usize::MAX))?;
@@ -233,7 +234,7 @@ impl DecodePlan {
         };
         Ok(PlanBound {
             items,
-            work: u64::from(items) * 4 * WorkItem::WORDS as u64,
+            work: u64::from(partials) * 4 * WorkItem::WORDS as u64,
             workspace: Decode::workspace_of(kind.spec, partials, kind.shape),
         })
     }

@@ -103,7 +103,13 @@ pub fn serve_loads(backend: BackendChoice, seconds: f64) {
         // The load must press as it is meant to: every tenth request has to make room once.
         let made_room = if preemption == Preemption::Swap { served.swaps } else { served.preemptions };
         assert!(made_room as usize * 10 >= served.done, "{preemption:?}: {served:?}");
-        if let Some((before, now)) = served.free_memory.filter(|_| tests_run_alone()) {
+        if let Some((before, now)) = served.free_memory {
+            if !tests_run_alone() {
+                println!(
+                    "SKIPPED: whether device memory grows, which other tests change; --test-threads=1 shows it"
+                );
+                continue;
+            }
             // Graphs of shapes that had not been met yet; nothing that grows with the requests.
             assert!(before.saturating_sub(now) < 64 << 20, "{before} bytes were free, {now} are");
         }

@@ -43,7 +43,7 @@ impl Subject for Interpreted {
     }
 
     fn probability_rounding(&self, config: &AttentionConfig) -> ProbabilityRounding {
-        cuda_rounding(config, self.options)
+        cuda_rounding(config, &self.variants)
     }
 
     fn attention(

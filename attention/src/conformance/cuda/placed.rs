@@ -3,7 +3,7 @@
 use pagewise_ptx::decode::WorkspaceSizes;
 
 use super::super::subject::{AttentionTask, ProbabilityRounding, Refusal, Scale};
-use crate::cuda::{AttentionCall, AttentionOptions, CacheScales};
+use crate::cuda::{AttentionCall, CacheScales};
 use crate::{AttentionConfig, BlockTables, DType, HostTensor};
 
 /// Copies bytes to device memory; where they are then.
@@ -74,11 +74,11 @@ pub(super) fn scale_list(scale: Scale<'_>) -> Vec<f32> {
     }
 }
 
-/// How the CUDA kernels round probabilities of plans with these options. Rows over an fp8 cache are worked on in f16 one by
-/// one, in tiles in the queries' type.
-pub fn cuda_rounding(config: &AttentionConfig, options: AttentionOptions) -> ProbabilityRounding {
-    let by_rows = options.tiles_from == Some(usize::MAX);
-    match (config.q_dtype, config.kv_dtype.is_fp8() && by_rows) {
+/// How the CUDA kernels round probabilities, by the variants that ran, in their order. Rows over an fp8 cache are worked on
+/// in f16 one by one, in tiles, which come last, in the queries' type.
+pub fn cuda_rounding(config: &AttentionConfig, ran: &[String]) -> ProbabilityRounding {
+    let tiles = ran.last().is_some_and(|variant| variant.starts_with("prefill"));
+    match (config.q_dtype, config.kv_dtype.is_fp8() && !tiles) {
         (DType::F32, _) => ProbabilityRounding::default(),
         // The absolute error is that of f16, below, of rows of a mixture that are worked on one by one.
         (DType::Bf16, false) if config.kv_dtype.is_fp8() => {
